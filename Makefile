@@ -1,0 +1,27 @@
+# Everything happens inside .venv; both commands work from a fresh clone and again afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint install clean
+
+train: install
+	$(BIN)/twins-fast train --recipe mini
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: .venv/installed
+
+# pip install -e compiles csrc/; it is run again whenever what it builds from is newer.
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/* kernels/*.py)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/twins-fast info
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info twins_fast/_C*.so

@@ -1,0 +1,1 @@
+"""Measurements: each writes a JSON file into results/, and report writes the README's tables from those files."""

@@ -1,0 +1,17 @@
+// CUDA two-wing batch norm: the entry points. They launch on `stream` of the current device and do not wait.
+#pragma once
+
+#include "twin_bn.h"
+
+namespace twins_fast {
+
+// Return a cudaError_t, 0 on success. workspace: twin_bn_workspace_cuda() floats of device memory.
+int twin_bn_forward_cuda(const TwinBnForward& args, uintptr_t workspace, uintptr_t stream);
+int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, uintptr_t stream);
+
+// Floats that suffice for either direction.
+int64_t twin_bn_workspace_cuda(int64_t channels);
+
+const char* cuda_error_text(int error);
+
+}  // namespace twins_fast

@@ -1,0 +1,134 @@
+"""Builds the compiled module twins_fast._C; everything else is in pyproject.toml.
+
+Without a working C++ compiler the package still installs, and runs on plain PyTorch.
+TWINS_FAST_CUDA=0 leaves the CUDA kernels out, as does the absence of nvcc.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+NOTE = "_build_failed.txt"  # read by twins_fast.backend
+CUDA_ARCHITECTURES = ("80", "90", "100")
+X86_FLAGS = {
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
+}
+
+
+def units(nvcc: str | None) -> list[tuple[str, str, str]]:
+    """What is compiled: (source, object, extra flags). CUDA sources end in .cu."""
+    kernels = [("csrc/cpu/twin_bn.cpp", "twin_bn_baseline.o", "-DTWINS_FAST_ISA=baseline")]
+    if platform.machine() in ("x86_64", "AMD64"):
+        for isa, flags in X86_FLAGS.items():
+            kernels.append(("csrc/cpu/twin_bn.cpp", f"twin_bn_{isa}.o", f"-DTWINS_FAST_ISA={isa} {flags}"))
+    define = "-DTWINS_FAST_CUDA" if nvcc else ""
+    common = [("csrc/bind.cpp", "bind.o", f"{define} {pybind11_flags()}"), ("csrc/cpu/dispatch.cpp", "dispatch.o", "")]
+    cuda = [("csrc/cuda/twin_bn.cu", "twin_bn_cuda.o", cuda_architecture_flags(nvcc))] if nvcc else []
+    return cuda + common + kernels  # slowest first
+
+
+def pybind11_flags() -> str:
+    import pybind11
+
+    return f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -fvisibility=hidden"
+
+
+def cuda_architecture_flags(nvcc: str) -> str:
+    """Machine code for each architecture that this nvcc knows, and PTX of the newest for later ones."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+    if not chosen:
+        raise RuntimeError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in chosen]
+    return " ".join([*code, f"-gencode arch=compute_{chosen[-1]},code=compute_{chosen[-1]}", "--threads 2"])
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("TWINS_FAST_CUDA") == "0" or sys.platform != "linux":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    in_home = Path(home, "bin", "nvcc") if home else None
+    return str(in_home) if in_home and in_home.exists() else shutil.which("nvcc")
+
+
+def compile_module(target: Path, folder: Path, nvcc: str | None) -> None:
+    """Write ``folder/build.ninja`` and run it, so that the units compile in parallel."""
+    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if cxx is None:
+        raise RuntimeError("no C++ compiler found")
+    openmp = "" if sys.platform == "darwin" else "-fopenmp"
+    link = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    host = f"-O3 -fPIC -std=c++17 -fno-math-errno -fno-trapping-math -Wno-psabi {openmp}"
+    linker = f"{nvcc} -ccbin {cxx} -cudart static -Xcompiler -fopenmp" if nvcc else f"{cxx} {openmp}"
+    lines = [
+        f"includes = -I{ROOT}/csrc -I{ROOT}/csrc/include",
+        f"rule cxx\n command = {cxx} {host} $includes $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d",
+        f"rule cuda\n command = {nvcc} -ccbin {cxx} -O3 -std=c++17 -Xcompiler -fPIC $includes $flags -c $in -o $out",
+        f"rule link\n command = {linker} {link} $in -o $out",
+    ]
+    objects = []
+    for source, name, flags in units(nvcc):
+        rule = "cuda" if source.endswith(".cu") else "cxx"
+        lines.append(f"build {name}: {rule} {ROOT / source}\n flags = {flags}")
+        objects.append(name)
+    lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+    run = subprocess.run([find_ninja(), "-C", str(folder)], capture_output=True, text=True)
+    if run.returncode:
+        failed = next((line for line in run.stdout.splitlines() if "error" in line or line.startswith("FAILED")), "")
+        raise RuntimeError(f"the compiler failed: {failed.strip()}")
+
+
+def find_ninja() -> str:
+    import ninja
+
+    return str(Path(ninja.BIN_DIR, "ninja"))
+
+
+class BuildWithNinja(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        note = target.parent / NOTE
+        note.unlink(missing_ok=True)
+        folder = Path(self.build_temp).resolve()
+        failures = []
+        for nvcc in dict.fromkeys((find_nvcc(), None)):
+            try:
+                return compile_module(target, folder, nvcc)
+            except Exception as error:
+                failures.append(" ".join(str(error).split()))
+        message = f"twins-fast: installed without compiled kernels ({failures[-1]})"
+        print(message, file=sys.stderr)
+        note.write_text(message + "\n")
+        # A new list: the distribution keeps its own, and stays one for this platform.
+        self.extensions = [other for other in self.extensions if other is not ext]
+
+    def copy_extensions_to_source(self) -> None:
+        """An in-place (editable) build gets the note instead of the module, or loses that of an earlier failure."""
+        super().copy_extensions_to_source()
+        note = Path(self.build_lib, "twins_fast", NOTE)
+        source = ROOT / "twins_fast"
+        (source / NOTE).unlink(missing_ok=True)
+        if note.exists():
+            shutil.copy(note, source)
+            for outdated in source.glob("_C*.so"):
+                outdated.unlink()
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[*find_namespace_packages(include=["twins_fast", "twins_fast.*"]), "twins_fast.kernels"],
+        ext_modules=[Extension("twins_fast._C", sources=[])],
+        cmdclass={"build_ext": BuildWithNinja},
+    )

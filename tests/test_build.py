@@ -1,0 +1,99 @@
+"""The build description, and installing without a compiler."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from twins_fast import backend
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@pytest.fixture
+def description():
+    spec = importlib.util.spec_from_file_location("twins_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_source_is_compiled(description, monkeypatch):
+    monkeypatch.setattr(description, "pybind11_flags", lambda: "")
+    monkeypatch.setattr(description, "cuda_architecture_flags", lambda nvcc: "")
+    sources = {source for source, _, _ in description.units("nvcc")}
+    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")}
+    assert sources == present
+    assert not any(source.endswith(".cu") for source, _, _ in description.units(None))
+
+
+def test_other_processors_get_the_baseline_only(description, monkeypatch):
+    monkeypatch.setattr(description, "pybind11_flags", lambda: "")
+    monkeypatch.setattr(description.platform, "machine", lambda: "aarch64")
+    assert [flags for _, name, flags in description.units(None) if "twin_bn" in name] == ["-DTWINS_FAST_ISA=baseline"]
+
+
+def test_finding_nvcc(description, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(description.sys, "platform", "linux")
+    monkeypatch.delenv("TWINS_FAST_CUDA", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert description.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    assert description.find_nvcc() is None
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert description.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("TWINS_FAST_CUDA", "0")
+    assert description.find_nvcc() is None
+
+
+@pytest.mark.skipif(backend._C is None, reason="no compiled module")
+def test_the_module_needs_no_cuda_library():
+    assert not re.search(rb"libcudart\.so", Path(backend._C.__file__).read_bytes())
+
+
+@needs_nvcc
+def test_cuda_kernels_spill_no_registers(description, tmp_path):
+    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", "arch=compute_90,code=sm_90"]
+    command += [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/cuda/twin_bn.cu"]
+    report = subprocess.run([*command, "-o", str(tmp_path / "twin_bn.o")], capture_output=True, text=True, check=True)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
+    assert spills and set(spills) == {("0", "0")}
+
+
+@pytest.mark.parametrize("missing", ["compiler works", "compiler exists"])
+def test_wheel_without_a_compiler(missing, tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("csrc", "kernels", "twins_fast"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    environment = {**os.environ, "CXX": "false", "TWINS_FAST_CUDA": "0"}
+    if missing == "compiler exists":
+        environment["PATH"] = str(tmp_path)
+        del environment["CXX"]
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    said = [line for line in (build.stdout + build.stderr).splitlines() if "twins-fast" in line]
+    assert len(said) == 1 and "installed without compiled kernels" in said[0], build.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "_C" in name]
+        archive.extractall(tmp_path / "site")
+    # What backend.py then gives as the reason.
+    assert (tmp_path / "site" / "twins_fast" / "_build_failed.txt").read_text().strip() == said[0]

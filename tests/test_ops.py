@@ -1,0 +1,480 @@
+"""Two-wing batch norm: every backend of this machine against the float64 reference."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twins_fast import backend, ops, reference
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+compiled = pytest.mark.skipif(backend._C is None, reason="no compiled module")
+with_cuda = pytest.mark.skipif(not getattr(backend._C, "has_cuda", False), reason="built without nvcc")
+BACKENDS = [
+    pytest.param("cpp", "cpu", marks=compiled),
+    ("torch", "cpu"),
+    pytest.param("cuda", "cuda", marks=[*gpu, with_cuda]),
+    pytest.param("torch", "cuda", marks=gpu),
+]
+SHAPES = [(2, 1, 1, 2), (3, 3, 7, 1), (2, 129, 1, 1), (5, 7, 3, 31), (4, 31, 7, 7), (2, 16, 40, 41), (3, 64, 16, 16)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+class Case:
+    """Random arguments, the float64 results, and for each the sum of the magnitudes it is made of."""
+
+    def __init__(self, shape, split, dtype, layout, residual, relu, device="cpu", seed=0):
+        torch.manual_seed(seed)
+        channels = shape[1]
+        self.split, self.relu, self.dtype = split, relu, dtype
+        # Unit spread about a mean of up to 3, so that mean and variance both matter.
+        self.x = (torch.randn(shape) + 3 * torch.rand(1, channels, 1, 1)).to(dtype, memory_format=layout)
+        self.residual = torch.randn(shape).to(dtype, memory_format=layout) if residual else None
+        self.dy = torch.randn(shape).to(dtype, memory_format=layout)
+        self.frozen, self.adaptive = (
+            [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
+            for _ in range(2)
+        )
+        for name in ("x", "residual", "dy"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+        self.frozen, self.adaptive = ([t.to(device) for t in wing] for wing in (self.frozen, self.adaptive))
+
+    def run(self, function=ops.twin_batch_norm, dtype=None, relu=None, dy=None):
+        """y, gradients (x, residual, frozen weight and bias, adaptive weight and bias), running statistics."""
+
+        def leaf(tensor):
+            copied = None if tensor is None else tensor.detach().clone().to(dtype or tensor.dtype)
+            return None if copied is None else copied.requires_grad_()
+
+        x, residual = leaf(self.x), leaf(self.residual)
+        wings = [[t.clone().to(dtype or t.dtype) for t in wing] for wing in (self.frozen, self.adaptive)]
+        leaves = [t.requires_grad_() for wing in wings for t in wing[2:]]
+        y = function(x, self.split, *wings, MOMENTUM, EPS, residual, self.relu if relu is None else relu)
+        inputs = [t for t in (x, residual, *leaves) if t is not None]
+        grads = torch.autograd.grad(y, inputs, (self.dy if dy is None else dy).to(y.dtype), allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
+        if residual is None:
+            grads.insert(1, None)
+        return [y.detach(), *grads, *wings[1][:2]]
+
+    def check(self, results, name):
+        # Gradients are compared under the ReLU mask of the y at hand, which is itself compared: near
+        # zero either sign is right.
+        mask = (results[0] > 0).double() if self.relu else 1.0
+        g = self.dy.double() * mask
+        expected = self.run(reference.twin_batch_norm, torch.float64, relu=False, dy=g)
+        if self.relu:
+            expected[0] = expected[0].relu()
+        # Each float32 result is a sum of terms, with at most n roundings each. n random roundings err
+        # by about sqrt(n) units; the longest float32 chains here are 512 terms, hence 23, and some for
+        # the scalings. PyTorch's own kernels have chains of at most as many.
+        unit = 32 * UNIT[torch.float32]
+        # Half-precision images are rounded once more; PyTorch also rounds between norm, add and ReLU,
+        # three roundings of intermediates that may be larger than the result.
+        image_unit = 0.0 if self.dtype == torch.float32 else UNIT[self.dtype]
+        subnormal = torch.finfo(self.dtype).smallest_normal  # below it the error stops shrinking with the value
+        for i, (got, want, size) in enumerate(zip(results, expected, self.magnitudes(g), strict=True)):
+            if want is None:
+                assert got is None
+                continue
+            allowed = unit * size
+            if i < 3:
+                assert got.dtype == self.dtype and got.shape == self.x.shape
+                allowed = allowed + image_unit * (3 * size if name == "torch" else want.abs() + subnormal)
+            elif name == "torch" and self.dtype != torch.float32:
+                allowed = allowed + image_unit * size  # its masked gradient is rounded before it is summed
+            error = (got.double() - want).abs()
+            assert (error <= allowed).all(), (i, (error / allowed).max().item())
+
+    def magnitudes(self, g):
+        """For each result, the sum of the absolute values of the terms that it adds up."""
+        x, split = self.x.double(), self.split
+        count = (x.shape[0] - split) * x.shape[2] * x.shape[3]
+        y, dx = torch.zeros_like(x), torch.zeros_like(x)
+        sums = []
+        for wing, rows in ((self.frozen, slice(0, split)), (self.adaptive, slice(split, None))):
+            half, dy = x[rows], g[rows].abs()
+            mean, var, weight, bias = (t.double().view(1, -1, 1, 1) for t in wing)
+            if wing is self.adaptive and count:
+                mean, var = half.mean((0, 2, 3), keepdim=True), half.var((0, 2, 3), unbiased=False, keepdim=True)
+            rstd = (var + EPS).rsqrt()
+            xhat = (half.abs() + mean.abs()) * rstd
+            y[rows] = xhat * weight.abs() + bias.abs()
+            dw, db = (dy * xhat).sum((0, 2, 3)), dy.sum((0, 2, 3))
+            sums += [dw, db]
+            if wing is self.adaptive:
+                dy = dy + (db.view_as(mean) + xhat * dw.view_as(mean)) / max(count, 1)
+            # xhat's own relative error enters dx through the cancellation in x - mean.
+            dx[rows] = dy * weight.abs() * rstd
+        if self.residual is not None:
+            y = y + self.residual.double().abs()
+        half = x[split:]
+        old_mean, old_var = (t.double() for t in self.adaptive[:2])
+        new_mean = half.abs().mean((0, 2, 3)) if count else 0.0
+        new_var = (half**2).mean((0, 2, 3)) * (count / (count - 1)) if count else 0.0
+        return [y, dx, g.abs(), *sums, old_mean.abs() + new_mean, old_var + new_var]
+
+
+def splits(shape):
+    return [s for s in (0, 1, shape[0] // 2, shape[0]) if s == shape[0] or (shape[0] - s) * shape[2] * shape[3] > 1]
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, layout, dtype, name, device):
+    for split in dict.fromkeys(splits(shape)):
+        for residual, relu in ((False, False), (True, True), (False, True)):
+            case = Case(shape, split, dtype, layout, residual, relu, device)
+            with backend.use_backend(name):
+                results = case.run()
+            case.check(results, name)
+            assert results[0].is_contiguous(memory_format=layout)
+            if split == shape[0]:
+                assert all(torch.equal(a, b) for a, b in zip(results[7:], case.adaptive[:2], strict=True))
+
+
+@compiled
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
+    split=st.integers(0, 5),
+    bf16=st.booleans(),
+    last=st.booleans(),
+    residual=st.booleans(),
+    relu=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_shape(shape, split, bf16, last, residual, relu, seed):
+    split = min(split, shape[0])
+    if (shape[0] - split) * shape[2] * shape[3] < 2:
+        split = shape[0]
+    case = Case(shape, split, [torch.float32, torch.bfloat16][bf16], FORMATS[last], residual, relu, seed=seed)
+    with backend.use_backend("cpp"):
+        case.check(case.run(), "cpp")
+
+
+@compiled
+@pytest.mark.parametrize("isa", getattr(backend._C, "cpu_isas", []))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_instruction_set(isa, dtype, monkeypatch):
+    monkeypatch.setattr(backend, "cpu_isa", isa)
+    for layout in FORMATS:
+        case = Case((4, 19, 9, 11), 1, dtype, layout, True, True)
+        case.check(case.run(), "cpp")
+
+
+@compiled
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setattr(backend, "cpu_isa", "mmx")
+    with pytest.raises(RuntimeError, match="instruction set"):
+        Case((4, 3, 2, 2), 2, torch.float32, FORMATS[0], False, False).run()
+
+
+def test_reference_is_two_batch_norms_to_the_bit():
+    case = Case((4, 5, 6, 7), 2, torch.float32, torch.contiguous_format, False, False)
+
+    def plain(x, split, frozen, adaptive, momentum, eps, residual, relu):
+        first = F.batch_norm(x[:split], *frozen, False, 0.0, eps)
+        return torch.cat([first, F.batch_norm(x[split:], *adaptive, True, momentum, eps)])
+
+    for a, b in zip(case.run(reference.twin_batch_norm), case.run(plain), strict=True):
+        assert a is b is None or torch.equal(a, b)
+    with backend.use_backend("torch"):
+        for a, b in zip(case.run(), case.run(plain), strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradcheck_of_the_reference(split, relu):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(3, 2, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = [torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    mean, var = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
+
+    def f(x, residual, a, b, c, d):
+        adaptive = (mean.clone(), var.clone(), c, d)
+        return reference.twin_batch_norm(x, split, (mean, var, a, b), adaptive, MOMENTUM, EPS, residual, relu)
+
+    assert torch.autograd.gradcheck(f, (x, residual, *weights))
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_strided_inputs_and_gradients(name, device):
+    base = Case((4, 6, 5, 8), 2, torch.float32, torch.contiguous_format, True, True, device)
+    x, dy = base.x, base.dy
+    expanded = base.residual[:, :, :, :1].expand_as(x)
+    views = {
+        "every second column": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(3)[..., ::2],
+        "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "inside NaNs": lambda t: F.pad(t, (0, 0, 0, 0, 0, 0, 1, 1), value=torch.nan)[1:-1],
+    }
+    base.residual = expanded
+    with backend.use_backend(name):
+        base.check(base.run(), name)
+        for make in views.values():
+            for strided_x, strided_dy in ((make(x), dy), (x, make(dy)), (make(x), make(dy))):
+                case = copy.copy(base)
+                case.x, case.dy = strided_x, strided_dy
+                leaf = strided_x.detach().requires_grad_()  # run() would make a dense copy
+                y = ops.twin_batch_norm(
+                    leaf, 2, base.frozen, [t.clone() for t in base.adaptive], MOMENTUM, EPS, expanded, True
+                )
+                (dx,) = torch.autograd.grad(y, leaf, strided_dy)
+                want = base.run()
+                torch.testing.assert_close(y, want[0], rtol=1e-5, atol=1e-5)  # another order of the same sums
+                torch.testing.assert_close(dx, want[1], rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_writes_all_of_its_results_and_nothing_else(dtype, layout, monkeypatch):
+    guards = []
+
+    def guarded(tensors):
+        views = []
+        for t in tensors:
+            poison, fence = (255, 77) if t.dtype == torch.uint8 else (torch.nan, 77.0)
+            buffer = torch.full((t.numel() + 64,), fence, dtype=t.dtype)
+            inner = buffer[32 : 32 + t.numel()]
+            inner.fill_(poison)
+            guards.append((buffer, inner))
+            views.append(inner.as_strided(t.shape, t.stride(), inner.storage_offset()))
+        return views
+
+    forward, backward = ops._forward_outputs, ops._backward_outputs
+    monkeypatch.setattr(ops, "_forward_outputs", lambda *a: tuple(guarded(forward(*a))))
+    monkeypatch.setattr(ops, "_backward_outputs", lambda *a: guarded(backward(*a)))
+    case = Case((3, 13, 5, 5), 1, dtype, layout, True, True)
+    case.check(case.run(), "cpp")
+    assert len(guards) == 9
+    for buffer, inner in guards:
+        assert (buffer[:32] == 77).all() and (buffer[32 + inner.numel() :] == 77).all()
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_constant_channel_with_a_large_mean(name, device, layout):
+    x = torch.full((4, 9, 33, 17), 300.0, dtype=torch.bfloat16, device=device).contiguous(memory_format=layout)
+    x[:, 1] = -7.0
+    one, zero = torch.ones(9, device=device), torch.zeros(9, device=device)
+    adaptive = (zero.clone(), one.clone(), one, one * 0.5)
+    with backend.use_backend(name):
+        y = ops.twin_batch_norm(x, 0, (None,) * 4, adaptive, 1.0, EPS)
+    # The variance is 0, so that rstd = 316 enlarges any error of the mean: float32 keeps it below
+    # 316 * 300 * 2^-24 = 0.006 for one rounding, and bf16 rounds 0.5 by at most 0.002.
+    limit = 0.008 if name != "torch" else 0.05
+    assert (y.double() - 0.5).abs().max() <= limit
+    torch.testing.assert_close(adaptive[0], torch.where(torch.arange(9, device=device) == 1, -7.0, 300.0))
+    assert adaptive[1].abs().max() <= 1e-4  # of 300^2
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_nan_stays_in_its_channel(name, device):
+    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, False, True, device)
+    case.x[3, 2, 1, 1] = torch.nan
+    case.x[0, 4, 1, 1] = torch.nan
+    with backend.use_backend(name):
+        y = case.run()[0]
+    assert y[2:, 2].isnan().all() and y[0, 4, 1, 1].isnan()
+    assert y.isnan().sum() == 2 * 9 + 1
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_deterministic(name, device, layout):
+    case = Case((8, 24, 33, 33), 4, torch.float32, layout, True, True, device)
+    with backend.use_backend(name):
+        first, second = case.run(), case.run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_only_wanted_gradients(name, device):
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, True, True, device)
+    with backend.use_backend(name):
+        want = case.run()
+        for i in range(6):
+            x, residual = case.x.clone(), case.residual.clone()
+            frozen, adaptive = ([t.clone() for t in wing] for wing in (case.frozen, case.adaptive))
+            leaf = [x, residual, frozen[2], frozen[3], adaptive[2], adaptive[3]][i].requires_grad_()
+            y = ops.twin_batch_norm(x, 2, frozen, adaptive, MOMENTUM, EPS, residual, True)
+            (grad,) = torch.autograd.grad(y, leaf, case.dy)
+            assert torch.equal(grad, want[1 + i])
+        with torch.no_grad():
+            y = ops.twin_batch_norm(case.x, 2, case.frozen, case.adaptive, MOMENTUM, EPS, case.residual, True)
+        assert not y.requires_grad and torch.equal(y, want[0])
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_without_weights_and_running_statistics(name, device):
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False, device)
+    x = case.x.clone().requires_grad_()
+    frozen = (*case.frozen[:2], None, None)
+    with backend.use_backend(name):
+        y = ops.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+        (dx,) = torch.autograd.grad(y, x, case.dy)
+    want = reference.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+    (want_dx,) = torch.autograd.grad(want, x, case.dy)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+def test_double_backward_raises():
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False)
+    x = case.x.clone().requires_grad_()
+    y = ops.twin_batch_norm(x, 2, case.frozen, case.adaptive, MOMENTUM, EPS)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@compiled
+def test_autograd_sees_the_running_statistics_change():
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False)
+    mean = case.adaptive[0]
+    leaf = torch.ones(3, requires_grad=True)
+    product = leaf * mean  # saves mean
+    ops.twin_batch_norm(case.x, 2, case.frozen, case.adaptive, MOMENTUM, EPS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dtypes_without_a_kernel_use_the_reference(dtype):
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, True, True)
+    case.x, case.residual, case.dy = (t.to(dtype) for t in (case.x, case.residual, case.dy))
+    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    case.frozen, case.adaptive = ([t.to(vectors) for t in wing] for wing in (case.frozen, case.adaptive))
+    for a, b in zip(case.run(), case.run(reference.twin_batch_norm), strict=True):
+        assert torch.equal(a, b)
+    if backend._C is not None:
+        with backend.use_backend("cpp"), pytest.raises(RuntimeError, match="no kernel"):
+            case.run()
+
+
+@compiled
+def test_half_weights_use_the_reference():
+    case = Case((4, 3, 5, 5), 2, torch.bfloat16, torch.contiguous_format, False, False)
+    case.frozen, case.adaptive = ([t.bfloat16() for t in wing] for wing in (case.frozen, case.adaptive))
+    for a, b in zip(case.run(), case.run(reference.twin_batch_norm), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    case = Case((4, 3, 5, 5), 2, dtype, torch.contiguous_format, True, True)
+    plain = case.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = case.run()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, cast, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("layout", FORMATS)
+def test_opcheck(layout):
+    case = Case((4, 5, 3, 3), 2, torch.float32, layout, True, True)
+    args = (case.x, case.residual, 2, *case.frozen, *case.adaptive, MOMENTUM, EPS, True, True)
+    torch.library.opcheck(torch.ops.twins_fast.twin_bn_forward.default, args)
+    _, bits, stats = torch.ops.twins_fast.twin_bn_forward(*args)
+    vectors = (*case.frozen[:3], case.adaptive[2], stats)
+    args = (case.dy, case.x, bits, 2, *vectors, EPS, [True] * 6)
+    torch.library.opcheck(torch.ops.twins_fast.twin_bn_backward.default, args)
+
+
+@compiled
+def test_compiles_to_one_graph():
+    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, True, True)
+    traced = torch.compile(ops.twin_batch_norm, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(case.run(), case.run(traced), strict=True))
+
+
+def arguments(**changes):
+    values = dict(
+        x=torch.randn(4, 3, 2, 2),
+        split=2,
+        frozen=(torch.zeros(3), torch.ones(3), None, None),
+        adaptive=(torch.zeros(3), torch.ones(3), None, None),
+        momentum=MOMENTUM,
+        eps=EPS,
+    )
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(x=[1.0]), TypeError, "x must be a tensor"),
+        (dict(x=torch.randn(4, 3, 2)), ValueError, r"\[N, C, H, W\].*\(4, 3, 2\)"),
+        (dict(x=torch.ones(4, 3, 2, 2, dtype=torch.int32)), TypeError, "x must be float32.*int32"),
+        (dict(x=torch.randn(0, 3, 2, 2), split=0), ValueError, "empty"),
+        (dict(split=5), ValueError, r"split must be in \[0, 4\], got 5"),
+        (dict(split=-1), ValueError, "split"),
+        (dict(split=2.0), TypeError, "split must be an int"),
+        (dict(split=True), TypeError, "split must be an int"),
+        (dict(x=torch.randn(4, 3, 1, 1), split=3), ValueError, "at least 2 values per channel"),
+        (dict(momentum=1.5), ValueError, "momentum.*1.5"),
+        (dict(momentum=None), TypeError, "momentum"),
+        (dict(momentum=float("nan")), ValueError, "momentum"),
+        (dict(eps=-1e-5), ValueError, "eps"),
+        (dict(eps="small"), TypeError, "eps"),
+        (dict(relu=1), TypeError, "relu"),
+        (dict(frozen=(None,) * 4), ValueError, "frozen running_mean and running_var"),
+        (dict(frozen=(torch.zeros(3), None, None, None)), ValueError, "both"),
+        (dict(frozen=(torch.zeros(2), torch.ones(3), None, None)), ValueError, r"frozen running_mean.*\(3,\).*\(2,\)"),
+        (dict(frozen=(torch.zeros(3), torch.ones(3))), TypeError, "frozen must be"),
+        (dict(frozen=(torch.zeros(3).double(), torch.ones(3), None, None)), TypeError, "frozen running_mean"),
+        (dict(frozen=(torch.zeros(3), torch.ones(3), 1.0, None)), TypeError, "frozen weight"),
+        (dict(frozen=(torch.zeros(3), torch.ones(3, device="meta"), None, None)), ValueError, "meta"),
+        (dict(residual=torch.randn(4, 3, 2, 1)), ValueError, "residual must have shape"),
+        (dict(residual=torch.randn(4, 3, 2, 2).double()), TypeError, "residual must be torch.float32"),
+        (dict(residual=torch.randn(4, 3, 2, 2, device="meta")), ValueError, "residual must be on cpu"),
+        (dict(residual=1.0), TypeError, "residual"),
+    ],
+)
+def test_invalid_arguments_are_named_and_nothing_is_written(changes, error, message):
+    values = arguments(**changes)
+    with pytest.raises(error, match=message):
+        ops.twin_batch_norm(**values)
+    assert torch.equal(values["adaptive"][0], torch.zeros(3)) and torch.equal(values["adaptive"][1], torch.ones(3))
+
+
+def test_report_gives_a_reason_for_every_better_backend():
+    for row in backend.report():
+        better = backend.BACKENDS[: backend.BACKENDS.index(row["backend"])]
+        assert list(row["reasons"]) == list(better) and all(row["reasons"].values())
+
+
+def test_forcing_a_backend(monkeypatch):
+    x = torch.randn(2, 3, 4, 4)
+    with backend.use_backend("torch"):
+        assert backend.choose("twin_batch_norm", x) == "torch"
+        assert backend.report()[0]["backend"] == "torch"
+    with pytest.raises(ValueError, match="fortran"), backend.use_backend("fortran"):
+        pass
+    with pytest.raises(RuntimeError, match="no Triton kernel"), backend.use_backend("triton"):
+        pass
+    monkeypatch.setattr(backend, "_forced", "fortran")  # as read from TWINS_FAST_BACKEND
+    with pytest.raises(ValueError, match="fortran"):
+        backend.choose("twin_batch_norm", x)
+
+
+def test_without_the_compiled_module(monkeypatch):
+    monkeypatch.setattr(backend, "_C", None)
+    monkeypatch.setattr(backend, "_missing", "no compiler found")
+    assert backend.choose("twin_batch_norm", torch.randn(2, 3, 4, 4)) == "torch"
+    assert backend.report()[0]["reasons"]["cpp"] == "no compiler found"
+    with pytest.raises(RuntimeError, match="no compiler found"), backend.use_backend("cpp"):
+        pass

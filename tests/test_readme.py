@@ -1,0 +1,33 @@
+"""The README holds exactly what the measurements say, and its code runs."""
+
+import re
+
+import torch
+
+from bench import report
+from twins_fast.train import trainer
+from twins_fast.train.recipes import RECIPES
+
+TEXT = report.README.read_text()
+
+
+def test_tables_are_those_of_the_files():
+    assert set(re.findall(r"<!-- table (\w+) -->", TEXT)) == set(report.TABLES)
+    assert report.filled(TEXT) == TEXT
+
+
+def test_the_five_lines_run():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "adversarial_loss" in block)
+    names = {
+        "model": trainer.build_model("cifar-resnet18-w16", 5),
+        "loader": [(torch.rand(8, 3, 16, 16), torch.randint(0, 5, (8,)))],
+        "torch": torch,
+    }
+    before = names["model"].conv1.weight.clone()
+    exec(code, names)
+    assert not torch.equal(names["model"].conv1.weight, before)
+
+
+def test_every_recipe_is_named():
+    for name in RECIPES:
+        assert f"`{name}`" in TEXT, name

@@ -1,0 +1,5 @@
+import sys
+
+from twins_fast.train.cli import main
+
+sys.exit(main())

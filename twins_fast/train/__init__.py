@@ -1,0 +1,1 @@
+"""The laboratory: recipes, data, trainer, evaluation, checkpoints, command line."""

@@ -1,0 +1,196 @@
+"""The command line: train, eval, pretrain, convert-checkpoint, info."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+
+from twins_fast.nn import convert_twin_bn
+from twins_fast.train import data
+from twins_fast.train.checkpoints import (
+    CheckpointError,
+    convert_checkpoint,
+    load_checkpoint,
+    load_state,
+    read_state_dict,
+)
+from twins_fast.train.evaluation import evaluate
+from twins_fast.train.info import print_info
+from twins_fast.train.pretrain import pretrain
+from twins_fast.train.recipes import RECIPES, Recipe, RecipeError, get_recipe
+from twins_fast.train.run import Run
+from twins_fast.train.tables import result_table
+from twins_fast.train.trainer import TrainingError, eval_attack, make_network, run_recipe
+
+_FIELDS = [field for field in dataclasses.fields(Recipe) if field.name not in ("name", "dataset")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2 for a clear error, 130 for an interrupt)."""
+    options = _parser().parse_args(argv)
+    try:
+        options.command(options)
+    except (ValueError, TypeError, TrainingError, OSError) as error:
+        print(f"twins-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("twins-fast: interrupted; the last checkpoint is kept (go on with --resume RUN)", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="twins-fast", description=__import__("twins_fast").__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="fine-tune a network by a recipe")
+    train.set_defaults(command=_train)
+    train.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
+    train.add_argument("--run", metavar="RUN", help="folder to write (default: runs/RECIPE-METHOD-TIME)")
+    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    _add_places(train)
+    _add_overrides(train)
+
+    evaluation = commands.add_parser("eval", help="measure a network clean and under attack")
+    evaluation.set_defaults(command=_eval)
+    evaluation.add_argument("--recipe", metavar="NAME", help="needed for a checkpoint that no run wrote")
+    evaluation.add_argument("--wing", choices=("adaptive", "frozen"), help="of a two-wing network (default: adaptive)")
+    _add_places(evaluation)
+    _add_overrides(evaluation)
+
+    pretrain = commands.add_parser("pretrain", help="make the embedded network and images from CIFAR-10")
+    pretrain.set_defaults(command=_pretrain)
+    pretrain.add_argument("--out", metavar="DIR", default="assets", help="where the assets go (default: assets)")
+    pretrain.add_argument("--run", metavar="RUN", default="runs/mini-pretrain", help="folder of the training runs")
+    _add_places(pretrain)
+    _add_overrides(pretrain)
+
+    convert = commands.add_parser("convert-checkpoint", help="turn any supported checkpoint into safetensors")
+    convert.set_defaults(command=_convert)
+    convert.add_argument("source")
+    convert.add_argument("target")
+    convert.add_argument("--wings", choices=("keep", "adaptive", "frozen", "twin"), default="keep")
+
+    info = commands.add_parser("info", help="versions, devices, and which backend runs what")
+    info.set_defaults(command=lambda options: print_info())
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", metavar="D", help="folder or .npz file of the data set")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("overrides of the recipe (pixel quantities in units of [0, 1])")
+    hints = typing.get_type_hints(Recipe)
+    for field in _FIELDS:
+        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        if kind is bool:
+            group.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            group.add_argument(flag, dest=field.name, type=_reader(kind), metavar=_metavar(kind), default=None)
+
+
+def _reader(kind):
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return lambda text: tuple(item(part) for part in text.split(",") if part)
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return _fraction if kind is float else kind
+
+
+def _metavar(kind) -> str:
+    return "A,B,..." if typing.get_origin(kind) is tuple else getattr(_reader(kind), "__name__", "value").strip("_")
+
+
+def _fraction(text: str) -> float:
+    """A number, or a fraction such as 8/255."""
+    try:
+        above, _, below = text.partition("/")
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or fraction") from None
+
+
+def _overrides(options: argparse.Namespace) -> dict:
+    return {field.name: getattr(options, field.name) for field in _FIELDS if getattr(options, field.name) is not None}
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.resume:
+        run = Run(options.resume)
+        recipe, data_root = run.load_config()
+        if options.recipe:
+            run.check_recipe(get_recipe(options.recipe, **_overrides(options)))
+        else:
+            run.check_recipe(dataclasses.replace(recipe, **_overrides(options)))
+        data_root = options.data_root or data_root
+    else:
+        if not options.recipe:
+            raise RecipeError(f"--recipe is needed; choose from {', '.join(sorted(RECIPES))}")
+        recipe = get_recipe(options.recipe, **_overrides(options))
+        data_root = options.data_root
+        run = Run(options.run or f"runs/{recipe.name}-{recipe.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    resume = bool(options.resume)
+    results = [run_recipe(recipe, run, data_root, options.device, resume=resume)]
+    for method in recipe.beside:
+        other = dataclasses.replace(recipe, method=method, beside=(), eval_before=False)
+        results.append(run_recipe(other, Run(run.folder / method), data_root, options.device, resume=resume))
+    print(result_table(results))
+    print(f"\nwritten to {run.folder}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    if options.checkpoint is None:
+        raise RecipeError("--checkpoint is needed")
+    state, meta = read_state_dict(options.checkpoint), _meta(options.checkpoint)
+    if options.recipe:
+        recipe = get_recipe(options.recipe, **_overrides(options))
+    elif "recipe" in meta:
+        recipe = dataclasses.replace(Recipe.from_dict(meta["recipe"]), **_overrides(options))
+    else:
+        raise RecipeError(f"{options.checkpoint} does not say how it was made; --recipe is needed")
+    train_set, test_set, classes = data.load_datasets(recipe, options.data_root)
+    _, loader = data.loaders(recipe, train_set, test_set)
+    model = make_network(dataclasses.replace(recipe, checkpoint=None, method="at"), len(classes))
+    if any(".main_bn." in name for name in state):
+        convert_twin_bn(model)
+    elif options.wing == "frozen":
+        raise RecipeError(f"--wing frozen: {options.checkpoint} has no two-wing layers")
+    load_state(model, state, allow_missing=("fc", "mean", "std"), allow_extra=("fc",))
+    model.to(options.device)
+    started = time.monotonic()
+    accuracy = evaluate(model, loader, eval_attack(recipe, model), device=options.device, wing=options.wing)
+    print(
+        f"clean {accuracy.clean:.2%}, under PGD-{recipe.eval_steps} ({recipe.norm}, eps {recipe.eps:.5f}) "
+        f"{accuracy.robust:.2%}, on {accuracy.images} images of {recipe.dataset} in {time.monotonic() - started:.0f} s"
+    )
+
+
+def _meta(path: str) -> dict:
+    """What a run wrote beside the network; nothing for other people's checkpoints."""
+    try:
+        return load_checkpoint(path)[1]
+    except CheckpointError:
+        return {}
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    recipe = get_recipe("mini-pretrain", **_overrides(options))
+    record = pretrain(recipe, Path(options.run), options.data_root, options.device, Path(options.out))
+    print(json.dumps(record, indent=2))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    summary = convert_checkpoint(options.source, options.target, wings=options.wings)
+    print(f"{options.target}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))

@@ -1,0 +1,75 @@
+"""Checks of a batch against a model; every error names the argument and the value."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Require ``images`` [N, C, H, W], floating point, finite, in [0, 1], on the model's device."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(f"images must be a floating-point tensor, got {_kind(images)}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    if first is not None and first.device != images.device:
+        raise ValueError(f"images are on {images.device}, but the model is on {first.device}")
+    if images.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if low != low or high != high:
+        raise ValueError(f"images hold {int(images.isnan().sum())} NaN pixel values")
+    if low < 0 or high > 1:
+        raise ValueError(f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}")
+
+
+def check_labels(labels: Tensor, images: Tensor) -> int:
+    """Require ``labels`` [N], int64, not negative, on the images' device; return the largest (-1 if none)."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, got {_kind(labels)}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must have shape [{images.shape[0]}], one per image, got {list(labels.shape)}")
+    if labels.device != images.device:
+        raise ValueError(f"labels are on {labels.device}, but the images are on {images.device}")
+    if labels.numel() == 0:
+        return -1
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if low < 0:
+        raise ValueError(f"labels must not be negative, got {low}")
+    return high
+
+
+def check_logits(logits: Tensor, rows: int, largest_label: int) -> None:
+    """Require ``logits`` [rows, classes] with a class for every label. Touches no values: no synchronisation."""
+    if logits.dim() != 2 or logits.shape[0] != rows:
+        raise ValueError(f"the model must return logits [{rows}, classes], got {list(logits.shape)}")
+    if largest_label >= logits.shape[1]:
+        raise ValueError(f"labels hold class {largest_label}, but the model has {logits.shape[1]} classes")
+
+
+def check_running_statistics(model: nn.Module) -> None:
+    """Require running statistics in every batch norm, as evaluation mode needs them."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(f"eval mode needs running statistics, but the batch norm {name!r} has none")
+
+
+def check_not_negative(**values: float) -> None:
+    """Require every keyword to be a finite number >= 0."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    """Require ``value`` to be one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(sorted(map(str, choices)))}")
+
+
+def _kind(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

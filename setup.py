@@ -6,6 +6,8 @@ TWINS_FAST_CUDA=0 leaves the CUDA kernels out, as does the absence of nvcc.
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +41,16 @@ def units(nvcc: str | None) -> list[tuple[str, str, str]]:
 def pybind11_flags() -> str:
     import pybind11
 
-    return f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -fvisibility=hidden"
+    return " ".join([include(pybind11.get_include()), include(sysconfig.get_path("include")), "-fvisibility=hidden"])
+
+
+def include(folder: str | Path) -> str:
+    return shlex.quote(f"-I{folder}")
+
+
+def escaped(path: str | Path) -> str:
+    """A path in a build line of ninja, which quotes it for the shell itself."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def cuda_architecture_flags(nvcc: str) -> str:
@@ -70,7 +81,7 @@ def compile_module(target: Path, folder: Path, nvcc: str | None) -> None:
     host = f"-O3 -fPIC -std=c++17 -fno-math-errno -fno-trapping-math -Wno-psabi {openmp}"
     linker = f"{nvcc} -ccbin {cxx} -cudart static -Xcompiler -fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
-        f"includes = -I{ROOT}/csrc -I{ROOT}/csrc/include",
+        f"includes = {include(ROOT / 'csrc')} {include(ROOT / 'csrc' / 'include')}",
         f"rule cxx\n command = {cxx} {host} $includes $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d",
         f"rule cuda\n command = {nvcc} -ccbin {cxx} -O3 -std=c++17 -Xcompiler -fPIC $includes $flags -c $in -o $out",
         f"rule link\n command = {linker} {link} $in -o $out",
@@ -78,9 +89,9 @@ def compile_module(target: Path, folder: Path, nvcc: str | None) -> None:
     objects = []
     for source, name, flags in units(nvcc):
         rule = "cuda" if source.endswith(".cu") else "cxx"
-        lines.append(f"build {name}: {rule} {ROOT / source}\n flags = {flags}")
+        lines.append(f"build {name}: {rule} {escaped(ROOT / source)}\n flags = {flags}")
         objects.append(name)
-    lines.append(f"build {target}: link {' '.join(objects)}\ndefault {target}\n")
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}\ndefault {escaped(target)}\n")
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))

@@ -122,7 +122,9 @@ class TransferResNet(ResNet):
 
 
 def _standardize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return (images.clamp(0, 1) - mean) / std
+    # hardtanh is clamp with a fixed derivative of 0 at both bounds, which is how the published code was recorded;
+    # that of torch.clamp is 1 there in older PyTorch releases (2.11 for one) and 0 in newer ones.
+    return (F.hardtanh(images, 0, 1) - mean) / std
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {

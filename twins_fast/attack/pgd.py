@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attack import objectives
+from twins_fast.modes import in_mode
 from twins_fast.validation import (
     check_choice,
     check_images,
@@ -112,7 +113,7 @@ class PGD:
         x = self._start(images) if x_init is None else _checked_start(x_init, images)
         if images.shape[0] == 0:
             return x
-        with _attacked(self.model, training=self.bn_mode == "train"):
+        with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
             objective = self._objective(images, labels, largest_label)
             for _ in range(self.steps):
                 x = self._step(images, x, self._gradient(x, objective))
@@ -211,17 +212,13 @@ def _checked_start(x_init: Tensor, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _attacked(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode and switch parameter gradients off; put both back exactly."""
-    modes = [(module, module.training) for module in model.modules()]
+def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Switch parameter gradients off; put them back exactly."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.train(training)
         for parameter in parameters:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter in parameters:
             parameter.requires_grad_(True)

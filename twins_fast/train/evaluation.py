@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twins_fast.modes import in_mode
 from twins_fast.nn import wings
 
 
@@ -40,21 +41,16 @@ def evaluate(
     Raises:
         ValueError: no images.
     """
-    modes = [(module, module.training) for module in model.modules()]
     clean = robust = total = 0
-    try:
-        model.eval()
-        with wings(model, wing) if wing is not None else nullcontext():
-            for images, labels in batches:
-                images, labels = images.to(device), labels.to(device)
-                adversarial = attack(images, labels)
-                with torch.no_grad():
-                    clean += int((model(images).argmax(1) == labels).sum())
-                    robust += int((model(adversarial).argmax(1) == labels).sum())
-                total += len(labels)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    chosen_wing = nullcontext() if wing is None else wings(model, wing)
+    with in_mode(model, training=False), chosen_wing:
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            adversarial = attack(images, labels)
+            with torch.no_grad():
+                clean += int((model(images).argmax(1) == labels).sum())
+                robust += int((model(adversarial).argmax(1) == labels).sum())
+            total += len(labels)
     if total == 0:
         raise ValueError("there are no test images to evaluate on")
     return Accuracy(clean / total, robust / total, total)

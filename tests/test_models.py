@@ -1,0 +1,34 @@
+"""Networks: the input stage."""
+
+import pytest
+import torch
+
+from twins_fast.models import ARCHITECTURES, CifarResNet, build_model
+
+
+def test_images_are_clamped_and_standardised(tiny_model):
+    tiny_model.eval()
+    x = torch.rand(2, 3, 8, 8) * 1.4 - 0.2
+    seen = []
+    tiny_model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    assert torch.equal(tiny_model(x), tiny_model(x.clamp(0, 1)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(seen[0], (x.clamp(0, 1) - mean) / std)
+
+
+def test_derivative_on_the_bounds_is_zero_on_every_torch(tiny_model):
+    x = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3).repeat(1, 3, 4, 1).requires_grad_()
+    tiny_model.eval()(x).sum().backward()
+    assert (x.grad[..., [0, 2]] == 0).all() and (x.grad[..., 1] != 0).any()
+
+
+def test_entries_are_named_as_published():
+    names = set(CifarResNet(5, width=4, blocks=(1, 1)).state_dict())
+    assert {"mean", "std", "conv1.weight", "bn1.weight", "layers.1.0.downsample.1.bias", "fc_downstream.bias"} <= names
+    names = set(ARCHITECTURES["resnet18"](num_classes=5).state_dict())
+    assert {"fc.weight", "fc_downstream.weight", "layer1.0.conv1.weight"} <= names and "mean" not in names
+
+
+def test_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="unknown arch 'vgg'"):
+        build_model("vgg", 5)

@@ -43,7 +43,8 @@ class Run:
             raise RunError(f"run folder {str(self.folder)!r} already holds a run; use --resume {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            config = {"recipe": recipe.to_dict(), "data_root": data_root}
+            root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
+            config = {"recipe": recipe.to_dict(), "data_root": root}
             write_atomically(self.config, json.dumps(config, indent=2).encode())
         except OSError as error:
             raise RunError(f"run folder {str(self.folder)!r} cannot be written: {error}") from error

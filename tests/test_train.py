@@ -210,6 +210,14 @@ def test_unknown_names_are_refused(capsys, npz, tmp_path):
         Recipe.from_dict({"name": "x", "dataset": "npz", "colour": 1})
 
 
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path):
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--recipe", "mini", "--run", str(tmp_path / "run"), "--device", device])
+        assert f"no device '{device}' here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_errors_leave_no_run_folder(capsys, tmp_path):
     run = tmp_path / "run"
     said = refused(capsys, "train", "--recipe", "cub200", "--run", str(run), "--data-root", str(tmp_path / "no"))

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="D", help="folder or .npz file of the data set")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +120,15 @@ def _fraction(text: str) -> float:
         return float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or fraction") from None
+
+
+def _device(text: str) -> str:
+    """A device of this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here ({str(error).splitlines()[0]})") from None
+    return text
 
 
 def _overrides(options: argparse.Namespace) -> dict:

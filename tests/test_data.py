@@ -174,6 +174,21 @@ WRONG = {
         "npz",
         r"labels must have shape \[4\], got \[2\]",
     ),
+    "float labels": (
+        lambda p: write_npz(p / "x.npz", train=IMAGES, train_labels=LABELS / 1, test=IMAGES, test_labels=LABELS),
+        "npz",
+        "x.npz': labels must be integers, got float64",
+    ),
+    "label without a class": (
+        lambda p: write_npz(p / "x.npz", train=IMAGES, train_labels=LABELS, test=IMAGES, test_labels=LABELS + 5),
+        "npz",
+        r"labels must be in \[0, 0\], got values from 5 to 5",
+    ),
+    "no images": (
+        lambda p: write_npz(p / "x.npz", train=IMAGES[:0], train_labels=LABELS[:0], test=IMAGES, test_labels=LABELS),
+        "npz",
+        "there are no images",
+    ),
     "no root": (lambda p: None, "npz", "needs --data-root"),
     "root is no folder": (lambda p: p / "nowhere", "folder", "nowhere' is not a folder"),
     "no train folder": (lambda p: p, "folder", "must hold train/CLASS"),

@@ -31,6 +31,14 @@ class ImageArray(Dataset):
             raise DataError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise DataError(f"labels must have shape [{len(images)}], got {list(labels.shape)}")
+        if len(images) == 0:
+            raise DataError("there are no images")
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"labels must be integers, got {labels.dtype}")
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise DataError(
+                f"labels must be in [0, {len(classes) - 1}], got values from {labels.min()} to {labels.max()}"
+            )
         self.images = images
         self.labels = labels.astype(np.int64)
         self.classes = classes
@@ -199,28 +207,29 @@ def _npz(path: Path, chosen: tuple[str, ...]) -> tuple[ImageArray, ImageArray, t
     missing = [name for name in ("train", "train_labels", "test", "test_labels") if name not in arrays]
     if missing:
         raise DataError(f"{str(path)!r} lacks the array(s) {', '.join(missing)}; it holds {', '.join(sorted(arrays))}")
-    count = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
     if "classes" in arrays:
         classes = tuple(map(str, arrays["classes"]))
     else:
+        count = int(arrays["train_labels"].max(initial=0)) + 1
         classes = CIFAR10_CLASSES if count == 10 else tuple(map(str, range(count)))
-    sets = [
-        ImageArray(*_only(arrays[part], arrays[f"{part}_labels"], classes, chosen), chosen or classes)
-        for part in ("train", "test")
-    ]
-    return sets[0], sets[1], chosen or classes
-
-
-def _only(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], chosen: tuple[str, ...]):
-    if not chosen:
-        return images, labels
     unknown = [name for name in chosen if name not in classes]
     if unknown:
         raise DataError(f"the data set has no class {', '.join(unknown)}; it has {', '.join(classes)}")
-    new_label = np.full(len(classes), -1)
-    new_label[[classes.index(name) for name in chosen]] = np.arange(len(chosen))
-    kept = new_label[labels] >= 0
-    return images[kept], new_label[labels[kept]]
+    try:
+        sets = [ImageArray(arrays[part], arrays[f"{part}_labels"], classes) for part in ("train", "test")]
+    except DataError as error:
+        raise DataError(f"{str(path)!r}: {error}") from None
+    if chosen:
+        sets = [_only(whole, chosen) for whole in sets]
+    return sets[0], sets[1], sets[0].classes
+
+
+def _only(whole: ImageArray, chosen: tuple[str, ...]) -> ImageArray:
+    """The images of some classes, labelled in the order of ``chosen``."""
+    new_label = np.full(len(whole.classes), -1)
+    new_label[[whole.classes.index(name) for name in chosen]] = np.arange(len(chosen))
+    labels = new_label[whole.labels]
+    return ImageArray(whole.images[labels >= 0], labels[labels >= 0], chosen)
 
 
 def _folder(root: Path) -> tuple[Dataset, Dataset, tuple[str, ...]]:

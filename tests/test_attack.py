@@ -194,6 +194,26 @@ def test_batch_norm_without_statistics_is_refused(batch):
         PGD(model)(*batch)
 
 
+def test_a_falsy_random_start_starts_at_the_image(tiny_model, batch):
+    assert torch.equal(PGD(tiny_model, random_start=0, steps=0)(*batch), batch[0])
+
+
+def test_without_steps_the_start_is_still_put_into_the_ball(tiny_model, batch):
+    made = PGD(tiny_model, eps=0.1, steps=0)(*batch, x_init=batch[0] + 5)
+    assert (made - batch[0]).abs().max() <= 0.1 + 1e-6 and made.max() <= 1
+
+
+def test_a_model_that_returns_no_tensor_and_inference_mode_are_refused(tiny_model, batch):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return tiny_model(x), x
+
+    with pytest.raises(TypeError, match="tensor of logits, got tuple"):
+        PGD(Pair())(*batch)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        PGD(tiny_model)(*batch)
+
+
 def test_bad_x_init_is_refused(tiny_model, batch):
     with pytest.raises(ValueError, match="x_init"):
         PGD(tiny_model)(*batch, x_init=batch[0][:4])

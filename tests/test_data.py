@@ -189,6 +189,13 @@ WRONG = {
         "npz",
         "there are no images",
     ),
+    "images of another size": (
+        lambda p: write_npz(
+            p / "x.npz", train=np.zeros((4, 64, 64, 3), np.uint8), train_labels=LABELS, test=IMAGES, test_labels=LABELS
+        ),
+        "npz",
+        "32 x 32 pixels, but the images have 64 x 64",
+    ),
     "no root": (lambda p: None, "npz", "needs --data-root"),
     "root is no folder": (lambda p: p / "nowhere", "folder", "nowhere' is not a folder"),
     "no train folder": (lambda p: p, "folder", "must hold train/CLASS"),
@@ -201,7 +208,13 @@ WRONG = {
 def test_a_root_without_the_data_is_a_clear_error(tmp_path, name):
     make_root, dataset, message = WRONG[name]
     with pytest.raises(DataError, match=message):
-        data.load_datasets(recipe_for(dataset), make_root(tmp_path))
+        train, test, _ = data.load_datasets(recipe_for(dataset), make_root(tmp_path))
+        data.loaders(recipe_for(dataset), train, test)
+
+
+def test_classes_of_other_data_sets_cannot_be_chosen():
+    with pytest.raises(DataError, match="from an .npz file only, got ship"):
+        data.load_datasets(get_recipe("mini", classes=("ship",)), None)
 
 
 def test_truncated_npz_is_a_clear_error(npz):

@@ -158,6 +158,28 @@ def test_conversion_keeps_options_modes_and_shared_layers():
     assert isinstance(convert_twin_bn(nn.BatchNorm2d(2)), TwinBatchNorm2d)
 
 
+def test_statistics_that_were_switched_off_stay_as_they_are():
+    plain = perturbed(nn.BatchNorm2d(4))
+    plain.track_running_stats = False
+    before, x = plain.running_mean.clone(), torch.randn(6, 4, 3, 3)
+    layer = convert_twin_bn(copy.deepcopy(plain))
+    torch.testing.assert_close(layer(x)[3:], plain(x[3:]), rtol=0, atol=0)
+    assert torch.equal(layer.running_mean, before) and layer.num_batches_tracked == 0
+    plain.num_batches_tracked = None  # as in checkpoints of old PyTorch releases
+    convert_twin_bn(plain)(x)
+
+
+def test_conversion_refuses_what_it_would_lose_or_miss():
+    hooked = nn.Sequential(nn.BatchNorm2d(4))
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot convert 0: it has hooks"):
+        convert_twin_bn(hooked)
+    with pytest.raises(ValueError, match="cannot convert 0: .*SyncBatchNorm"):
+        convert_twin_bn(nn.Sequential(nn.SyncBatchNorm(4)))
+    with pytest.raises(ValueError, match="no BatchNorm2d"):
+        convert_twin_bn(nn.Conv2d(1, 1, 1))
+
+
 def test_conversion_refuses_before_it_changes_anything():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(ValueError, match="cannot convert 1"):

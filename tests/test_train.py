@@ -112,6 +112,29 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path, npz):
     assert_same_run(tmp_path / "whole", run.folder)
 
 
+def test_a_resume_needs_the_pretrained_file_no_more(tmp_path, npz, monkeypatch):
+    source = tmp_path / "source.safetensors"
+    save_checkpoint(source, ARCHITECTURES["tiny"](num_classes=3).state_dict(), {})
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "run", npz, "--checkpoint", source.name, "--method", "twins-at") == 0
+    source.unlink()
+    monkeypatch.chdir("/")
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_lost_files_of_a_run(capsys, tmp_path, npz):
+    run = Run(tmp_path / "run")
+    assert train(run.folder, npz, "--epochs", "1") == 0
+    run.metrics.unlink()
+    assert cli.main(["train", "--resume", str(run.folder)]) == 0
+    run.config.write_text("[]")
+    assert "is not a run folder" in refused(capsys, "train", "--resume", str(run.folder))
+    run.config.unlink()
+    assert train(run.folder, npz, "--lr", "0.001") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
 def test_amp_and_channels_last_are_options_of_every_run(tmp_path, npz):
     assert (
         train(tmp_path / "run", npz, "--amp", "bf16", "--channels-last", "--method", "twins-trades", "--epochs", "1")
@@ -216,6 +239,17 @@ def test_a_device_that_is_not_there_is_refused(capsys, tmp_path):
             cli.main(["train", "--recipe", "mini", "--run", str(tmp_path / "run"), "--device", device])
         assert f"no device '{device}' here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_fields_that_contradict_each_other_are_refused(capsys, tmp_path):
+    assert "beside must name" in refused(capsys, "train", "--recipe", "mini", "--method", "at")
+    assert "beside must name" in refused(capsys, "train", "--recipe", "mini", "--beside", "trades,trades")
+    assert "upsample must be at least 1" in refused(capsys, "train", "--recipe", "cifar10", "--upsample", "0")
+    run = ["--run", str(tmp_path / "run"), "--checkpoint", "none"]
+    said = refused(capsys, "train", "--recipe", "mini", "--upsample", "64", *run)
+    assert "upsample must be none" in said and not (tmp_path / "run").exists()
+    embedded = ["--checkpoint", "embedded", "--recipe", "mini"]
+    assert "knows the classes airplane" in refused(capsys, "eval", *embedded)
 
 
 def test_data_errors_leave_no_run_folder(capsys, tmp_path):

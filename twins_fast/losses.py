@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attack import named_attack
 from twins_fast.nn import TwinBatchNorm2d
-from twins_fast.validation import check_choice, check_images, check_labels, check_logits, check_not_negative
+from twins_fast.validation import check_choice, check_images, check_labels, check_not_negative, checked_logits
 
 METHODS = ("standard", "at", "trades", "twins-at", "twins-trades")
 
@@ -74,14 +73,14 @@ def adversarial_loss(
         raise ValueError(f"method {method!r} needs at least {2 if two_wing else 1} image(s), got {rows}")
 
     if method == "standard":
-        trained_on = clean = _logits(model, images, rows, largest_label)
+        trained_on = clean = checked_logits(model(images), rows, largest_label)
     else:
         if isinstance(attack, str):
             attack = named_attack(attack, model)
         adversarial_images = attack(images, labels, x_init=x_init)
-        trained_on = clean = _logits(model, adversarial_images, rows, largest_label)
+        trained_on = clean = checked_logits(model(adversarial_images), rows, largest_label)
         if method.endswith("trades"):
-            clean = _logits(model, images, rows, largest_label)
+            clean = checked_logits(model(images), rows, largest_label)
 
     wings = [slice(0, rows // 2), slice(rows // 2, rows)] if two_wing else [slice(0, rows)]
     weights = [twins_lambda, 1.0] if two_wing else [1.0]
@@ -99,18 +98,14 @@ def adversarial_loss(
     return loss, metrics
 
 
-def _logits(model: nn.Module, images: Tensor, rows: int, largest_label: int) -> Tensor:
-    logits = model(images)
-    check_logits(logits, rows, largest_label)
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def _kl_sum(clean: Tensor, adversarial: Tensor) -> Tensor:
     """KL_sum(clean || adversarial), with gradients through both, as in TRADES."""
     return F.kl_div(F.log_softmax(adversarial, 1), F.softmax(clean, 1), reduction="sum")
 
 
 def _check_wings(model: nn.Module, method: str, two_wing: bool) -> None:
+    if two_wing and isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(f"method {method!r} cannot use nn.DataParallel: each replica would split its own rows")
     layers = [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
     mixing = [layer.wing == "mix" or (layer.wing is None and layer.training) for layer in layers]
     if two_wing and not (layers and all(mixing)):

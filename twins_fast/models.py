@@ -28,7 +28,12 @@ def build_model(arch: str, num_classes: int, upsample: int | None = None) -> nn.
         upsample: side in pixels that images are enlarged to inside the model (ImageNet networks only).
     """
     check_choice("arch", arch, ARCHITECTURES)
-    return ARCHITECTURES[arch](num_classes=num_classes, **({} if upsample is None else {"upsample": upsample}))
+    build = ARCHITECTURES[arch]
+    if upsample is None:
+        return build(num_classes=num_classes)
+    if getattr(build, "func", build) is not TransferResNet:
+        raise ValueError(f"arch {arch!r} takes images as they are; upsample must be none, got {upsample!r}")
+    return build(num_classes=num_classes, upsample=upsample)
 
 
 class CifarResNet(nn.Module):

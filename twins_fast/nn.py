@@ -66,13 +66,15 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         frozen = self.main_bn
         frozen_wing = (frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias)
         adaptive_wing = (self.running_mean, self.running_var, self.weight, self.bias)
-        if self.training and split > 0:
+        if self.training and split > 0 and frozen.num_batches_tracked is not None:
             frozen.num_batches_tracked.add_(1)  # counted by the published code too; nothing reads it
         if split == rows:
             return self._normalize(x, *frozen_wing)
         if not self.training:
             adaptive = self._normalize(x[split:], *adaptive_wing)
             return adaptive if split == 0 else torch.cat([self._normalize(x[:split], *frozen_wing), adaptive])
+        if not self.track_running_stats:  # switched off later: batch statistics without an update, as in nn.BatchNorm2d
+            return twin_batch_norm(x, split, frozen_wing, (None, None, self.weight, self.bias), 0.0, self.eps)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         momentum = self.momentum
@@ -127,12 +129,15 @@ def convert_twin_bn(model: nn.Module) -> nn.Module:
     ``BatchNormAct2d`` keeps its activation. Layers that are already two-wing are left alone.
 
     Raises:
-        ValueError: a batch norm without running statistics, which the frozen wing would need.
+        ValueError: a batch norm without running statistics, which the frozen wing would need; one with
+            hooks, which would be lost; a ``SyncBatchNorm``; no batch norm at all. Nothing is changed then.
         TypeError: a subclass of ``BatchNorm2d`` whose forward is not known here.
     """
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_plain_bn(module):
+        if _is_plain_bn(module) or isinstance(module, nn.SyncBatchNorm):
             _check_convertible(name or "the model", module)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ValueError("the model has no BatchNorm2d to convert")
     return _replace(model, _is_plain_bn, _twin_of, {})
 
 
@@ -184,7 +189,11 @@ def _is_timm_bn_act(module: nn.Module) -> bool:
     return type(module).__name__ == "BatchNormAct2d" and hasattr(module, "drop") and hasattr(module, "act")
 
 
-def _check_convertible(name: str, module: nn.BatchNorm2d) -> None:
+def _check_convertible(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.SyncBatchNorm):
+        raise ValueError(f"cannot convert {name}: two-wing layers do not synchronise SyncBatchNorm statistics")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(f"cannot convert {name}: it has hooks, which would be lost")
     if type(module) is not nn.BatchNorm2d and not _is_timm_bn_act(module):
         raise TypeError(f"cannot convert {name}: the forward of {type(module).__qualname__} is not known")
     if module.running_mean is None:

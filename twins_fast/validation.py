@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,18 @@ def check_labels(labels: Tensor, images: Tensor) -> int:
     return high
 
 
-def check_logits(logits: Tensor, rows: int, largest_label: int) -> None:
-    """Require ``logits`` [rows, classes] with a class for every label. Touches no values: no synchronisation."""
+def checked_logits(logits: Tensor, rows: int, largest_label: int) -> Tensor:
+    """Require ``logits`` [rows, classes] with a class for every label; half precision comes back as float32.
+
+    Looks at no values, so that nothing waits for a GPU.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model must return a tensor of logits, got {_kind(logits)}")
     if logits.dim() != 2 or logits.shape[0] != rows:
         raise ValueError(f"the model must return logits [{rows}, classes], got {list(logits.shape)}")
     if largest_label >= logits.shape[1]:
         raise ValueError(f"labels hold class {largest_label}, but the model has {logits.shape[1]} classes")
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def check_running_statistics(model: nn.Module) -> None:
@@ -61,7 +68,7 @@ def check_running_statistics(model: nn.Module) -> None:
 def check_not_negative(**values: float) -> None:
     """Require every keyword to be a finite number >= 0."""
     for name, value in values.items():
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from twins_fast.validation import (
     check_choice,
     check_images,
     check_labels,
-    check_logits,
     check_not_negative,
     check_running_statistics,
+    checked_logits,
 )
 
 NORMS = ("linf", "l2", "l2-sign")
@@ -67,7 +68,7 @@ class PGD:
         targeted: bool = False,
     ):
         check_not_negative(eps=eps, alpha=alpha, steps=steps)
-        if not isinstance(steps, int):
+        if not isinstance(steps, Integral):
             raise ValueError(f"steps must be an integer, got {steps!r}")
         check_choice("norm", norm, NORMS)
         check_choice("loss", loss, LOSSES)
@@ -80,7 +81,7 @@ class PGD:
         self.eps = eps
         self.alpha = alpha
         self.steps = steps
-        self.random_start = random_start
+        self.random_start = random_start if random_start == "normal" else bool(random_start)
         self.norm = norm
         self.loss = loss
         self.bn_mode = bn_mode
@@ -109,15 +110,19 @@ class PGD:
         largest_label = check_labels(labels, images)
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("an attack needs gradients, which torch.inference_mode() rules out; use torch.no_grad()")
         images = images.detach()
         x = self._start(images) if x_init is None else _checked_start(x_init, images)
         if images.shape[0] == 0:
             return x
         with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
-            objective = self._objective(images, labels, largest_label)
+            run = self._runner(len(images), largest_label)
+            objective = self._objective(images, labels, run)
             for _ in range(self.steps):
-                x = self._step(images, x, self._gradient(x, objective))
-        return x
+                x = self._step(x, self._gradient(x, run, objective))
+                x = self._project(images, x)
+        return x if self.steps else self._project(images, x)
 
     def _start(self, images: Tensor) -> Tensor:
         if self.random_start is False:
@@ -135,12 +140,23 @@ class PGD:
             noise.uniform_(-self.eps, self.eps, generator=self.generator)
         return (images + noise.to(images.device)).clamp_(0, 1)
 
-    def _objective(self, images: Tensor, labels: Tensor, largest_label: int) -> Callable[[Tensor], Tensor]:
+    def _runner(self, rows: int, largest_label: int) -> Callable[[Tensor], Tensor]:
+        """The function images -> checked logits."""
+
+        def run(x: Tensor) -> Tensor:
+            amp = nullcontext() if self.amp_dtype is None else torch.autocast(x.device.type, self.amp_dtype)
+            with amp:
+                logits = self.model(x)
+            return checked_logits(logits, rows, largest_label)
+
+        return run
+
+    def _objective(self, images: Tensor, labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function logits -> scalar whose gradient is followed."""
         if self.loss == "kl":
             with torch.no_grad():
-                clean = F.softmax(self._logits(images), 1)
-            per_sample, reference = objectives.kl_divergence, clean
+                reference = F.softmax(run(images), 1)
+            per_sample = objectives.kl_divergence
         else:
             per_sample = objectives.cross_entropy if self.loss == "ce" else objectives.difference_of_logits_ratio
             reference = labels
@@ -149,29 +165,20 @@ class PGD:
         half = self.amp_dtype is not None or torch.is_autocast_enabled(images.device.type)
         reduce = torch.sum if half else torch.mean
         sign = -1 if self.targeted else 1
+        return lambda logits: sign * reduce(per_sample(logits, reference))
 
-        def objective(logits: Tensor) -> Tensor:
-            check_logits(logits, len(images), largest_label)
-            return sign * reduce(per_sample(logits, reference))
-
-        return objective
-
-    def _gradient(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    def _gradient(self, x: Tensor, run: Callable[[Tensor], Tensor], objective: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(objective(self._logits(x)), x)[0]
+            return torch.autograd.grad(objective(run(x)), x)[0]
 
-    def _logits(self, x: Tensor) -> Tensor:
-        amp = nullcontext() if self.amp_dtype is None else torch.autocast(x.device.type, self.amp_dtype)
-        with amp:
-            logits = self.model(x)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-    def _step(self, images: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    def _step(self, x: Tensor, gradient: Tensor) -> Tensor:
         if self.norm == "l2":
-            x = x + self.alpha * gradient / _l2_norm(gradient).clamp_min(_TINY)
-        else:
-            x = x + self.alpha * gradient.sign()
+            return x + self.alpha * gradient / _l2_norm(gradient).clamp_min(_TINY)
+        return x + self.alpha * gradient.sign()
+
+    def _project(self, images: Tensor, x: Tensor) -> Tensor:
+        """Into the ball around ``images``, then into [0, 1]."""
         if self.norm == "linf":
             x = x.clamp(images - self.eps, images + self.eps)
         else:

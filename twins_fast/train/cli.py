@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from twins_fast.nn import convert_twin_bn
-from twins_fast.train import data
+from twins_fast.train import assets, data
 from twins_fast.train.checkpoints import (
     CheckpointError,
     convert_checkpoint,
@@ -28,8 +28,9 @@ from twins_fast.train.pretrain import pretrain
 from twins_fast.train.recipes import RECIPES, Recipe, RecipeError, get_recipe
 from twins_fast.train.run import Run
 from twins_fast.train.tables import result_table
-from twins_fast.train.trainer import TrainingError, eval_attack, make_network, run_recipe
+from twins_fast.train.trainer import TrainingError, autocast, eval_attack, make_network, run_recipe
 
+_NONE = object()  # "none" on the command line; None means that the field was not asked for
 _FIELDS = [field for field in dataclasses.fields(Recipe) if field.name not in ("name", "dataset")]
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"twins-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("twins-fast: interrupted; the last checkpoint is kept (go on with --resume RUN)", file=sys.stderr)
+        print("twins-fast: interrupted (train goes on from its last checkpoint with --resume RUN)", file=sys.stderr)
         return 130
     return 0
 
@@ -54,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a network by a recipe")
     train.set_defaults(command=_train)
     train.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
-    train.add_argument("--run", metavar="RUN", help="folder to write (default: runs/RECIPE-METHOD-TIME)")
-    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    folder = train.add_mutually_exclusive_group()
+    folder.add_argument("--run", metavar="RUN", help="folder to write (default: runs/RECIPE-METHOD-TIME)")
+    folder.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     _add_places(train)
     _add_overrides(train)
 
@@ -103,14 +105,27 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _reader(kind):
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        return lambda text: tuple(item(part) for part in text.split(",") if part)
+
+        def several(text: str) -> tuple:
+            return tuple(item(part) for part in text.split(",") if part)
+
+        return several
     if isinstance(kind, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
+        item = next(part for part in typing.get_args(kind) if part is not type(None))
+
+        def optional(text: str):
+            return _NONE if text == "none" else item(text)
+
+        return optional
     return _fraction if kind is float else kind
 
 
 def _metavar(kind) -> str:
-    return "A,B,..." if typing.get_origin(kind) is tuple else getattr(_reader(kind), "__name__", "value").strip("_")
+    if typing.get_origin(kind) is tuple:
+        return "A,B,..."
+    if isinstance(kind, types.UnionType):
+        return "X|none"
+    return kind.__name__
 
 
 def _fraction(text: str) -> float:
@@ -132,7 +147,12 @@ def _device(text: str) -> str:
 
 
 def _overrides(options: argparse.Namespace) -> dict:
-    return {field.name: getattr(options, field.name) for field in _FIELDS if getattr(options, field.name) is not None}
+    """The fields that were asked for; a file as an absolute path, since a resume may start elsewhere."""
+    asked = {field.name: getattr(options, field.name) for field in _FIELDS}
+    asked = {name: None if value is _NONE else value for name, value in asked.items() if value is not None}
+    if asked.get("checkpoint") not in (None, "embedded"):
+        asked["checkpoint"] = str(Path(asked["checkpoint"]).resolve())
+    return asked
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -160,26 +180,31 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    if options.checkpoint is None:
+    if options.checkpoint in (None, _NONE):
         raise RecipeError("--checkpoint is needed")
-    state, meta = read_state_dict(options.checkpoint), _meta(options.checkpoint)
+    path = assets.NETWORK if options.checkpoint == "embedded" else options.checkpoint
+    state, meta = read_state_dict(path), _meta(path)
     if options.recipe:
         recipe = get_recipe(options.recipe, **_overrides(options))
     elif "recipe" in meta:
         recipe = dataclasses.replace(Recipe.from_dict(meta["recipe"]), **_overrides(options))
     else:
-        raise RecipeError(f"{options.checkpoint} does not say how it was made; --recipe is needed")
+        raise RecipeError(f"{path} does not say how it was made; --recipe is needed")
     train_set, test_set, classes = data.load_datasets(recipe, options.data_root)
+    trained_on = tuple(meta.get("classes") or meta.get("recipe", {}).get("classes", ()))
+    if trained_on and trained_on != classes:
+        raise data.DataError(f"{path} knows the classes {', '.join(trained_on)}; the data has {', '.join(classes)}")
     _, loader = data.loaders(recipe, train_set, test_set)
     model = make_network(dataclasses.replace(recipe, checkpoint=None, method="at"), len(classes))
     if any(".main_bn." in name for name in state):
         convert_twin_bn(model)
-    elif options.wing == "frozen":
-        raise RecipeError(f"--wing frozen: {options.checkpoint} has no two-wing layers")
+    elif options.wing:
+        raise RecipeError(f"--wing {options.wing}: {path} has no two-wing layers")
     load_state(model, state, allow_missing=("fc", "mean", "std"), allow_extra=("fc",))
     model.to(options.device)
     started = time.monotonic()
-    accuracy = evaluate(model, loader, eval_attack(recipe, model), device=options.device, wing=options.wing)
+    with autocast(recipe, options.device):
+        accuracy = evaluate(model, loader, eval_attack(recipe, model), device=options.device, wing=options.wing)
     print(
         f"clean {accuracy.clean:.2%}, under PGD-{recipe.eval_steps} ({recipe.norm}, eps {recipe.eps:.5f}) "
         f"{accuracy.robust:.2%}, on {accuracy.images} images of {recipe.dataset} in {time.monotonic() - started:.0f} s"

@@ -117,12 +117,15 @@ def load_datasets(recipe: Recipe, data_root: str | Path | None) -> tuple[Dataset
     """
     if recipe.dataset not in DATASETS:
         raise DataError(f"unknown dataset {recipe.dataset!r}; choose from {', '.join(sorted(DATASETS))}")
+    is_npz = data_root is not None and Path(data_root).suffix == ".npz"
+    if recipe.classes and not is_npz:
+        raise DataError(f"classes can be chosen from an .npz file only, got {', '.join(recipe.classes)}")
     if recipe.dataset == "embedded":
         return _embedded()
     if data_root is None:
         raise DataError(f"recipe {recipe.name!r} needs --data-root: {DATASETS[recipe.dataset]}")
     root = Path(data_root)
-    if root.suffix == ".npz":
+    if is_npz:
         return _npz(root, recipe.classes)
     if recipe.dataset == "npz":
         raise DataError(f"recipe {recipe.name!r} needs an .npz file as --data-root, got {str(root)!r}")
@@ -149,6 +152,9 @@ DATASETS = {
 
 def loaders(recipe: Recipe, train: Dataset, test: Dataset) -> tuple[DataLoader, DataLoader]:
     """Data loaders of (images [B, 3, H, W] float32 in [0, 1], labels [B] int64)."""
+    if recipe.augmentation == "cifar" and isinstance(train, ImageArray) and train.images.shape[1:3] != (32, 32):
+        height, width = train.images.shape[1:3]
+        raise DataError(f"augmentation 'cifar' is for 32 x 32 pixels, but the images have {height} x {width}")
     if recipe.eval_images:
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed))
         test = Subset(test, torch.randperm(len(test), generator=generator)[: recipe.eval_images].sort()[0].tolist())
@@ -177,7 +183,8 @@ def eval_transform(augmentation: str) -> Callable:
 def _loader(recipe: Recipe, data: Dataset, transform: Callable, shuffle: bool) -> DataLoader:
     batches = EpochBatches(len(data), recipe.batch_size, recipe.seed, shuffle)
     if len(batches) == 0:
-        raise DataError(f"the training set has {len(data)} images; at least {MIN_BATCH} are needed")
+        kind, least = ("training", MIN_BATCH) if shuffle else ("test", 1)
+        raise DataError(f"the {kind} set has {len(data)} images; at least {least} needed")
     return DataLoader(
         Augmented(data, transform, recipe.seed),
         batch_sampler=batches,

@@ -79,6 +79,14 @@ class Recipe:
             check_not_negative(**{name: getattr(self, name) for name in numbers.split()})
         except ValueError as error:
             raise RecipeError(f"recipe {self.name!r}: {error}") from None
+        others = [other for other in self.beside if other != self.method]
+        if len(set(others)) < len(self.beside):
+            raise RecipeError(
+                f"recipe {self.name!r}: beside must name methods other than {self.method!r}, each once, "
+                f"got {', '.join(self.beside)}"
+            )
+        if self.upsample is not None and self.upsample < 1:
+            raise RecipeError(f"recipe {self.name!r}: upsample must be at least 1, got {self.upsample}")
         for field, least in (("epochs", 1), ("eval_every", 1), ("batch_size", 2)):
             if getattr(self, field) < least:
                 raise RecipeError(f"recipe {self.name!r}: {field} must be at least {least}, got {getattr(self, field)}")
@@ -147,7 +155,7 @@ RECIPES = {
 
 
 def get_recipe(name: str, **overrides) -> Recipe:
-    """A recipe by name with some fields replaced; fields that are None are left alone."""
+    """A recipe by name with some fields replaced."""
     if name not in RECIPES:
         raise RecipeError(f"unknown recipe {name!r}; choose from {', '.join(sorted(RECIPES))}")
-    return dataclasses.replace(RECIPES[name], **{k: v for k, v in overrides.items() if v is not None})
+    return dataclasses.replace(RECIPES[name], **overrides)

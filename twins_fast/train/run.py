@@ -39,7 +39,7 @@ class Run:
         Raises:
             RunError: it cannot be written, or already holds a run.
         """
-        if self.exists():
+        if self.exists() or self.last.exists():
             raise RunError(f"run folder {str(self.folder)!r} already holds a run; use --resume {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class Run:
         try:
             config = json.loads(self.config.read_text())
             return Recipe.from_dict(config["recipe"]), config["data_root"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
 
     def check_recipe(self, recipe: Recipe) -> None:

@@ -62,6 +62,12 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return recipe.lr * min(progress / recipe.warmup, (1 - progress) / (1 - recipe.warmup))
 
 
+def autocast(recipe: Recipe, device: torch.device | str):
+    """The context a recipe's network runs in."""
+    dtype = _AMP_DTYPES.get(recipe.amp)
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+
+
 class Trainer:
     """One run of a recipe.
 
@@ -144,7 +150,7 @@ class Trainer:
         rate = learning_rate(recipe, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._autocast():
+        with autocast(recipe, self.device):
             loss, metrics = adversarial_loss(
                 self.model,
                 images,
@@ -188,12 +194,8 @@ class Trainer:
         return accuracy
 
     def _evaluate(self, wing: str | None) -> Accuracy:
-        with self._autocast():
+        with autocast(self.recipe, self.device):
             return evaluate(self.model, self.test_loader, self.test_attack, device=self.device, wing=wing)
-
-    def _autocast(self):
-        dtype = _AMP_DTYPES.get(self.recipe.amp)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _meta(self, **more) -> dict:
         return {"recipe": self.recipe.to_dict(), "classes": list(self.classes), "step": self.step, **more}
@@ -231,6 +233,8 @@ class Trainer:
         self.seconds = meta["seconds"]
 
     def _finish(self) -> dict:
+        if not any(line["kind"] == "test" for line in self.run.read_metrics()):  # the file was lost
+            self._test(self.recipe.epochs)
         lines = self.run.read_metrics()
         tests = [line for line in lines if line["kind"] == "test"]
         result = {
@@ -266,7 +270,8 @@ def run_recipe(recipe: Recipe, run: Run, data_root: str | None, device: torch.de
     """
     train, test, classes = data.load_datasets(recipe, data_root)
     train_loader, test_loader = data.loaders(recipe, train, test)
-    model = make_network(recipe, len(classes))
+    whole = resume and run.last.exists()  # then the pre-trained file is no longer needed
+    model = make_network(dataclasses.replace(recipe, checkpoint=None) if whole else recipe, len(classes))
     if resume and run.exists():
         run.check_recipe(recipe)
     else:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+from bench import twin_bn as bench_twin_bn
+from bench.harness import RESULTS
 from bench.header import ROOT
 from bench.mini import RESULT as MINI
 from twins_fast.train.assets import NETWORK
@@ -45,7 +48,30 @@ def pretrain() -> str:
     )
 
 
+def twin_bn() -> str:
+    """Two-wing batch norm against its peers, over a whole ResNet-50: one part per device."""
+    parts = []
+    for path in measurements(bench_twin_bn.NAME):
+        kept = json.loads(path.read_text())
+        where = kept["header"]
+        machine = f"{where['machine']} ({where['threads']} threads, {where['instructions']})"
+        if kept["device"] != "cpu":
+            machine = f"{where['gpus'][0]} (driver {where['driver']}, CUDA {where['cuda']})"
+        parts.append(
+            f"{bench_twin_bn.summary_table(kept['workloads'], kept['options'])}\n\n"
+            f"`{kept['command']}` on {machine}, torch {where['torch']}, commit {where['commit']}."
+        )
+    return "\n\n".join(parts)
+
+
+def measurements(benchmark: str) -> list[Path]:
+    """The result files, one per kind of device."""
+    return sorted(RESULTS.glob(f"{benchmark}-*.json"))
+
+
 TABLES = {"mini": mini, "pretrain": pretrain}
+if measurements(bench_twin_bn.NAME):  # the README gets its table with the first measurement
+    TABLES["twin_bn"] = twin_bn
 
 
 def filled(text: str) -> str:

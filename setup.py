@@ -20,9 +20,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 NOTE = "_build_failed.txt"  # read by twins_fast.backend
 CUDA_ARCHITECTURES = ("80", "90", "100")
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 X86_FLAGS = {
-    "avx2": "-mavx2 -mfma",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 
 
@@ -139,7 +141,7 @@ class BuildWithNinja(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_namespace_packages(include=["twins_fast", "twins_fast.*"]), "twins_fast.kernels"],
+        packages=find_namespace_packages(include=["twins_fast", "twins_fast.*"]),
         ext_modules=[Extension("twins_fast._C", sources=[])],
         cmdclass={"build_ext": BuildWithNinja},
     )

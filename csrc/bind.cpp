@@ -47,7 +47,7 @@ TwinBnForward forward_args(int64_t images, int64_t channels, int64_t pixels, int
                            const std::string& dtype, Pointer x, Pointer residual, Pointer frozen_mean,
                            Pointer frozen_var, Pointer frozen_weight, Pointer frozen_bias, Pointer running_mean,
                            Pointer running_var, Pointer weight, Pointer bias, Pointer y, Pointer bits, Pointer stats,
-                           double momentum, double eps, bool relu) {
+                           double momentum, double eps, bool relu, int phase) {
   return {{images, channels, pixels, split, channels_last},
           dtype_of(dtype),
           as<void>(x),
@@ -65,14 +65,15 @@ TwinBnForward forward_args(int64_t images, int64_t channels, int64_t pixels, int
           as<float>(stats),
           momentum,
           eps,
-          relu};
+          relu,
+          static_cast<Phase>(phase)};
 }
 
 TwinBnBackward backward_args(int64_t images, int64_t channels, int64_t pixels, int64_t split, bool channels_last,
                              const std::string& dtype, Pointer dy, Pointer x, Pointer bits, Pointer frozen_mean,
                              Pointer frozen_var, Pointer frozen_weight, Pointer weight, Pointer stats, Pointer dx,
                              Pointer dresidual, Pointer dfrozen_weight, Pointer dfrozen_bias, Pointer dweight,
-                             Pointer dbias, double eps) {
+                             Pointer dbias, Pointer sums, double eps, int phase) {
   return {{images, channels, pixels, split, channels_last},
           dtype_of(dtype),
           as<void>(dy),
@@ -89,7 +90,9 @@ TwinBnBackward backward_args(int64_t images, int64_t channels, int64_t pixels, i
           as<float>(dfrozen_bias),
           as<float>(dweight),
           as<float>(dbias),
-          eps};
+          as<float>(sums),
+          eps,
+          static_cast<Phase>(phase)};
 }
 
 // Binds launch(pack(arguments...), extra...), with the GIL released around the launch.

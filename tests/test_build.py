@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from twins_fast import backend
+from bench import kernels
+from twins_fast import compiled
 
 ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -58,18 +59,18 @@ def test_finding_nvcc(description, monkeypatch, tmp_path):
     assert description.find_nvcc() is None
 
 
-@pytest.mark.skipif(backend._C is None, reason="no compiled module")
+@pytest.mark.skipif(compiled._C is None, reason="no compiled module")
 def test_the_module_needs_no_cuda_library():
-    assert not re.search(rb"libcudart\.so", Path(backend._C.__file__).read_bytes())
+    assert not re.search(rb"libcudart\.so", Path(compiled._C.__file__).read_bytes())
 
 
 @needs_nvcc
-def test_cuda_kernels_spill_no_registers(description, tmp_path):
-    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", "arch=compute_90,code=sm_90"]
-    command += [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/cuda/twin_bn.cu"]
-    report = subprocess.run([*command, "-o", str(tmp_path / "twin_bn.o")], capture_output=True, text=True, check=True)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
-    assert spills and set(spills) == {("0", "0")}
+def test_cuda_kernels_spill_nothing_and_move_16_bytes():
+    rows = kernels.cuda_kernels()
+    assert {row.architecture for row in rows} == {80, 90, 100} and len(rows) == 3 * 2 * 3 * 2 * 2
+    assert [row for row in rows if row.spilled_bytes] == []
+    aligned = [row for row in rows if row.variant.endswith("aligned")]
+    assert aligned and all(row.load_bits == row.store_bits == 128 for row in aligned)
 
 
 @pytest.mark.parametrize("missing", ["compiler works", "compiler exists"])

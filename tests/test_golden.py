@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from twins_fast import PGD, adversarial_loss, backend, convert_twin_bn
+from twins_fast import PGD, adversarial_loss, backend, compiled, convert_twin_bn
 from twins_fast.models import CifarResNet
 
 FOLDER = Path(__file__).parent / "golden"
@@ -103,7 +103,7 @@ def test_plain_backend_reproduces_the_trajectory(replay):
     np.testing.assert_allclose(adversarial.numpy(), replay.recorded["eval_adv"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(backend._C is None, reason="the compiled CPU kernels are not installed")
+@pytest.mark.skipif(compiled._C is None, reason="the compiled CPU kernels are not installed")
 def test_cpp_backend_reproduces_the_losses(replay):
     with backend.use_backend("cpp"):
         losses = [loss for loss, _ in replay.train()]

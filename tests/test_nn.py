@@ -1,6 +1,7 @@
 """Two-wing layers: wings, conversion, state dicts."""
 
 import copy
+import inspect
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from twins_fast import TwinBatchNorm2d, backend, convert_twin_bn, revert_twin_bn, wings
+from twins_fast import TwinBatchNorm2d, backend, convert_twin_bn, ops, revert_twin_bn, wings
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,82 @@ def test_without_affine():
     assert layer(torch.randn(4, 5, 2, 2)).shape == (4, 5, 2, 2)
 
 
+def recorded_calls(monkeypatch):
+    """(residual given, relu) of every call of the op from here on."""
+    calls = []
+
+    def recording(*args, **kwargs):
+        bound = inspect.signature(ops.twin_batch_norm).bind(*args, **kwargs).arguments
+        calls.append((bound.get("residual") is not None, bound.get("relu", False)))
+        return ops.twin_batch_norm(*args, **kwargs)
+
+    monkeypatch.setattr("twins_fast.nn.twin_batch_norm", recording)
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wing", ["mix", "adaptive", "frozen"])
+@pytest.mark.parametrize(("with_residual", "relu"), [(True, False), (False, True), (True, True)])
+def test_residual_and_relu_are_part_of_one_call(monkeypatch, training, wing, with_residual, relu):
+    layer, x = twin().train(training), torch.randn(6, 5, 3, 4)
+    other, residual = copy.deepcopy(layer), torch.randn(6, 5, 3, 4) if with_residual else None
+    with wings(layer, wing), wings(other, wing):
+        expected = other(x)
+        expected = expected if residual is None else expected + residual
+        calls = recorded_calls(monkeypatch)
+        got = layer(x, residual, relu)
+    assert torch.equal(got, expected.relu() if relu else expected)
+    if training or wing != "mix":  # two sets of running statistics are two batch norms
+        assert calls == [(with_residual, relu)]
+    for name, value in other.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], value), name
+
+
+def test_a_residual_that_the_op_does_not_take(monkeypatch):
+    layer, x = twin().eval(), torch.randn(6, 5, 3, 4)
+    for residual in (torch.randn(5, 1, 1), torch.randn(6, 5, 3, 4).double(), 2.0):
+        assert torch.equal(layer(x, residual, True), (layer(x) + residual).relu())
+    assert layer(x[:0], x[:0], True).shape == (0, 5, 3, 4)
+
+
+ACTIVATIONS = {  # drop, act, and whether one call of the op does it
+    "ReLU": (nn.Identity(), nn.ReLU(inplace=True), True),
+    "Identity": (nn.Identity(), nn.Identity(), True),
+    "dropout of nothing": (nn.Dropout2d(0.0), nn.ReLU(), True),
+    "dropout": (nn.Dropout(0.5), nn.ReLU(), False),
+    "SiLU": (nn.Identity(), nn.SiLU(), False),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_of_timm_layers(monkeypatch, name, training):
+    plain = perturbed(timm.layers.BatchNormAct2d(5)).train(training)
+    plain.drop, plain.act, fused = ACTIVATIONS[name]
+    layer, x = convert_twin_bn(copy.deepcopy(plain)), torch.randn(6, 5, 3, 4)
+    assert layer.state_dict().keys() == twin().state_dict().keys()
+    with wings(layer, "adaptive"):
+        torch.manual_seed(0)
+        expected = plain(x)
+        calls = recorded_calls(monkeypatch)
+        torch.manual_seed(0)
+        assert torch.equal(layer(x), expected)
+        assert layer.fuses_act() == (fused or name == "dropout" and not training)
+        if fused and type(plain.act) is nn.ReLU:
+            assert calls == [(False, True)]
+        layer.eval(), plain.eval()
+        residual = torch.randn(6, 5, 3, 4)
+        bare = F.batch_norm(x, plain.running_mean, plain.running_var, plain.weight, plain.bias)
+        assert torch.equal(layer(x, residual), plain.act(bare + residual))
+
+
+def test_hooks_on_an_activation_run():
+    layer, seen = convert_twin_bn(timm.layers.BatchNormAct2d(5)), []
+    layer.act.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(4, 5, 2, 2))
+    assert seen and not layer.fuses_act()
+
+
 NETWORKS = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(),
     "torchvision mobilenet_v2": lambda: torchvision.models.mobilenet_v2(),
@@ -154,7 +231,7 @@ def test_conversion_keeps_options_modes_and_shared_layers():
     assert (layer.eps, layer.momentum, layer.main_bn.eps) == (1e-3, 0.02, 1e-3)
     assert not layer.training and not layer.main_bn.training
     assert not layer.weight.requires_grad and not layer.main_bn.weight.requires_grad and layer.bias.requires_grad
-    assert convert_twin_bn(model)[0] is layer
+    assert convert_twin_bn(model)[0] is layer and type(layer.main_bn) is nn.BatchNorm2d
     assert isinstance(convert_twin_bn(nn.BatchNorm2d(2)), TwinBatchNorm2d)
 
 
@@ -174,8 +251,8 @@ def test_conversion_refuses_what_it_would_lose_or_miss():
     hooked[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="cannot convert 0: it has hooks"):
         convert_twin_bn(hooked)
-    with pytest.raises(ValueError, match="cannot convert 0: .*SyncBatchNorm"):
-        convert_twin_bn(nn.Sequential(nn.SyncBatchNorm(4)))
+    with pytest.raises(ValueError, match="cannot convert 0: .*running statistics"):
+        convert_twin_bn(nn.Sequential(nn.SyncBatchNorm(4, track_running_stats=False)))
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         convert_twin_bn(nn.Conv2d(1, 1, 1))
 

@@ -1,9 +1,20 @@
 """Adversarial fine-tuning of robust networks with two-wing batch norm (TWINS, arXiv 2303.11135)."""
 
 from twins_fast.attack import PGD
+from twins_fast.fuse import fuse_twin_bn, fusion_report
 from twins_fast.losses import adversarial_loss
-from twins_fast.nn import TwinBatchNorm2d, convert_twin_bn, revert_twin_bn, wings
+from twins_fast.nn import TwinBatchNorm2d, convert_sync_twin_bn, convert_twin_bn, revert_twin_bn, wings
 
 __version__ = "0.1.0"
 
-__all__ = ["PGD", "TwinBatchNorm2d", "adversarial_loss", "convert_twin_bn", "revert_twin_bn", "wings"]
+__all__ = [
+    "PGD",
+    "TwinBatchNorm2d",
+    "adversarial_loss",
+    "convert_sync_twin_bn",
+    "convert_twin_bn",
+    "fuse_twin_bn",
+    "fusion_report",
+    "revert_twin_bn",
+    "wings",
+]

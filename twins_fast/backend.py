@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from twins_fast import compiled, phases
+
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # best first; torch runs everywhere
-KERNELS = {"twin_batch_norm": ("cuda", "cpp")}  # op -> backends that have a kernel for it
-DTYPES = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    "cpp": (torch.float32, torch.bfloat16),
-}
-DEVICE = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu"}  # device type of the tensors each one takes
-LANGUAGE = {"cuda": "CUDA", "triton": "Triton", "cpp": "C++"}
+KERNELS = {"twin_batch_norm": ("cuda", "triton", "cpp")}  # op -> backends that have a kernel for it
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
+_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu"}  # device type of the tensors each one takes
+_LANGUAGE = {"cuda": "CUDA", "triton": "Triton", "cpp": "C++"}
 
-try:
-    from twins_fast import _C  # after torch, whose OpenMP runtime it then shares
-
-    _missing = ""
-except ImportError as error:
-    _C = None
-    _note = Path(__file__).with_name("_build_failed.txt")  # written by setup.py
-    _missing = _note.read_text().strip() if _note.exists() else f"no compiled module twins_fast._C ({error})"
-
-cpu_isa = ""  # instruction set of the C++ kernels, one of _C.cpu_isas; "" is the best that this CPU has
 _forced: str | None = os.environ.get("TWINS_FAST_BACKEND") or None
 
 
-def choose(op: str, x: Tensor, vectors: tuple[Tensor | None, ...] = ()) -> str:
+def choose(op: str, x: Tensor) -> str:
     """Name of the backend that runs ``op`` on ``x``: the forced one, else the best that can.
 
     Args:
         op: a key of ``KERNELS``.
         x: the tensor that decides about device and dtype.
-        vectors: weights, biases and statistics, which the compiled kernels take as contiguous float32.
 
     Raises:
         ValueError: ``TWINS_FAST_BACKEND`` names no backend.
@@ -46,14 +35,25 @@ def choose(op: str, x: Tensor, vectors: tuple[Tensor | None, ...] = ()) -> str:
     """
     if _forced is not None:
         _check_name(_forced)
-        why = _obstacle(_forced, op, x.device.type) or _mismatch(_forced, x, vectors)
+        why = _obstacle(_forced, op, x.device.type) or _mismatch(_forced, x)
         if why:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {op}: {why}")
         return _forced
     for backend in BACKENDS:
-        if not (_obstacle(backend, op, x.device.type) or _reservation(backend) or _mismatch(backend, x, vectors)):
+        if not (_obstacle(backend, op, x.device.type) or _reservation(backend, x.device.type) or _mismatch(backend, x)):
             return backend
     raise AssertionError("the torch backend always runs")
+
+
+def implementation(name: str) -> ModuleType:
+    """The module that holds a backend's phases, with the signatures of :mod:`twins_fast.phases`."""
+    if name == "torch":
+        return phases
+    if name == "triton":
+        from twins_fast.kernels import twin_bn  # imports Triton
+
+        return twin_bn
+    return compiled
 
 
 @contextmanager
@@ -67,7 +67,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     _check_name(name)
-    reasons = [_obstacle(name, op, DEVICE.get(name, "cpu")) for op in KERNELS]
+    devices = (_DEVICE.get(name, "cpu"), "cpu")  # interpreted kernels run on the latter
+    reasons = [_obstacle(name, op, device) for device in devices for op in KERNELS]
     if all(reasons):
         raise RuntimeError(f"backend {name!r} is not available: {reasons[0]}")
     before, _forced = _forced, name
@@ -87,9 +88,10 @@ def report() -> list[dict]:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             reasons = {}
             for backend in BACKENDS:
-                why = _obstacle(backend, op, device) or _reservation(backend)
-                if _forced is not None and backend != _forced:
-                    why = f"{_forced} was asked for"
+                if _forced is None:
+                    why = _obstacle(backend, op, device) or _reservation(backend, device)
+                else:
+                    why = _obstacle(backend, op, device) if backend == _forced else f"{_forced} was asked for"
                 if not why:
                     break
                 reasons[backend] = why
@@ -107,29 +109,27 @@ def _obstacle(backend: str, op: str, device: str) -> str:
     if backend == "torch":
         return ""
     if backend not in KERNELS[op]:
-        return f"no {LANGUAGE[backend]} kernel for this op yet"
-    if DEVICE[backend] != device:
-        return f"runs on {DEVICE[backend]} tensors only"
-    if DEVICE[backend] == "cuda" and not torch.cuda.is_available():
+        return f"no {_LANGUAGE[backend]} kernel for this op yet"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if _DEVICE[backend] != device and not interpreted:
+        return f"runs on {_DEVICE[backend]} tensors only"
+    if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
-    if _C is None:
-        return _missing
-    if backend == "cuda" and not _C.has_cuda:
+    if backend == "triton":
+        return "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    if compiled._C is None:
+        return compiled.missing
+    if backend == "cuda" and not compiled._C.has_cuda:
         return "built without nvcc"
     return ""
 
 
-def _reservation(backend: str) -> str:
+def _reservation(backend: str, device: str) -> str:
     """Why a backend that could run is not chosen unless it is asked for by name."""
-    return "not yet run on a GPU" if backend == "cuda" else ""
+    if backend == "triton" and device == "cpu":
+        return "Triton's interpreter is for tests"
+    return "not yet run on a GPU" if backend in ("cuda", "triton") else ""
 
 
-def _mismatch(backend: str, x: Tensor, vectors: tuple[Tensor | None, ...]) -> str:
-    if backend == "torch":
-        return ""
-    if x.dtype not in DTYPES[backend]:
-        return f"no kernel for {x.dtype}"
-    for vector in vectors:
-        if vector is not None and (vector.dtype != torch.float32 or not vector.is_contiguous()):
-            return "weights and statistics must be contiguous float32"
-    return ""
+def _mismatch(backend: str, x: Tensor) -> str:
+    return "" if backend == "torch" or x.dtype in _DTYPES else f"no kernel for {x.dtype}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twins_fast import backend, reference
+from twins_fast import backend, layout, reference, sync
 from twins_fast.reference import Wing
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,6 +21,7 @@ def twin_batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
+    process_group: sync.Group = None,
 ) -> Tensor:
     """Two-wing batch norm (TWINS, arXiv 2303.11135, section 4) with an optional residual and ReLU.
 
@@ -39,9 +40,13 @@ def twin_batch_norm(
         eps: added to the variance, >= 0.
         residual: added before the ReLU; shape, dtype and device of ``x``.
         relu: whether negative results become zero.
+        process_group: processes whose adaptive rows are normalised as one batch, in forward and backward:
+            a ``torch.distributed`` group, ``"world"`` for the default one, or ``None`` for this process
+            alone. All of them must make the call; x may differ in N, and a process may have split = N.
+            Gradients of weight and bias are sums over this process's rows.
 
     The vectors have the dtype of ``x``, or float32 when ``x`` is half precision; autocast changes
-    nothing, as in any batch norm.
+    nothing, as in any batch norm. Kernels compute in float32 throughout.
 
     Returns:
         [N, C, H, W], dtype and memory format of ``x``. First derivatives reach ``x``, ``residual`` and
@@ -49,92 +54,64 @@ def twin_batch_norm(
 
     Raises:
         TypeError, ValueError: an argument is not as above; nothing has been written.
-        RuntimeError: a backend was forced that cannot run this call.
+        RuntimeError: a backend was forced that cannot run this call; ``process_group`` was given, but
+            ``torch.distributed`` is not initialised.
     """
-    _check(x, split, frozen, adaptive, momentum, eps, residual, relu)
-    vectors = (*frozen, *adaptive)
-    if backend.choose("twin_batch_norm", x, vectors) == "torch":
+    shared = process_group is not None and sync.world_size(process_group) > 1
+    _check(x, split, frozen, adaptive, momentum, eps, residual, relu, shared)
+    name = backend.choose("twin_batch_norm", x)
+    if name == "torch" and not shared:
         return reference.twin_batch_norm(x, split, frozen, adaptive, momentum, eps, residual, relu)
-    layout = _layout(x)
-    x = x.contiguous(memory_format=layout)
-    inputs = (x, frozen[2], frozen[3], adaptive[2], adaptive[3])
+    memory_format = layout.nearest(x)
+    x = x.contiguous(memory_format=memory_format)
     if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual)):
-        return _TwinBatchNorm.apply(x, residual, split, *vectors, momentum, eps, relu)
-    return torch.ops.twins_fast.twin_bn_forward(x, residual, split, *vectors, momentum, eps, relu, False)[0]
+        residual = residual.contiguous(memory_format=memory_format)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    vectors = [_as_vector(v, dtype) for v in (*frozen, *adaptive)]
+    leaves = (x, residual, *vectors[2:4], *vectors[6:8])
+    if shared:
+        y = sync.twin_batch_norm(x, residual, split, *vectors, momentum, eps, relu, name, process_group)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        y = _TwinBatchNorm.apply(x, residual, split, *vectors, momentum, eps, relu, name)
+    else:
+        y, _, _ = _forward(x)(x, residual, split, *vectors, momentum, eps, relu, False, name)
+    for given, used in zip(adaptive[:2], vectors[4:6], strict=True):
+        if given is not used:  # half precision or strided
+            given.copy_(used)
+    return y
 
 
 class _TwinBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        residual: Tensor | None,
-        split: int,
-        frozen_mean: Tensor | None,
-        frozen_var: Tensor | None,
-        frozen_weight: Tensor | None,
-        frozen_bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        momentum: float,
-        eps: float,
-        relu: bool,
-    ) -> Tensor:
-        y, bits, stats = torch.ops.twins_fast.twin_bn_forward(
-            x,
-            residual,
-            split,
-            frozen_mean,
-            frozen_var,
-            frozen_weight,
-            frozen_bias,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            momentum,
-            eps,
-            relu,
-            relu,
-        )
-        ctx.save_for_backward(x, bits, stats, frozen_mean, frozen_var, frozen_weight, weight)
-        ctx.split, ctx.eps, ctx.relu = split, eps, relu
+    def forward(ctx, x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, name):
+        vectors = (fm, fv, fw, fb, rm, rv, w, b)
+        y, bits, stats = _forward(x)(x, residual, split, *vectors, momentum, eps, relu, relu, name)
+        ctx.save_for_backward(x, bits, stats, fm, fv, fw, w)
+        ctx.split, ctx.eps, ctx.relu, ctx.name = split, eps, relu, name
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
-        x, bits, stats, frozen_mean, frozen_var, frozen_weight, weight = ctx.saved_tensors
+        x, bits, stats, fm, fv, fw, w = ctx.saved_tensors
         need_x, need_residual, *need = ctx.needs_input_grad
         wanted = [need_x, need_residual and ctx.relu, need[3], need[4], need[7], need[8]]
-        dy = dy.contiguous(memory_format=_layout(x))
+        dy = dy.contiguous(memory_format=layout.nearest(x))
         grads = [None] * 6
         if any(wanted):
-            outputs = torch.ops.twins_fast.twin_bn_backward(
-                dy, x, bits, ctx.split, frozen_mean, frozen_var, frozen_weight, weight, stats, ctx.eps, wanted
-            )
-            grads = [grad if want else None for grad, want in zip(outputs, wanted, strict=True)]
-        dx, dresidual, dfrozen_weight, dfrozen_bias, dweight, dbias = grads
+            results = _backward(x)(dy, x, bits, ctx.split, fm, fv, fw, w, stats, ctx.eps, wanted, ctx.name)
+            grads = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
+        dx, dresidual, dfw, dfb, dw, db = grads
         if need_residual and not ctx.relu:
             dresidual = dy
-        none = (None, None)
-        return dx, dresidual, None, *none, dfrozen_weight, dfrozen_bias, *none, dweight, dbias, *none, None
+        return dx, dresidual, None, None, None, dfw, dfb, None, None, dw, db, None, None, None, None
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The memory format that the kernels give ``x``: its own if dense, else the nearer one."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+def _as_vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return v if v is None or (v.dtype == dtype and v.is_contiguous()) else v.to(dtype).contiguous()
 
 
-def _check(x, split, frozen, adaptive, momentum, eps, residual, relu) -> None:
+def _check(x, split, frozen, adaptive, momentum, eps, residual, relu, shared) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -161,7 +138,7 @@ def _check(x, split, frozen, adaptive, momentum, eps, residual, relu) -> None:
     _check_wing("adaptive", adaptive, x)
     if split > 0 and frozen[0] is None:
         raise ValueError(f"frozen running_mean and running_var must not be None when split > 0, got split={split}")
-    if split < rows and (rows - split) * height * width < 2:
+    if not shared and split < rows and (rows - split) * height * width < 2:
         raise ValueError(
             f"the adaptive half needs at least 2 values per channel, got {rows - split} row(s) of "
             f"{height} x {width} pixels (N={rows}, split={split})"
@@ -195,120 +172,58 @@ def _check_wing(wing: str, vectors: Wing, x: Tensor) -> None:
         raise ValueError(f"{wing} running_mean and running_var must both be tensors or both be None")
 
 
-_library = torch.library.Library("twins_fast", "DEF")
-# frozen_*: the frozen wing; running_*, weight, bias: the adaptive one. x and residual are dense.
-# bits: [rows, ceil(run / 8)] uint8, the signs of y when keep_bits (else empty), over y in memory order as
-# rows of contiguous runs (W * H pixels of a channel, or C channels of a pixel).
+# fm, fv, fw, fb: the frozen wing; rm, rv, w, b: the adaptive one. x, residual and dy are dense and of one layout.
+# bits: the signs of y when keep_bits, else empty (see layout.empty_bits).
 # stats: [2, C] float32, mean and 1 / std of the adaptive half.
+# wanted: which of the six results are computed; the others come back empty.
+# backend: one of backend.BACKENDS, chosen before.
+_library = torch.library.Library("twins_fast", "DEF")
 _library.define(
-    "twin_bn_forward(Tensor x, Tensor? residual, SymInt split, "
-    "Tensor? frozen_mean, Tensor? frozen_var, Tensor? frozen_weight, Tensor? frozen_bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
-    "float momentum, float eps, bool relu, bool keep_bits) -> (Tensor y, Tensor bits, Tensor stats)"
+    "twin_bn_forward(Tensor x, Tensor? residual, SymInt split, Tensor? fm, Tensor? fv, Tensor? fw, Tensor? fb, "
+    "Tensor(a!)? rm, Tensor(b!)? rv, Tensor? w, Tensor? b, float momentum, float eps, bool relu, bool keep_bits, "
+    "str backend) -> (Tensor y, Tensor bits, Tensor stats)"
 )
-# wanted: which of the six results are computed; the others come back empty. dy has the layout of x.
 _library.define(
-    "twin_bn_backward(Tensor dy, Tensor x, Tensor bits, SymInt split, "
-    "Tensor? frozen_mean, Tensor? frozen_var, Tensor? frozen_weight, Tensor? weight, Tensor stats, "
-    "float eps, bool[] wanted) -> (Tensor dx, Tensor dresidual, "
-    "Tensor dfrozen_weight, Tensor dfrozen_bias, Tensor dweight, Tensor dbias)"
+    "twin_bn_backward(Tensor dy, Tensor x, Tensor bits, SymInt split, Tensor? fm, Tensor? fv, Tensor? fw, "
+    "Tensor? w, Tensor stats, float eps, bool[] wanted, str backend) -> "
+    "(Tensor dx, Tensor dresidual, Tensor dfw, Tensor dfb, Tensor dw, Tensor db)"
 )
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """How the kernels walk a dense ``x``; one pixel per image is one run of channels either way."""
-    return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
+def _run_forward(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, keep_bits, name):
+    wings = (fm, fv, fw, fb), (rm, rv, w, b)
+    return backend.implementation(name).forward(x, residual, split, *wings, momentum, eps, relu, keep_bits)
 
 
-def _forward_outputs(x: Tensor, keep_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    run = x.shape[1] if _is_channels_last(x) else x.shape[2] * x.shape[3]
-    bits_shape = (x.numel() // run, (run + 7) // 8) if keep_bits else (0, 0)
-    bits = x.new_empty(bits_shape, dtype=torch.uint8)
-    return torch.empty_like(x), bits, x.new_zeros((2, x.shape[1]), dtype=torch.float32)
+def _run_backward(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted, name):
+    return backend.implementation(name).backward(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted)
 
 
-def _backward_outputs(x: Tensor, wanted: list[bool]) -> list[Tensor]:
-    images = [torch.empty_like(x) if want else x.new_empty(0) for want in wanted[:2]]
-    lengths = [x.shape[1] if want else 0 for want in wanted[2:]]
-    return images + [x.new_zeros(length, dtype=torch.float32) for length in lengths]
+for _device in ("CPU", "CUDA"):
+    _library.impl("twin_bn_forward", _run_forward, _device)
+    _library.impl("twin_bn_backward", _run_backward, _device)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches: a call on such a tensor need not go through PyTorch's dispatcher, which takes longer."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    )
 
 
-def _shape(x: Tensor, split: int) -> tuple[int, int, int, int, bool, str]:
-    rows, channels, height, width = x.shape
-    return rows, channels, height * width, split, _is_channels_last(x), str(x.dtype).removeprefix("torch.")
+def _forward(x: Tensor):
+    return _run_forward if _is_plain(x) else torch.ops.twins_fast.twin_bn_forward.default
 
 
-def _raise_on(status: str) -> None:
-    if status:
-        raise RuntimeError(f"twin_batch_norm: {status}")
-
-
-def _forward_cpu(x, residual, split, fm, fv, fw, fb, running_mean, running_var, w, b, momentum, eps, relu, keep_bits):
-    y, bits, stats = _forward_outputs(x, keep_bits)
-    tensors = (x, residual, fm, fv, fw, fb, running_mean, running_var, w, b, y, bits, stats)
-    where = (torch.get_num_threads(), backend.cpu_isa)
-    _raise_on(backend._C.twin_bn_forward_cpu(*_shape(x, split), *map(_pointer, tensors), momentum, eps, relu, *where))
-    _mark_written(running_mean, running_var)
-    return y, bits, stats
-
-
-def _backward_cpu(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted):
-    outputs = _backward_outputs(x, wanted)
-    tensors = (dy, x, bits, fm, fv, fw, w, stats, *outputs)
-    where = (torch.get_num_threads(), backend.cpu_isa)
-    _raise_on(backend._C.twin_bn_backward_cpu(*_shape(x, split), *map(_pointer, tensors), eps, *where))
-    return tuple(outputs)
-
-
-def _forward_cuda(x, residual, split, fm, fv, fw, fb, running_mean, running_var, w, b, momentum, eps, relu, keep_bits):
-    y, bits, stats = _forward_outputs(x, keep_bits)
-    tensors = (x, residual, fm, fv, fw, fb, running_mean, running_var, w, b, y, bits, stats)
-    with torch.cuda.device(x.device):
-        where = _workspace_and_stream(x)
-        _raise_on(
-            backend._C.twin_bn_forward_cuda(*_shape(x, split), *map(_pointer, tensors), momentum, eps, relu, *where)
-        )
-    _mark_written(running_mean, running_var)
-    return y, bits, stats
-
-
-def _backward_cuda(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted):
-    outputs = _backward_outputs(x, wanted)
-    tensors = (dy, x, bits, fm, fv, fw, w, stats, *outputs)
-    with torch.cuda.device(x.device):
-        where = _workspace_and_stream(x)
-        _raise_on(backend._C.twin_bn_backward_cuda(*_shape(x, split), *map(_pointer, tensors), eps, *where))
-    return tuple(outputs)
-
-
-def _workspace_and_stream(x: Tensor) -> tuple[int, int]:
-    """The workspace may be reused as soon as this returns: by its owner's stream, after the kernels."""
-    size = backend._C.twin_bn_workspace_cuda(x.shape[1])
-    return x.new_empty(size, dtype=torch.float32).data_ptr(), torch.cuda.current_stream(x.device).cuda_stream
-
-
-def _mark_written(*buffers: Tensor | None) -> None:
-    """Tell autograd about writes through raw pointers."""
-    for buffer in buffers:
-        if buffer is not None and not buffer.is_inference():
-            torch.autograd.graph.increment_version(buffer)
-
-
-_library.impl("twin_bn_forward", _forward_cpu, "CPU")
-_library.impl("twin_bn_backward", _backward_cpu, "CPU")
-_library.impl("twin_bn_forward", _forward_cuda, "CUDA")
-_library.impl("twin_bn_backward", _backward_cuda, "CUDA")
+def _backward(x: Tensor):
+    return _run_backward if _is_plain(x) else torch.ops.twins_fast.twin_bn_backward.default
 
 
 @torch.library.register_fake("twins_fast::twin_bn_forward", lib=_library)
-def _forward_fake(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, keep_bits):
-    return _forward_outputs(x, keep_bits)
+def _fake_forward(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, keep_bits, name):
+    return layout.forward_results(x, keep_bits)
 
 
 @torch.library.register_fake("twins_fast::twin_bn_backward", lib=_library)
-def _backward_fake(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted):
-    return tuple(_backward_outputs(x, wanted))
+def _fake_backward(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted, name):
+    return tuple(layout.backward_results(x, wanted))

@@ -38,6 +38,7 @@ struct Scratch {
 TWINS_FAST_DECLARE(baseline)
 TWINS_FAST_DECLARE(avx2)
 TWINS_FAST_DECLARE(avx512)
+TWINS_FAST_DECLARE(avx512_bf16)
 #undef TWINS_FAST_DECLARE
 
 }  // namespace twins_fast

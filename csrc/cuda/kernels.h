@@ -5,12 +5,13 @@
 
 namespace twins_fast {
 
-// Return a cudaError_t, 0 on success. workspace: twin_bn_workspace_cuda() floats of device memory.
+// Return a cudaError_t, 0 on success. workspace: twin_bn_workspace_cuda() floats of device memory. At most 2^31 values
+// per channel (channels last) or groups of 8 (contiguous).
 int twin_bn_forward_cuda(const TwinBnForward& args, uintptr_t workspace, uintptr_t stream);
 int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, uintptr_t stream);
 
 // Floats that suffice for either direction.
-int64_t twin_bn_workspace_cuda(int64_t channels);
+int64_t twin_bn_workspace_cuda(int64_t channels, bool channels_last);
 
 const char* cuda_error_text(int error);
 

@@ -1,4 +1,4 @@
-// Fixed-width vectors on the compiler's vector extensions: float arithmetic, bfloat16 storage, sign bits.
+// Fixed-width vectors on the compiler's vector extensions: float arithmetic, half-precision storage, sign bits.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,56 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Float16 {
+  uint16_t bits;
+};
+
 inline Floats broadcast(float value) { return Floats{} + value; }
+
+inline Floats widen(BFloat16, Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+
+inline Halves narrow(BFloat16, Floats v) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const Words w = (Words)v;
+  const Words even = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // round to nearest even
+  const Words nan = (w >> 16) | 0x40;                       // rounding could turn a NaN into infinity
+  const Words rounded = v == v ? even : nan;
+#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler's own conversion is slow here
+  const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+#else
+  return __builtin_convertvector(rounded, Halves);
+#endif
+#endif
+}
+
+#if defined(__AVX512F__)
+inline Floats widen(Float16, Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
+inline Halves narrow(Float16, Floats v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+inline Floats widen(Float16, Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+inline Halves narrow(Float16, Floats v) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline Floats widen(Float16, Halves h) {
+  const Words w = __builtin_convertvector(h, Words);
+  const Words magnitude = (w & 0x7fff) << 13;
+  // Moving the exponent's bias by a product also makes subnormal numbers right.
+  const Words finite = (Words)((Floats)magnitude * 0x1p112f);
+  return (Floats)((magnitude >= 0x7c00 << 13 ? magnitude | 0x7f800000 : finite) | (w & 0x8000) << 16);
+}
+inline Halves narrow(Float16, Floats v) {
+  const Words w = (Words)v, magnitude = w & 0x7fffffff;
+  const Words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Below 2^-14 the sum with 0.5 rounds at the unit of subnormal numbers.
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000;
+  Words half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : half;             // rounds to 65536 or more
+  half = magnitude > 0x7f800000 ? (magnitude >> 13 & 0x3ff) | 0x7e00 : half;  // NaN
+  return __builtin_convertvector(half | (w >> 16 & 0x8000), Halves);
+}
+#endif
 
 inline Floats decode(const float* p) {
   Floats v;
@@ -35,28 +84,61 @@ inline Floats decode(const float* p) {
   return v;
 }
 
-inline Floats decode(const BFloat16* p) {
+template <class T>
+inline Floats decode(const T* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  return (Floats)(__builtin_convertvector(h, Words) << 16);
+  return widen(T{}, h);
 }
 
 inline void encode(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-inline void encode(BFloat16* p, Floats v) {
-  const Words w = (Words)v;
-  const Words even = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // round to nearest even
-  const Words nan = (w >> 16) | 0x40;                       // rounding could turn a NaN into infinity
-  const Words rounded = v == v ? even : nan;
-#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler's own conversion is slow here
-  const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
-  const __m128i h = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
-#else
-  const Halves h = __builtin_convertvector(rounded, Halves);
-#endif
+template <class T>
+inline void encode(T* p, Floats v) {
+  const Halves h = narrow(T{}, v);
   std::memcpy(p, &h, sizeof h);
 }
 
+// Past the caches, where the instruction set can; p is aligned to the vector that is written.
+#if defined(__AVX512F__)
+inline void encode_past(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
+template <class T>
+inline void encode_past(T* p, Floats v) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)narrow(T{}, v));
+}
+inline void fence_past() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void encode_past(float* p, Floats v) { _mm256_stream_ps(p, (__m256)v); }
+template <class T>
+inline void encode_past(T* p, Floats v) {
+  encode(p, v);
+}
+inline void fence_past() { _mm_sfence(); }
+#else
+template <class T>
+inline void encode_past(T* p, Floats v) {
+  encode(p, v);
+}
+inline void fence_past() {}
+#endif
+
+#if defined(__AVX512F__)
+using Lanes = __mmask16;
+inline Lanes first_lanes(int count) { return (1u << count) - 1; }
+
+inline Floats decode_some(const float* p, int count) { return (Floats)_mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline void encode_some(float* p, Floats v, int count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v); }
+
+template <class T>
+inline Floats decode_some(const T* p, int count) {
+  return widen(T{}, (Halves)_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+
+template <class T>
+inline void encode_some(T* p, Floats v, int count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)narrow(T{}, v));
+}
+#else
 // memcpy of fewer than kLanes values, in powers of two that the compiler turns into single moves.
 template <class T>
 inline void copy_few(T* to, const T* from, int count) {
@@ -69,56 +151,78 @@ inline void copy_few(T* to, const T* from, int count) {
     }
 }
 
-// Loads and stores of the first `count` lanes; absent lanes read as zero.
 template <class T>
-inline Floats load(const T* p, int count = kLanes) {
-  if (count == kLanes) return decode(p);
+inline Floats decode_some(const T* p, int count) {
   T padded[kLanes] = {};
   copy_few(padded, p, count);
   return decode(padded);
 }
 
 template <class T>
-inline void store(T* p, Floats v, int count = kLanes) {
-  if (count == kLanes) return encode(p, v);
+inline void encode_some(T* p, Floats v, int count) {
   T padded[kLanes];
   encode(padded, v);
   copy_few(p, padded, count);
 }
+#endif
 
+// Loads and stores of the first `count` lanes; absent lanes read as zero.
+template <class T>
+inline Floats load(const T* p, int count = kLanes) {
+  return count == kLanes ? decode(p) : decode_some(p, count);
+}
+
+template <class T>
+inline void store(T* p, Floats v, int count = kLanes) {
+  return count == kLanes ? encode(p, v) : encode_some(p, v, count);
+}
+
+// Which lanes: a mask register, or all bits of a lane.
+#if defined(__AVX512F__)
+using Mask = __mmask16;
+inline Mask first_of(int count) { return first_lanes(count); }
+inline Mask not_below_or_zero(Floats v) { return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+inline Floats keep(Mask mask, Floats v) { return (Floats)_mm512_maskz_mov_ps(mask, (__m512)v); }
+inline unsigned packed(Mask mask) { return mask; }
+inline Mask unpacked(unsigned bits) { return bits; }
+#else
+using Mask = Ints;
 inline Ints lane_bits() {
   Ints v = {};
   for (int i = 0; i < kLanes; ++i) v[i] = 1 << i;
   return v;
 }
-
-// The first `count` lanes of a comparison as packed bits, lane 0 lowest.
-inline void store_bits(uint8_t* p, Ints mask, int count = kLanes) {
-#if defined(__AVX512F__)
-  const unsigned bits = _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-  const unsigned bits = _mm256_movemask_ps((__m256)mask);
+inline Mask unpacked(unsigned bits) { return ((Ints{} + static_cast<int>(bits)) & lane_bits()) != 0; }
+inline Mask first_of(int count) { return unpacked((1u << count) - 1); }
+inline Mask not_below_or_zero(Floats v) { return ~(v <= 0.0f); }
+inline Floats keep(Mask mask, Floats v) { return (Floats)((Ints)v & mask); }
+inline unsigned packed(Mask mask) {
+#if defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask);
 #else
   const Ints lanes = mask & lane_bits();
   unsigned bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= lanes[i];
+  return bits;
 #endif
+}
+#endif
+
+// A mask of the first `count` lanes as packed bits, lane 0 lowest.
+inline void store_bits(uint8_t* p, Mask mask, int count = kLanes) {
+  const unsigned bits = packed(mask) & ((1u << count) - 1);
   p[0] = bits;
   if (kLanes > 8 && count > 8) p[1] = bits >> 8;
 }
 
-inline Ints load_bits(const uint8_t* p, int count = kLanes) {
-  int bits = p[0];
+inline Mask load_bits(const uint8_t* p, int count = kLanes) {
+  unsigned bits = p[0];
   if (kLanes > 8 && count > 8) bits |= p[1] << 8;
-  return ((Ints{} + bits) & lane_bits()) != 0;
+  return unpacked(bits);
 }
-
-inline Floats zero_unless(Ints mask, Floats v) { return (Floats)((Ints)v & mask); }
 
 // The first `count` lanes of v, the others zero.
-inline Floats first(Floats v, int count) {
-  return count == kLanes ? v : zero_unless(((Ints{} + ((1 << count) - 1)) & lane_bits()) != 0, v);
-}
+inline Floats first(Floats v, int count) { return count == kLanes ? v : keep(first_of(count), v); }
 
 inline float sum(Floats v) {
   float total = 0;

@@ -15,6 +15,13 @@ enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 enum class Status { kOk, kBadArgument, kUnknownIsa, kOutOfMemory };
 
+// Between a reduction and the apply that follows it, partial results of several processes can be merged.
+enum class Phase {
+  kAll,
+  kReduce,  // forward: only `stats` is written, as mean and sum of squared deviations; backward: only `sums`
+  kApply,   // forward: `stats` is given; backward: `sums` holds what the adaptive rows need, see below
+};
+
 struct Shape {
   int64_t images;
   int64_t channels;
@@ -41,9 +48,10 @@ struct TwinBnForward {
   const float *weight, *bias;
   void* y;
   uint8_t* bits;  // [rows, bytes_of_bits]: 1 where the ReLU passes
-  float* stats;   // [2, channels]: mean and 1 / std of the adaptive half
+  float* stats;   // [2, channels]: mean and 1 / std of the adaptive half; zeros without one
   double momentum, eps;
   bool relu;
+  Phase phase;
 };
 
 struct TwinBnBackward {
@@ -56,7 +64,11 @@ struct TwinBnBackward {
   const float* stats;
   void *dx, *dresidual;  // these and the following: results, null when not wanted
   float *dfrozen_weight, *dfrozen_bias, *dweight, *dbias;
+  // kReduce: [4, channels] result, sums of g and g * (x - mean) over frozen, then adaptive rows.
+  // kApply: [2, channels] given, the adaptive sums divided by their count. kAll: null.
+  float* sums;
   double eps;
+  Phase phase;
 };
 
 }  // namespace twins_fast

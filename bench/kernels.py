@@ -1,0 +1,127 @@
+"""What the compilers make of the GPU kernels, without a GPU: ``python -m bench.kernels``.
+
+Every CUDA and Triton kernel is compiled ahead of time for each architecture. A row says how many registers a thread
+uses, how many bytes of them spill to memory, the shared memory of a block, and the widest access to global memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.header import ROOT, header
+
+RESULT = ROOT / "bench" / "results" / "kernels.json"
+ARCHITECTURES = (80, 90, 100)
+_WIDTHS = {"": 1, "v2.": 2, "v4.": 4, "v8.": 8}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    language: str
+    name: str
+    variant: str
+    architecture: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    load_bits: int  # widest load from global memory
+    store_bits: int
+
+
+def cuda_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """One row per entry point of ``csrc/cuda`` and architecture; needs nvcc."""
+    return [row for architecture in architectures for row in _cuda_kernels(architecture)]
+
+
+def _cuda_kernels(architecture: int) -> list[Kernel]:
+    rows = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin"]
+            command += [f"-arch=sm_{architecture}", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", str(source)]
+            compiled = subprocess.run(
+                [*command, "-o", str(Path(folder, "kernels.cubin"))], capture_output=True, text=True, check=True
+            )
+            (ptx,) = Path(folder).glob("*.ptx")
+            widths = _widths(ptx.read_text())
+        report = re.finditer(
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+            r"Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+            compiled.stderr,
+            re.DOTALL,
+        )
+        for mangled, stores, loads, registers, shared in (found.groups() for found in report):
+            name, variant = _readable(mangled)
+            spilled = int(stores) + int(loads)
+            rows.append(
+                Kernel("CUDA", name, variant, architecture, int(registers), spilled, int(shared or 0), *widths[mangled])
+            )
+    return rows
+
+
+def _widths(ptx: str) -> dict[str, tuple[int, int]]:
+    """Widest load from and store to global memory of each entry point, in bits."""
+    widths = {}
+    for body in re.split(r"\.entry\s+", ptx)[1:]:
+        widest = []
+        for access in ("ld", "st"):
+            found = re.findall(rf"\b{access}\.global\.(?:\w+\.)*?(v[248]\.)?[a-z](\d+)\b", body)
+            widest.append(max((_WIDTHS[vector] * int(bits) for vector, bits in found), default=0))
+        widths[re.match(r"\w+", body)[0]] = tuple(widest)
+    return widths
+
+
+def _readable(mangled: str) -> tuple[str, str]:
+    """Name and template arguments of a kernel: ('forward_kernel', 'bfloat16, channels last, aligned')."""
+    plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    name, dtype, last, whole = re.search(r"(\w+)<(\w+), (\w+), (\w+)>", plain).groups()
+    dtype = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}[dtype]
+    layout = "channels last" if last == "true" else "contiguous"
+    return name, ", ".join([dtype, layout, "aligned" if whole == "true" else "any size"])
+
+
+def table(kernels: list[dict]) -> str:
+    """Markdown; one line per kernel and variant, one column per architecture."""
+    architectures = sorted({kernel["architecture"] for kernel in kernels})
+    lines = [
+        "| kernel | variant | load / store | shared |" + "".join(f" sm_{a} registers |" for a in architectures),
+        "|---|---|---|---|" + "---|" * len(architectures),
+    ]
+    groups: dict[tuple, dict[int, dict]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel["language"], kernel["name"], kernel["variant"]), {})[kernel["architecture"]] = kernel
+    for (language, name, variant), by_architecture in groups.items():
+        each = [by_architecture[a] for a in architectures]
+        access = f"{min(k['load_bits'] for k in each)} / {min(k['store_bits'] for k in each)} bit"
+        shared = f"{max(k['shared_bytes'] for k in each) / 1024:.0f} KiB"
+        registers = [
+            f" {k['registers']}" + (f" ({k['spilled_bytes']} bytes spilled) " if k["spilled_bytes"] else " ")
+            for k in each
+        ]
+        lines.append(
+            "|".join([f"| {language} `{name}` ", f" {variant} ", f" {access} ", f" {shared} ", *registers, ""])
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("nvcc is needed and was not found")
+    rows = [asdict(kernel) for kernel in cuda_kernels()]
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    nvcc = re.search(r"release ([\d.]+)", version)[1]
+    RESULT.write_text(json.dumps({"header": header(), "nvcc": nvcc, "kernels": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The CUDA kernels without a GPU: their source compiled for an emulated device that runs on host memory."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_emulator.build import CXX, build
+from hypothesis import given, settings
+from two_wing import DTYPES, EPS, FORMATS, Case, check_phases, random_cases, splits
+
+from twins_fast import backend, compiled, ops
+
+pytestmark = pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="no g++")
+SHAPES = [(2, 1, 1, 2), (3, 3, 7, 1), (2, 129, 1, 1), (5, 7, 3, 31), (4, 32, 8, 7), (3, 520, 5, 5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory):
+    """CPU tensors go to the CUDA kernels, with a workspace full of NaN."""
+    path = build(tmp_path_factory.mktemp("emulated"))
+    spec = importlib.util.spec_from_file_location("_C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def on_emulator(name):
+        def launch(*arguments):
+            channels, channels_last = arguments[1], arguments[4]
+            workspace = torch.full((module.twin_bn_workspace_cuda(channels, channels_last),), torch.nan)
+            return getattr(module, name)(*arguments[:-2], workspace.data_ptr(), 0)
+
+        return launch
+
+    launches = {
+        "twin_bn_forward_cpu": on_emulator("twin_bn_forward_cuda"),
+        "twin_bn_backward_cpu": on_emulator("twin_bn_backward_cuda"),
+    }
+    with pytest.MonkeyPatch.context() as patch, backend.use_backend("cpp"):
+        patch.setattr(compiled, "_C", SimpleNamespace(has_cuda=False, **launches))
+        yield
+
+
+@pytest.fixture(params=[1, 0], ids=["one launch", "two launches"])
+def cooperative(request, monkeypatch):
+    monkeypatch.setenv("CUDA_EMULATOR_COOPERATIVE", str(request.param))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, memory_format, dtype, cooperative):
+    for split in splits(shape):
+        case = Case(shape, split, dtype, memory_format, True, True)
+        case.check(case.run(), "cuda")
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=random_cases(most_channels=300, most_pixels=7))
+def test_any_call(case):
+    case.check(case.run(), "cuda")
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=random_cases(most_channels=300, most_pixels=7))
+def test_phases_of_any_call(case):
+    check_phases(compiled, case)
+
+
+# Few blocks visit many tiles each; many blocks leave some without work.
+@pytest.mark.parametrize("multiprocessors", [1, 20])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_any_number_of_blocks(multiprocessors, memory_format, monkeypatch):
+    monkeypatch.setenv("CUDA_EMULATOR_SMS", str(multiprocessors))
+    for shape in (3, 72, 5, 7), (2, 600, 3, 3):
+        case = Case(shape, 1, torch.bfloat16, memory_format, True, True)
+        case.check(case.run(), "cuda")
+
+
+def test_the_order_of_threads_changes_nothing(monkeypatch):
+    case = Case((6, 40, 9, 9), 3, torch.float32, torch.channels_last, True, True)
+    want = case.run()
+    for seed in range(1, 6):
+        monkeypatch.setenv("CUDA_EMULATOR_SEED", str(seed))
+        assert all(torch.equal(a, b) for a, b in zip(case.run(), want, strict=True))
+
+
+def test_misaligned_views_take_the_narrow_path():
+    case = Case((4, 16, 5, 5), 2, torch.bfloat16, torch.channels_last, False, False)
+    storage = torch.empty(case.x.numel() + 1, dtype=torch.bfloat16)
+    x = storage[1:].as_strided(case.x.shape, case.x.stride(), 1).copy_(case.x)
+    arguments = (2, case.frozen, [t.clone() for t in case.adaptive], 0.1, EPS)
+    assert x.data_ptr() % 16 == 2
+    assert torch.equal(ops.twin_batch_norm(x, *arguments), case.run()[0])
+
+
+def test_more_values_than_can_be_counted_is_an_error():
+    x = torch.empty(1).expand(2**17, 1, 2**7, 2**7)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        compiled._launch("forward", x, 0, (None,) * 13, 0.1, EPS, False, 0)

@@ -19,7 +19,6 @@ from bench.header import ROOT, header
 
 RESULT = ROOT / "bench" / "results" / "kernels.json"
 ARCHITECTURES = (80, 90, 100)
-_WIDTHS = {"": 1, "v2.": 2, "v4.": 4, "v8.": 8}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def _cuda_kernels(architecture: int) -> list[Kernel]:
                 [*command, "-o", str(Path(folder, "kernels.cubin"))], capture_output=True, text=True, check=True
             )
             (ptx,) = Path(folder).glob("*.ptx")
-            widths = _widths(ptx.read_text())
+            bodies = re.split(r"\.entry\s+", ptx.read_text())[1:]
+            widths = {re.match(r"\w+", body)[0]: _widths(body) for body in bodies}
         report = re.finditer(
             r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
             r"Used (\d+) registers(?:.*?(\d+) bytes smem)?",
@@ -66,16 +66,13 @@ def _cuda_kernels(architecture: int) -> list[Kernel]:
     return rows
 
 
-def _widths(ptx: str) -> dict[str, tuple[int, int]]:
-    """Widest load from and store to global memory of each entry point, in bits."""
-    widths = {}
-    for body in re.split(r"\.entry\s+", ptx)[1:]:
-        widest = []
-        for access in ("ld", "st"):
-            found = re.findall(rf"\b{access}\.global\.(?:\w+\.)*?(v[248]\.)?[a-z](\d+)\b", body)
-            widest.append(max((_WIDTHS[vector] * int(bits) for vector, bits in found), default=0))
-        widths[re.match(r"\w+", body)[0]] = tuple(widest)
-    return widths
+def _widths(ptx: str) -> tuple[int, int]:
+    """Widest load from and store to global memory of one thread, in bits."""
+    widest = []
+    for access in ("ld", "st"):
+        found = re.findall(rf"\b{access}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)
+        widest.append(max((int(count or 1) * int(bits) for count, bits in found), default=0))
+    return tuple(widest)
 
 
 def _readable(mangled: str) -> tuple[str, str]:
@@ -85,6 +82,25 @@ def _readable(mangled: str) -> tuple[str, str]:
     dtype = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}[dtype]
     layout = "channels last" if last == "true" else "contiguous"
     return name, ", ".join([dtype, layout, "aligned" if whole == "true" else "any size"])
+
+
+def triton_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """One row per launch of a call with residual and ReLU, for the default block sizes; needs Triton."""
+    from twins_fast.kernels import aot
+
+    return [
+        Kernel(
+            "Triton",
+            row["kernel"],
+            f"{row['dtype']}, {row['variant']}",
+            row["arch"],
+            row["registers"],
+            row["spills"],
+            row["shared"],
+            *_widths(row["ptx"]),
+        )
+        for row in aot.table(aot.variants(brief=True), architectures)
+    ]
 
 
 def table(kernels: list[dict]) -> str:
@@ -116,10 +132,11 @@ def main() -> None:
     parser.parse_args()
     if shutil.which("nvcc") is None:
         raise SystemExit("nvcc is needed and was not found")
-    rows = [asdict(kernel) for kernel in cuda_kernels()]
+    rows = [asdict(kernel) for kernel in cuda_kernels() + triton_kernels()]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     nvcc = re.search(r"release ([\d.]+)", version)[1]
-    RESULT.write_text(json.dumps({"header": header(), "nvcc": nvcc, "kernels": rows}, indent=1) + "\n")
+    kept = {"header": header(), "nvcc": nvcc, "kernels": rows}
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
     print(table(rows))
 
 

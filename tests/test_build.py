@@ -73,6 +73,18 @@ def test_cuda_kernels_spill_nothing_and_move_16_bytes():
     assert aligned and all(row.load_bits == row.store_bits == 128 for row in aligned)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
+def test_triton_kernels_spill_nothing_and_move_16_bytes():
+    pytest.importorskip("triton")
+    rows = kernels.triton_kernels()
+    assert {row.architecture for row in rows} == {80, 90, 100}
+    assert {row.name for row in rows} == {"moments", "apply", "sums", "apply_backward"}
+    assert [row for row in rows if row.spilled_bytes] == []
+    aligned = [row for row in rows if " aligned" in row.variant]
+    assert aligned and all(row.load_bits == 128 for row in aligned)
+    assert all(row.store_bits == 128 for row in aligned if row.name != "moments")  # which writes [slabs, 2, C] only
+
+
 @pytest.mark.parametrize("missing", ["compiler works", "compiler exists"])
 def test_wheel_without_a_compiler(missing, tmp_path):
     pytest.importorskip("setuptools")

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the measurements: ``python -m bench.report``."""
+"""Writes the tables of the README and of docs/kernels.md from the measurements: ``python -m bench.report``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from bench import kernels as bench_kernels
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
 from bench.header import ROOT
@@ -14,6 +15,8 @@ from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
 
 README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs" / "kernels.md")
+VERSIONS = RESULTS / "cpu_versions.json"  # kept from trees that are no more
 
 
 def mini() -> str:
@@ -64,14 +67,43 @@ def twin_bn() -> str:
     return "\n\n".join(parts)
 
 
+def twin_bn_layers() -> str:
+    """The same layer by layer, forward and backward: one table per device."""
+    parts = []
+    for path in measurements(bench_twin_bn.NAME):
+        rows = json.loads(path.read_text())["workloads"]
+        parts.append(bench_twin_bn.layer_table(rows))
+    return "\n\n".join(parts)
+
+
+def cpu_versions() -> str:
+    """The C++ kernel and what was tried on the way."""
+    kept = json.loads(VERSIONS.read_text())
+    where, versions = kept["header"], kept["versions"]
+    columns = [name for name in versions[0] if name != "version"]
+    lines = [
+        "| " + " | ".join(["version", *columns]) + " |",
+        "|---|" + "---|" * len(columns),
+        *(f"| {row['version']} | " + " | ".join(f"{row[name]:.1f} ms" for name in columns) + " |" for row in versions),
+    ]
+    return "\n".join([*lines, "", f"{kept['what']}; {where['machine']}, torch {where['torch']}."])
+
+
+def kernels() -> str:
+    """What the compilers make of the GPU kernels."""
+    kept = json.loads(bench_kernels.RESULT.read_text())
+    where = kept["header"]
+    return f"{bench_kernels.table(kept['kernels'])}\n\nnvcc {kept['nvcc']}, Triton {where['triton']}."
+
+
 def measurements(benchmark: str) -> list[Path]:
     """The result files, one per kind of device."""
     return sorted(RESULTS.glob(f"{benchmark}-*.json"))
 
 
-TABLES = {"mini": mini, "pretrain": pretrain}
-if measurements(bench_twin_bn.NAME):  # the README gets its table with the first measurement
-    TABLES["twin_bn"] = twin_bn
+TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
+if measurements(bench_twin_bn.NAME):  # the documents get their tables with the first measurement
+    TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 
 
 def filled(text: str) -> str:
@@ -85,4 +117,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))

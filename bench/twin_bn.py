@@ -370,6 +370,19 @@ def summary_table(rows: list[dict], options: dict) -> str:
     return "\n\n".join(tables)
 
 
+def layer_table(rows: list[dict]) -> str:
+    """Forward and backward together, layer by layer, as Markdown; times as multiples of the floor in brackets."""
+    names = list(rows[0]["peers"])
+    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [f"{row['name']} x {row['count']}"]
+        for name in names:
+            timed = row["peers"][name].get("times", {}).get("both")
+            cells.append(f"{timed['median'] * 1e3:.2f} ms ({timed['times_floor']:.1f})" if timed else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def quick(found: list[Layer]) -> list[Layer]:
     """The layer that moves most, for each resolution and kind."""
     kept = {}

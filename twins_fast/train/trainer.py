@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from twins_fast.attack import PGD, named_attack
+from twins_fast.fuse import fuse_twin_bn
 from twins_fast.losses import adversarial_loss
 from twins_fast.models import build_model
 from twins_fast.nn import convert_twin_bn, is_twin
@@ -46,7 +47,7 @@ def make_network(recipe: Recipe, num_classes: int) -> nn.Module:
         path = assets.NETWORK if recipe.checkpoint == "embedded" else recipe.checkpoint
         load_pretrained(model, read_state_dict(path))
     if recipe.method.startswith("twins-"):
-        convert_twin_bn(model)
+        fuse_twin_bn(convert_twin_bn(model))
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 

@@ -18,7 +18,7 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-NOTE = "_build_failed.txt"  # read by twins_fast.backend
+NOTE = "_build_failed.txt"  # read by twins_fast.compiled
 CUDA_ARCHITECTURES = ("80", "90", "100")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 X86_FLAGS = {
@@ -28,16 +28,31 @@ X86_FLAGS = {
 }
 
 
-def units(nvcc: str | None) -> list[tuple[str, str, str]]:
-    """What is compiled: (source, object, extra flags). CUDA sources end in .cu."""
+def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, str, str]]:
+    """What is compiled: (source, object, extra flags). CUDA sources end in .cu; ``isas`` as from :func:`isas_of`."""
+    isas = isas_of(None) if isas is None else isas
     kernels = [("csrc/cpu/twin_bn.cpp", "twin_bn_baseline.o", "-DTWINS_FAST_ISA=baseline")]
-    if platform.machine() in ("x86_64", "AMD64"):
-        for isa, flags in X86_FLAGS.items():
-            kernels.append(("csrc/cpu/twin_bn.cpp", f"twin_bn_{isa}.o", f"-DTWINS_FAST_ISA={isa} {flags}"))
+    for isa in isas:
+        kernels.append(("csrc/cpu/twin_bn.cpp", f"twin_bn_{isa}.o", f"-DTWINS_FAST_ISA={isa} {X86_FLAGS[isa]}"))
     define = "-DTWINS_FAST_CUDA" if nvcc else ""
-    common = [("csrc/bind.cpp", "bind.o", f"{define} {pybind11_flags()}"), ("csrc/cpu/dispatch.cpp", "dispatch.o", "")]
+    common = [
+        ("csrc/bind.cpp", "bind.o", f"{define} {pybind11_flags()}"),
+        ("csrc/cpu/dispatch.cpp", "dispatch.o", " ".join(f"-DTWINS_FAST_HAS_{isa}" for isa in isas)),
+    ]
     cuda = [("csrc/cuda/twin_bn.cu", "twin_bn_cuda.o", cuda_architecture_flags(nvcc))] if nvcc else []
     return cuda + common + kernels  # slowest first
+
+
+def isas_of(cxx: str | None) -> list[str]:
+    """Instruction sets beyond the baseline that this machine's kind has and the compiler, if given, knows."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+
+    def knows(flags: str) -> bool:
+        command = [*shlex.split(cxx), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return [isa for isa, flags in X86_FLAGS.items() if cxx is None or knows(flags)]
 
 
 def pybind11_flags() -> str:
@@ -85,11 +100,12 @@ def compile_module(target: Path, folder: Path, nvcc: str | None) -> None:
     lines = [
         f"includes = {include(ROOT / 'csrc')} {include(ROOT / 'csrc' / 'include')}",
         f"rule cxx\n command = {cxx} {host} $includes $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d",
-        f"rule cuda\n command = {nvcc} -ccbin {cxx} -O3 -std=c++17 -Xcompiler -fPIC $includes $flags -c $in -o $out",
+        f"rule cuda\n command = {nvcc} -ccbin {cxx} -O3 -std=c++17 -Xcompiler -fPIC $includes $flags -MD -MF $out.d "
+        "-c $in -o $out\n depfile = $out.d",
         f"rule link\n command = {linker} {link} $in -o $out",
     ]
     objects = []
-    for source, name, flags in units(nvcc):
+    for source, name, flags in units(nvcc, isas_of(cxx)):
         rule = "cuda" if source.endswith(".cu") else "cxx"
         lines.append(f"build {name}: {rule} {escaped(ROOT / source)}\n flags = {flags}")
         objects.append(name)
@@ -114,29 +130,35 @@ class BuildWithNinja(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         note = target.parent / NOTE
         note.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         folder = Path(self.build_temp).resolve()
         failures = []
         for nvcc in dict.fromkeys((find_nvcc(), None)):
             try:
-                return compile_module(target, folder, nvcc)
+                compile_module(target, folder, nvcc)
+                break
             except Exception as error:
                 failures.append(" ".join(str(error).split()))
-        message = f"twins-fast: installed without compiled kernels ({failures[-1]})"
-        print(message, file=sys.stderr)
-        note.write_text(message + "\n")
-        # A new list: the distribution keeps its own, and stays one for this platform.
-        self.extensions = [other for other in self.extensions if other is not ext]
+        else:
+            # A new list: the distribution keeps its own, and stays one for this platform.
+            self.extensions = [other for other in self.extensions if other is not ext]
+        if failures:
+            what = "CUDA kernels" if target.exists() else "compiled kernels"
+            message = f"twins-fast: installed without {what} ({failures[0 if target.exists() else -1]})"
+            print(message, file=sys.stderr)
+            note.write_text(message + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """An in-place (editable) build gets the note instead of the module, or loses that of an earlier failure."""
+        """An in-place (editable) build gets the note of what failed, or loses that of an earlier failure."""
         super().copy_extensions_to_source()
         note = Path(self.build_lib, "twins_fast", NOTE)
         source = ROOT / "twins_fast"
         (source / NOTE).unlink(missing_ok=True)
         if note.exists():
             shutil.copy(note, source)
-            for outdated in source.glob("_C*.so"):
-                outdated.unlink()
+            if not self.extensions:
+                for outdated in source.glob("_C*.so"):
+                    outdated.unlink()
 
 
 if __name__ == "__main__":

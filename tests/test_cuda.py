@@ -37,6 +37,7 @@ def emulated(tmp_path_factory):
         "twin_bn_backward_cpu": on_emulator("twin_bn_backward_cuda"),
     }
     with pytest.MonkeyPatch.context() as patch, backend.use_backend("cpp"):
+        patch.setenv("CUDA_EMULATOR_UNEVEN", "1")  # kernels differ in how many blocks a multiprocessor holds
         patch.setattr(compiled, "_C", SimpleNamespace(has_cuda=False, **launches))
         yield
 
@@ -75,6 +76,14 @@ def test_any_number_of_blocks(multiprocessors, memory_format, monkeypatch):
     for shape in (3, 72, 5, 7), (2, 600, 3, 3):
         case = Case(shape, 1, torch.bfloat16, memory_format, True, True)
         case.check(case.run(), "cuda")
+
+
+def test_a_device_that_holds_fewer_blocks_than_it_said(monkeypatch):
+    case = Case((8, 64, 9, 9), 4, torch.bfloat16, torch.channels_last, True, True)
+    case.run()
+    monkeypatch.setenv("CUDA_EMULATOR_BLOCKS_PER_SM", "1")
+    monkeypatch.setenv("CUDA_EMULATOR_UNEVEN", "0")
+    case.check(case.run(), "cuda")
 
 
 def test_the_order_of_threads_changes_nothing(monkeypatch):

@@ -86,7 +86,7 @@ def test_rounds_as_pytorch_does(isa, dtype, monkeypatch):
         y = ops.twin_batch_norm(x, 1, (zero, one, None, None), (None,) * 4, 0.1, 0.0, residual)
         want = (x.float() + residual.float()).to(dtype)
         assert torch.equal(y.isnan(), want.isnan())
-        assert torch.equal(y.nan_to_num(), want.nan_to_num())
+        assert torch.equal(y[~y.isnan()], want[~want.isnan()])
 
 
 @compiled
@@ -174,9 +174,11 @@ def test_writes_all_of_its_results_and_nothing_else(dtype, memory_format, monkey
     forward, backward = layout.forward_results, layout.backward_results
     monkeypatch.setattr(layout, "forward_results", lambda *a: tuple(guarded(forward(*a))))
     monkeypatch.setattr(layout, "backward_results", lambda *a: guarded(backward(*a)))
-    case = Case((3, 13, 5, 5), 1, dtype, memory_format, True, True)
-    case.check(case.run(), "cpp")
-    assert len(guards) == 9
+    # The second is large enough for results to go past the caches.
+    for shape in (3, 13, 5, 5), (3, 32, 256, 176):
+        case = Case(shape, 1, dtype, memory_format, True, True)
+        case.check(case.run(), "cpp")
+    assert len(guards) == 2 * 9
     for buffer, inner in guards:
         assert (buffer[:32] == 77).all() and (buffer[32 + inner.numel() :] == 77).all()
 
@@ -216,6 +218,62 @@ def test_deterministic(name, device, memory_format):
     with backend.use_backend(name):
         first, second = case.run(), case.run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in (3, 3, 1, 1), (5, 24, 33, 33), (2, 1000, 7, 7):
+            for memory_format in FORMATS:
+                case = Case(shape, 1, torch.float32, memory_format, True, True, seed=9)
+                case.check(case.run(), "cpp")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_variance_with_an_outlier_first(name, device, memory_format):
+    case = Case((4, 64, 16, 16), 0, torch.float32, memory_format, False, False, device)
+    case.x[0, :, 0, 0] += 100
+    with backend.use_backend(name):
+        case.check(case.run(), name)
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("split", [0, 4])
+def test_a_wing_without_rows_has_no_gradient(name, device, split):
+    case = Case((4, 3, 5, 5), split, torch.float32, torch.contiguous_format, False, True, device)
+    leaves = [t.clone().requires_grad_() for wing in (case.frozen, case.adaptive) for t in wing[2:]]
+    wings = (*case.frozen[:2], *leaves[:2]), (*case.adaptive[:2], *leaves[2:])
+    with backend.use_backend(name):
+        ops.twin_batch_norm(case.x, split, *wings, MOMENTUM, EPS, relu=True).sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [split == 0] * 2 + [split == 4] * 2
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore")  # a trace depends on sizes, and script is deprecated
+def test_what_watches_a_call_sees_it():
+    """Calls that go past the dispatcher would leave uninitialised results in a trace."""
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False)
+
+    def call(x):
+        adaptive = (*(t.clone() for t in case.adaptive[:2]), *case.adaptive[2:])
+        return ops.twin_batch_norm(x, 2, case.frozen, adaptive, MOMENTUM, EPS)
+
+    want = call(case.x)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(call, case.x)(case.x), want)
+        for pre_dispatch in (False, True):
+            graph = torch.fx.experimental.proxy_tensor.make_fx(call, pre_dispatch=pre_dispatch)(case.x)
+            assert torch.equal(graph(case.x), want)
+    negative = torch._neg_view(-case.x)
+    assert torch.equal(call(negative), want)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match="jvp|forward"):
+        call(torch.autograd.forward_ad.make_dual(case.x, case.x))
 
 
 @pytest.mark.parametrize(("name", "device"), BACKENDS)
@@ -353,6 +411,9 @@ def arguments(**changes):
         (dict(momentum=float("nan")), ValueError, "momentum"),
         (dict(eps=-1e-5), ValueError, "eps"),
         (dict(eps="small"), TypeError, "eps"),
+        (dict(eps=0.0), ValueError, "eps must be > 0"),
+        (dict(adaptive=(torch.zeros(1).expand(3), torch.ones(3), None, None)), ValueError, "expanded"),
+        (dict(adaptive=(torch.zeros(3, requires_grad=True), torch.ones(3), None, None)), ValueError, "gradient"),
         (dict(relu=1), TypeError, "relu"),
         (dict(frozen=(None,) * 4), ValueError, "frozen running_mean and running_var"),
         (dict(frozen=(torch.zeros(3), None, None, None)), ValueError, "both"),

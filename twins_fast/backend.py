@@ -40,7 +40,7 @@ def choose(op: str, x: Tensor) -> str:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {op}: {why}")
         return _forced
     for backend in BACKENDS:
-        if not (_obstacle(backend, op, x.device.type) or _reservation(backend, x.device.type) or _mismatch(backend, x)):
+        if not (_reservation(backend, x.device.type) or _mismatch(backend, x) or _obstacle(backend, op, x.device.type)):
             return backend
     raise AssertionError("the torch backend always runs")
 
@@ -120,7 +120,7 @@ def _obstacle(backend: str, op: str, device: str) -> str:
     if compiled._C is None:
         return compiled.missing
     if backend == "cuda" and not compiled._C.has_cuda:
-        return "built without nvcc"
+        return compiled.missing_cuda
     return ""
 
 

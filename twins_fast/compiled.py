@@ -13,14 +13,16 @@ from torch import Tensor
 
 from twins_fast import layout
 
+_note = Path(__file__).with_name("_build_failed.txt")  # written by setup.py
+_failure = _note.read_text().strip() if _note.exists() else ""
 try:
     from twins_fast import _C  # after torch, whose OpenMP runtime it then shares
 
     missing = ""
 except ImportError as error:
     _C = None
-    _note = Path(__file__).with_name("_build_failed.txt")  # written by setup.py
-    missing = _note.read_text().strip() if _note.exists() else f"no compiled module twins_fast._C ({error})"
+    missing = _failure or f"no compiled module twins_fast._C ({error})"
+missing_cuda = _failure or "built without nvcc"  # why, if _C has no CUDA kernels
 
 cpu_isa = ""  # instruction set of the C++ kernels, one of _C.cpu_isas; "" is the best that this CPU has
 
@@ -83,7 +85,7 @@ def _backward(dy, x, bits, split, vectors, stats, results, sums, eps, phase) -> 
 def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> None:
     images, channels, height, width = x.shape
     shape = (images, channels, height * width, split, layout.is_channels_last(x), str(x.dtype).removeprefix("torch."))
-    pointers = [0 if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
+    pointers = [0 if t is None or t.numel() == 0 else _pointer(t) for t in tensors]
     if x.device.type == "cpu":
         launch = getattr(_C, f"twin_bn_{direction}_cpu")
         status = launch(*shape, *pointers, *scalars, torch.get_num_threads(), cpu_isa)
@@ -97,3 +99,10 @@ def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> 
             status = launch(*shape, *pointers, *scalars, workspace.data_ptr(), stream)
     if status:
         raise RuntimeError(f"twin_batch_norm: {status}")
+
+
+def _pointer(tensor: Tensor) -> int:
+    pointer = tensor.data_ptr()
+    if pointer == 0:  # which the kernels would take for an absent tensor
+        raise RuntimeError(f"twin_batch_norm: a {type(tensor).__name__} without memory of its own cannot be used here")
+    return pointer

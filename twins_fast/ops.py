@@ -37,7 +37,7 @@ def twin_batch_norm(
         adaptive: the same; running statistics (both or neither may be ``None``) are updated in place
             with the batch mean and the unbiased batch variance when ``split < N``.
         momentum: weight of the new value in the running statistics, in [0, 1].
-        eps: added to the variance, >= 0.
+        eps: added to the variance, >= 0, and > 0 when ``split < N``.
         residual: added before the ReLU; shape, dtype and device of ``x``.
         relu: whether negative results become zero.
         process_group: processes whose adaptive rows are normalised as one batch, in forward and backward:
@@ -46,7 +46,7 @@ def twin_batch_norm(
             Gradients of weight and bias are sums over this process's rows.
 
     The vectors have the dtype of ``x``, or float32 when ``x`` is half precision; autocast changes
-    nothing, as in any batch norm. Kernels compute in float32 throughout.
+    nothing, as in any batch norm. Kernels compute in float32: values above 1e18 overflow their variance.
 
     Returns:
         [N, C, H, W], dtype and memory format of ``x``. First derivatives reach ``x``, ``residual`` and
@@ -63,18 +63,18 @@ def twin_batch_norm(
     if name == "torch" and not shared:
         return reference.twin_batch_norm(x, split, frozen, adaptive, momentum, eps, residual, relu)
     memory_format = layout.nearest(x)
-    x = x.contiguous(memory_format=memory_format)
+    x = _dense(x, memory_format)
     if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format)
+        residual = _dense(residual, memory_format)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     vectors = [_as_vector(v, dtype) for v in (*frozen, *adaptive)]
     leaves = (x, residual, *vectors[2:4], *vectors[6:8])
     if shared:
         y = sync.twin_batch_norm(x, residual, split, *vectors, momentum, eps, relu, name, process_group)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+    elif _is_differentiated(leaves):
         y = _TwinBatchNorm.apply(x, residual, split, *vectors, momentum, eps, relu, name)
     else:
-        y, _, _ = _forward(x)(x, residual, split, *vectors, momentum, eps, relu, False, name)
+        y, _, _ = _forward(x, residual, split, *vectors, momentum, eps, relu, False, name)
     for given, used in zip(adaptive[:2], vectors[4:6], strict=True):
         if given is not used:  # half precision or strided
             given.copy_(used)
@@ -85,7 +85,7 @@ class _TwinBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, name):
         vectors = (fm, fv, fw, fb, rm, rv, w, b)
-        y, bits, stats = _forward(x)(x, residual, split, *vectors, momentum, eps, relu, relu, name)
+        y, bits, stats = _forward(x, residual, split, *vectors, momentum, eps, relu, relu, name)
         ctx.save_for_backward(x, bits, stats, fm, fv, fw, w)
         ctx.split, ctx.eps, ctx.relu, ctx.name = split, eps, relu, name
         return y
@@ -95,11 +95,13 @@ class _TwinBatchNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, bits, stats, fm, fv, fw, w = ctx.saved_tensors
         need_x, need_residual, *need = ctx.needs_input_grad
-        wanted = [need_x, need_residual and ctx.relu, need[3], need[4], need[7], need[8]]
-        dy = dy.contiguous(memory_format=layout.nearest(x))
+        frozen, adaptive = ctx.split > 0, ctx.split < x.shape[0]  # a wing without rows has no gradient
+        wanted = [need_x, need_residual and ctx.relu, need[3] and frozen, need[4] and frozen]
+        wanted += [need[7] and adaptive, need[8] and adaptive]
+        dy = _dense(dy, layout.nearest(x))
         grads = [None] * 6
         if any(wanted):
-            results = _backward(x)(dy, x, bits, ctx.split, fm, fv, fw, w, stats, ctx.eps, wanted, ctx.name)
+            results = _backward(dy, x, bits, ctx.split, fm, fv, fw, w, stats, ctx.eps, wanted, ctx.name)
             grads = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
         dx, dresidual, dfw, dfb, dw, db = grads
         if need_residual and not ctx.relu:
@@ -107,8 +109,21 @@ class _TwinBatchNorm(torch.autograd.Function):
         return dx, dresidual, None, None, None, dfw, dfb, None, None, dw, db, None, None, None, None
 
 
+def _is_differentiated(leaves) -> bool:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return True
+    # Forward derivatives have no kernel, which autograd then says.
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def _dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return t.contiguous(memory_format=memory_format).resolve_neg()
+
+
 def _as_vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return v if v is None or (v.dtype == dtype and v.is_contiguous()) else v.to(dtype).contiguous()
+    if v is None:
+        return None
+    return (v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous()).resolve_neg()
 
 
 def _check(x, split, frozen, adaptive, momentum, eps, residual, relu, shared) -> None:
@@ -132,10 +147,14 @@ def _check(x, split, frozen, adaptive, momentum, eps, residual, relu, shared) ->
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
+    if eps == 0.0 and split < rows:
+        raise ValueError("eps must be > 0 for batch statistics, got 0")
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be a bool, got {relu!r}")
     _check_wing("frozen", frozen, x)
     _check_wing("adaptive", adaptive, x)
+    if frozen[0] is not None and (frozen[0] is adaptive[0] or frozen[1] is adaptive[1]):
+        raise ValueError("frozen and adaptive running statistics must be different tensors")
     if split > 0 and frozen[0] is None:
         raise ValueError(f"frozen running_mean and running_var must not be None when split > 0, got split={split}")
     if not shared and split < rows and (rows - split) * height * width < 2:
@@ -168,6 +187,11 @@ def _check_wing(wing: str, vectors: Wing, x: Tensor) -> None:
             raise ValueError(f"{wing} {name} must be on {x.device} like x, got {vector.device}")
         if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
             raise TypeError(f"{wing} {name} must be {x.dtype} like x (or float32 beside half), got {vector.dtype}")
+    for name, vector in zip(_VECTORS[:2], vectors[:2], strict=True):
+        if vector is not None and vector.requires_grad:
+            raise ValueError(f"{wing} {name} must not require a gradient")
+        if vector is not None and vector.shape[0] > 1 and vector.stride(0) == 0:
+            raise ValueError(f"{wing} {name} must not be an expanded tensor, whose values share their memory")
     if (vectors[0] is None) != (vectors[1] is None):
         raise ValueError(f"{wing} running_mean and running_var must both be tensors or both be None")
 
@@ -176,7 +200,7 @@ def _check_wing(wing: str, vectors: Wing, x: Tensor) -> None:
 # bits: the signs of y when keep_bits, else empty (see layout.empty_bits).
 # stats: [2, C] float32, mean and 1 / std of the adaptive half.
 # wanted: which of the six results are computed; the others come back empty.
-# backend: one of backend.BACKENDS, chosen before.
+# backend: one of backend.BACKENDS but torch, chosen before.
 _library = torch.library.Library("twins_fast", "DEF")
 _library.define(
     "twin_bn_forward(Tensor x, Tensor? residual, SymInt split, Tensor? fm, Tensor? fv, Tensor? fw, Tensor? fb, "
@@ -204,19 +228,28 @@ for _device in ("CPU", "CUDA"):
     _library.impl("twin_bn_backward", _run_backward, _device)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody watches: a call on such a tensor need not go through PyTorch's dispatcher, which takes longer."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+def _are_plain(tensors) -> bool:
+    """Whether nobody watches: a call on such tensors need not go through PyTorch's dispatcher, which takes longer."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.maybe_current_level()
+        and not torch.jit.is_tracing()
+        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
     )
 
 
-def _forward(x: Tensor):
-    return _run_forward if _is_plain(x) else torch.ops.twins_fast.twin_bn_forward.default
+def _forward(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, *rest):
+    plain = _are_plain((x, residual, fm, fv, fw, fb, rm, rv, w, b))
+    run = _run_forward if plain else torch.ops.twins_fast.twin_bn_forward.default
+    return run(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, *rest)
 
 
-def _backward(x: Tensor):
-    return _run_backward if _is_plain(x) else torch.ops.twins_fast.twin_bn_backward.default
+def _backward(dy, x, bits, split, fm, fv, fw, w, stats, *rest):
+    run = _run_backward if _are_plain((dy, x, fw, w)) else torch.ops.twins_fast.twin_bn_backward.default
+    return run(dy, x, bits, split, fm, fv, fw, w, stats, *rest)
 
 
 @torch.library.register_fake("twins_fast::twin_bn_forward", lib=_library)

@@ -97,7 +97,7 @@ class _TwinBatchNorm(torch.autograd.Function):
             means = (shared / count).to(shared.dtype)
             dx, masked = kernel.apply_backward(dy, x, bits, split, fv, fw, w, stats, means, ctx.eps, wanted)
             dresidual = masked if ctx.relu else dy
-        if fv is not None:
+        if fv is not None and split > 0:
             dfb, dfw = sums[0], sums[1] * (fv + ctx.eps).rsqrt()
         grads = (dx, dresidual, None, None, None, dfw, dfb, sums[3] * stats[1], sums[2], *[None] * 6)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))

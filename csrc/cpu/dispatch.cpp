@@ -20,7 +20,7 @@ struct Isa {
   void (*backward)(const TwinBnBackward&, const Scratch&, int);
 };
 
-#if defined(__x86_64__)
+#ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -29,12 +29,15 @@ bool has_avx512() {
 
 const Isa* isas() {
   static const Isa table[] = {
-#if defined(__x86_64__)
+#ifdef TWINS_FAST_HAS_avx512_bf16
       {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::forward,
        avx512_bf16::backward},
+#endif
+#ifdef TWINS_FAST_HAS_avx512
       {"avx512", has_avx512(), avx512::forward, avx512::backward},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       avx2::forward, avx2::backward},
+#endif
+#ifdef TWINS_FAST_HAS_avx2  // no processor has it without F16C, which old compilers cannot ask for
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::forward, avx2::backward},
 #endif
       {"baseline", true, baseline::forward, baseline::backward},
       {nullptr, false, nullptr, nullptr},

@@ -17,8 +17,8 @@
 namespace twins_fast {
 namespace {
 
-// Chunk lengths: rows of all channels, or pixels of one channel. They bound the error of the float32
-// sums: one-pass variance about a member of the chunk loses at most a factor of the chunk's length.
+// Chunk lengths: rows of all channels, or pixels of one channel. They bound the error of the float32 sums, which are
+// one-pass sums about the mean of the chunk's first rows or pixels.
 constexpr int64_t kChunkRows = 128;
 constexpr int64_t kChunkPixels = 512;
 
@@ -162,12 +162,15 @@ struct Forward {
     float* pivot = s.accumulator(thread, 0);
     float* sum1 = s.accumulator(thread, 1);
     float* sum2 = s.accumulator(thread, 2);
+    const int64_t first = std::min<int64_t>(rows.size(), kBlockRows);
     for_vectors(0, run, [&](int64_t i, int n) {
-      store(pivot + i, load(x + rows.begin * run + i, n));
+      Floats total = {};
+      for (int64_t r = rows.begin; r < rows.begin + first; ++r) total += load(x + r * run + i, n);
+      store(pivot + i, total / static_cast<float>(first));
       store(sum1 + i, Floats{});
       store(sum2 + i, Floats{});
     });
-    in_blocks<kBlockRows>({rows.begin + 1, rows.end}, [=, run = run](int64_t r, auto count) {
+    in_blocks<kBlockRows>(rows, [=, run = run](int64_t r, auto count) {
       for_vectors(0, run, [=, x = x + r * run](int64_t i, int n) {
         const Floats p = load(pivot + i);
         Floats s1 = load(sum1 + i), s2 = load(sum2 + i);
@@ -196,7 +199,8 @@ struct Forward {
   }
 
   Moments measure_run(const T* x, int64_t length) const {
-    const float pivot = load(x, 1)[0];
+    const int most = static_cast<int>(std::min<int64_t>(length, kLanes));
+    const float pivot = sum(load(x, most)) / most;
     Floats sum1 = {}, sum2 = {};
     for_vectors(0, length, [&](int64_t i, int n) {
       const Floats d = first(load(x + i, n) - pivot, n);

@@ -5,8 +5,8 @@
 //   -> combine the partial sums of my channels -> my adaptive rows, newest in the cache first.
 // Without cooperative launch the same steps run as two launches, cut at the barrier.
 //
-// Every sum has a fixed order, so that results are the same from run to run on one kind of device. All
-// arithmetic is float32. The formulas are those of csrc/cpu/twin_bn.cpp.
+// Every sum has a fixed order, so that results are the same from run to run on one kind of device. Arithmetic is
+// float32, and double for the few values of a channel at the end. The formulas are those of csrc/cpu/twin_bn.cpp.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -170,8 +170,9 @@ struct Worker {
     }
     const unsigned groups = static_cast<unsigned>(shape.bytes_of_bits());
     const unsigned image = unit / groups, group = unit % groups;
-    const int64_t row = (half.first + image) * shape.channels + tile, left = shape.pixels - int64_t{group} * kGroup;
-    return {row * shape.pixels + group * kGroup, row * groups + group, static_cast<int>(left < kGroup ? left : kGroup)};
+    const int64_t row = (half.first + image) * shape.channels + tile, column = int64_t{group} * kGroup;
+    const int64_t left = shape.pixels - column;
+    return {row * shape.pixels + column, row * groups + group, static_cast<int>(left < kGroup ? left : kGroup)};
   }
 
   // Values per channel in units [0, unit).
@@ -328,17 +329,14 @@ struct Forward {
     const Worker<kLast, kWhole> worker(a.shape, tile);
     const Half half(a.shape, a.shape.split, a.shape.images);
     const T* x = static_cast<const T*>(a.x);
-    // One-pass sums about my first value: it is one of the set, so that they stay comparable to the variance.
+    // One-pass sums about my first value, or the mean of my first group: they stay comparable to the variance.
     float pivot[kOwn] = {}, sum[kOwn] = {}, squares[kOwn] = {};
     int count = 0;
     worker.template walk<kAheadOf<T, kWhole, 1>, false>(
         half, share(half.units, slab, partials.slabs),
         [&](auto at) { return load<kWhole, Use::kAgain>(x + at.offset, at.count()); },
         [&](auto at, const Group<T>& group) {
-          if (count == 0) {
-#pragma unroll
-            for (int i = 0; i < kOwn; ++i) pivot[i] = static_cast<float>(group.values[i]);
-          }
+          if (count == 0) start(at.count(), group, pivot);
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) {
             if (!kLast && !kWhole && i >= at.count()) break;
@@ -356,6 +354,17 @@ struct Forward {
       moments[i] = {pivot[i] + sum[i] * inverse, deviations < 0 ? 0 : deviations};
     }
     write_partials<Moments>(memory, worker, static_cast<float>(count), moments, partials, 0, slab);
+  }
+
+  __device__ __forceinline__ void start(int count, const Group<T>& group, float (&pivot)[kOwn]) const {
+    if constexpr (kLast) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) pivot[i] = static_cast<float>(group.values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) pivot[0] += i < count ? static_cast<float>(group.values[i]) : 0.f;
+      pivot[0] /= count;
+    }
   }
 
   // mean, scale and bias of the frozen wing, for my channels.
@@ -684,14 +693,14 @@ cudaError_t current_device(int& index, Device& device) {
   return cudaSuccess;
 }
 
-// Blocks of this kernel that a multiprocessor holds at once; asked once per device, since asking takes microseconds.
-template <class Kernel>
-cudaError_t resident_blocks(Kernel* kernel, int device, int& blocks) {
+// Blocks of the kernel that a multiprocessor holds at once; asked once per device, since asking takes microseconds.
+template <auto kKernel>
+cudaError_t resident_blocks(int device, int& blocks) {
   static std::atomic<int> known[kMaxDevices];
   const bool keeps = device < kMaxDevices;
   blocks = keeps ? known[device].load(std::memory_order_relaxed) : 0;
   if (blocks > 0) return cudaSuccess;
-  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0)) return error;
+  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0)) return error;
   if (keeps) known[device].store(blocks, std::memory_order_relaxed);
   return cudaSuccess;
 }
@@ -702,14 +711,14 @@ int most_slabs(const Shape& s) {
   return slabs > 1 ? slabs : 1;
 }
 
-// One cooperative launch, or two ordinary ones where the device has none.
-template <bool kLast, class Args>
-cudaError_t launch(void (*kernel)(Args, Partials, unsigned), Args args, float* workspace, cudaStream_t stream) {
+// One cooperative launch, or two ordinary ones where the device has none or others hold a part of it.
+template <bool kLast, auto kKernel, class Args>
+cudaError_t launch(Args args, float* workspace, cudaStream_t stream) {
   const Shape& s = args.shape;
   int index = 0, resident = 0;
   Device device;
   if (cudaError_t error = current_device(index, device)) return error;
-  if (cudaError_t error = resident_blocks(kernel, index, resident)) return error;
+  if (cudaError_t error = resident_blocks<kKernel>(index, resident)) return error;
   if (resident < 1) return cudaErrorInvalidConfiguration;
   if (resident > kBlocksPerMultiprocessor) resident = kBlocksPerMultiprocessor;
   const int64_t most_blocks = resident * device.multiprocessors < kMaxBlocks ? resident * device.multiprocessors : kMaxBlocks;
@@ -728,15 +737,18 @@ cudaError_t launch(void (*kernel)(Args, Partials, unsigned), Args args, float* w
   unsigned steps = kReduceStep | kApplyStep;
   void* arguments[] = {&args, &partials, &steps};
   if (args.phase == Phase::kApply)  // nothing to wait for
-    return cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+    return cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
   if (device.cooperative) {
     steps |= kCooperative;
-    return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+    const cudaError_t error =
+        cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();  // it is dealt with
   }
   steps = kReduceStep;
-  if (cudaError_t error = cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream)) return error;
+  if (cudaError_t error = cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream)) return error;
   steps = kApplyStep;
-  return cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+  return cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
 }
 
 bool whole_groups(const Shape& s, std::initializer_list<const void*> images) {
@@ -747,7 +759,8 @@ bool whole_groups(const Shape& s, std::initializer_list<const void*> images) {
 
 bool valid(const Shape& s) {
   constexpr int64_t kMost = int64_t{1} << 31;  // units are counted in 32 bits
-  return s.images > 0 && s.channels > 0 && s.pixels > 0 && s.split >= 0 && s.split <= s.images && s.channels < kMost &&
+  return s.images > 0 && s.channels > 0 && s.pixels > 0 && s.split >= 0 && s.split <= s.images &&
+         s.channels < kMost / 2 &&
          s.images * (s.channels_last ? s.pixels : s.bytes_of_bits()) < kMost - int64_t{kThreads} * kDepth;
 }
 
@@ -755,17 +768,20 @@ template <class T>
 cudaError_t forward(const TwinBnForward& a, float* workspace, cudaStream_t stream) {
   const bool whole = whole_groups(a.shape, {a.x, a.residual, a.y});
   if (a.shape.channels_last)
-    return launch<true>(whole ? forward_kernel<T, true, true> : forward_kernel<T, true, false>, a, workspace, stream);
-  return launch<false>(whole ? forward_kernel<T, false, true> : forward_kernel<T, false, false>, a, workspace, stream);
+    return whole ? launch<true, forward_kernel<T, true, true>>(a, workspace, stream)
+                 : launch<true, forward_kernel<T, true, false>>(a, workspace, stream);
+  return whole ? launch<false, forward_kernel<T, false, true>>(a, workspace, stream)
+               : launch<false, forward_kernel<T, false, false>>(a, workspace, stream);
 }
 
 template <class T>
 cudaError_t backward(const TwinBnBackward& a, float* workspace, cudaStream_t stream) {
   const bool whole = whole_groups(a.shape, {a.dy, a.x, a.dx, a.dresidual});
   if (a.shape.channels_last)
-    return launch<true>(whole ? backward_kernel<T, true, true> : backward_kernel<T, true, false>, a, workspace, stream);
-  return launch<false>(whole ? backward_kernel<T, false, true> : backward_kernel<T, false, false>, a, workspace,
-                       stream);
+    return whole ? launch<true, backward_kernel<T, true, true>>(a, workspace, stream)
+                 : launch<true, backward_kernel<T, true, false>>(a, workspace, stream);
+  return whole ? launch<false, backward_kernel<T, false, true>>(a, workspace, stream)
+               : launch<false, backward_kernel<T, false, false>>(a, workspace, stream);
 }
 
 }  // namespace

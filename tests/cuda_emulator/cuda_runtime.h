@@ -264,7 +264,17 @@ inline cudaError_t record(cudaError_t error) {
 }
 
 inline int processors() { return setting("CUDA_EMULATOR_SMS", 3); }
-inline int blocks_per_processor() { return setting("CUDA_EMULATOR_BLOCKS_PER_SM", 2); }
+// With CUDA_EMULATOR_UNEVEN every second kernel, in the order of their first use, has room for one block only.
+template <class Kernel>
+int blocks_per_processor(Kernel* kernel) {
+  static std::mutex guard;
+  static std::vector<const void*> known;
+  const std::lock_guard<std::mutex> lock(guard);
+  const void* me = reinterpret_cast<const void*>(kernel);
+  const auto at = std::find(known.begin(), known.end(), me) - known.begin();
+  if (at == static_cast<std::ptrdiff_t>(known.size())) known.push_back(me);
+  return setting("CUDA_EMULATOR_UNEVEN", 0) && at % 2 ? 1 : setting("CUDA_EMULATOR_BLOCKS_PER_SM", 2);
+}
 inline bool can_cooperate() { return setting("CUDA_EMULATOR_COOPERATIVE", 1) != 0; }
 
 inline bool valid(dim3 blocks, dim3 threads) {
@@ -303,9 +313,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <class T>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T, int block_size, size_t) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T kernel, int block_size, size_t) {
   if (block_size < 1) return cuda_emulator::record(cudaErrorInvalidValue);
-  *blocks = block_size > static_cast<int>(cuda_emulator::kMaxThreads) ? 0 : cuda_emulator::blocks_per_processor();
+  *blocks = block_size > static_cast<int>(cuda_emulator::kMaxThreads) ? 0 : cuda_emulator::blocks_per_processor(kernel);
   return cudaSuccess;
 }
 
@@ -323,7 +333,7 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 blocks, dim3 
                                         cudaStream_t = nullptr) {
   if (!cuda_emulator::can_cooperate()) return cuda_emulator::record(cudaErrorNotSupported);
   if (!cuda_emulator::valid(blocks, threads)) return cuda_emulator::record(cudaErrorInvalidConfiguration);
-  const int64_t most = int64_t{cuda_emulator::processors()} * cuda_emulator::blocks_per_processor();
+  const int64_t most = int64_t{cuda_emulator::processors()} * cuda_emulator::blocks_per_processor(kernel);
   if (static_cast<int64_t>(cuda_emulator::volume(blocks)) > most)
     return cuda_emulator::record(cudaErrorCooperativeLaunchTooLarge);
   cuda_emulator::launch(kernel, blocks, threads, args, true, std::index_sequence_for<A...>());

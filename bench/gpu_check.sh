@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python3}
 ONLY=${ONLY:-build tests sanitizer bench}
 BENCH=${BENCH:---quick --rounds 10}
 PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TWINS_FAST_CACHE=$OUT/cache
 
 for word in $ONLY; do
   case $word in

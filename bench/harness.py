@@ -370,7 +370,10 @@ def table(row: dict) -> str:
 
 @dataclass
 class Record:
-    """A result file that grows by one workload at a time, so that a killed run keeps what it has."""
+    """A result file that grows by one workload at a time, so that a killed run keeps what it has.
+
+    It grows beside the file of an earlier run, which it replaces when it is complete (:meth:`finish`).
+    """
 
     benchmark: str
     device: str
@@ -390,6 +393,11 @@ class Record:
         kept = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
         kept |= {"command": self.command, "options": self.options, "workloads": self.rows}
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(kept, indent=1) + "\n")
-        unfinished.replace(self.path)
+        self.unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+
+    @property
+    def unfinished(self) -> Path:
+        return self.path.with_suffix(".unfinished")
+
+    def finish(self) -> None:
+        self.unfinished.replace(self.path)

@@ -35,6 +35,7 @@ from twins_fast import backend, ops, reference
 NAME = "twin_bn"
 RESOLUTIONS = (224, 32)
 BATCH = {"cpu": 32, "cuda": 128}
+ROUNDS = 5
 EPS, MOMENTUM = 1e-5, 0.1
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
 CHECKED_AT_ONCE = 1 << 22  # values per float64 tensor of the check
@@ -405,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--direction", choices=["forward", "backward", "both", "all"], default="all")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS[NAME])}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each peer, after one that warms up")
     parser.add_argument("--out", type=Path, help=f"folder of the results; default: {RESULTS.relative_to(ROOT)}, or "
                         f"{PARTIAL.relative_to(ROOT)} for a part of the whole or other than default sizes")  # fmt: skip
     args = parser.parse_args(arguments)
@@ -420,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
     resolutions = RESOLUTIONS if args.resolution == "both" else [int(args.resolution)]
     chosen = [layer for resolution in resolutions for layer in layers(resolution, batch, args.dtype)]
     whole = not (args.shapes or args.quick or args.peers or args.batch) and args.resolution == "both"
-    whole = whole and args.direction == "all" and args.dtype == "bfloat16"
+    whole = whole and args.direction == "all" and args.dtype == "bfloat16" and args.rounds >= ROUNDS
     if args.quick:
         chosen = quick(chosen)
     chosen = [layer for layer in chosen if (args.shapes or "") in layer.name]
@@ -435,6 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(BENCHMARK, layer, args.device, names, args.rounds, stage)
         record.add(row)
         print(f"  copy {row['copy']['bandwidth'] / 1e9:.1f} GB/s\n{table(row)}", flush=True)
+    record.finish()
     print(f"\n{summary_table(record.rows, options)}\n\n{record.path}")
     problems = fails(record.rows)
     print("\n".join(problems), file=sys.stderr)

@@ -206,7 +206,8 @@ def test_a_part_does_not_replace_the_whole(monkeypatch):
     monkeypatch.setattr(twin_bn, "Record", record)
     monkeypatch.setattr(twin_bn, "layers", lambda *args: [SMALL])
     parts = [["--quick"], ["--batch", "8"], ["--peers", "cpp"], ["--dtype", "float32"], ["--resolution", "32"]]
-    for arguments in ([], ["--rounds", "3"], *parts):
+    parts.append(["--rounds", "3"])
+    for arguments in ([], ["--rounds", "8"], *parts):
         with pytest.raises(Stop):
             twin_bn.main(["--device", "cpu", *arguments])
     assert folders == [harness.RESULTS] * 2 + [harness.PARTIAL] * len(parts)

@@ -5,7 +5,9 @@ import io
 import pickle
 import random
 import re
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -350,6 +352,93 @@ def guarded(self, x, extra=None):
     y = self.conv(x) if self.flag else x
     y = self.relu(self.bn(y))
     return y if extra is None else y + extra
+
+
+def through_a_method(self, x):
+    return self.relu(self.bn(self.prepared(x)))
+
+
+def test_a_replaced_method_or_forward_is_noticed():
+    kind = type("Block", (Block,), {"forward": through_a_method, "prepared": lambda self, x: self.conv(x)})
+    model, x = fuse_twin_bn(kind()), torch.randn(4, 4, 5, 5)
+    assert fusion_report(model)[0].fused == "relu"
+    model.prepared = lambda x: x
+    assert torch.equal(model(x), F.relu(copy.deepcopy(model).bn(x)))
+    del model.prepared
+    kind.forward = lambda self, x: x
+    assert model(x) is x
+
+
+def test_a_child_under_two_names_that_then_differ():
+    model = block(lambda self, x: self.follow(self.relu(self.bn(x))))
+    model.follow = model.relu
+    fuse_twin_bn(model)
+    model.follow = nn.Tanh()
+    assert model(torch.randn(4, 4, 5, 5)).max() <= 1
+
+
+def test_a_child_whose_type_decided_is_noticed():
+    def forward(self, x):
+        x = self.conv(x) if isinstance(self.conv, nn.Conv2d) else x
+        return self.relu(self.bn(x))
+
+    model, x = fuse_twin_bn(block(forward)), torch.randn(4, 4, 5, 5)
+    model.conv = nn.Identity()
+    assert torch.equal(model(x), F.relu(copy.deepcopy(model).bn(x)))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.relu(self.bn(x * 2 if torch.is_tensor(x) else x)),
+        lambda self, x: torch.utils.checkpoint.checkpoint(lambda t: self.relu(self.bn(t)), x, use_reentrant=False),
+        lambda self, x: torch.utils.checkpoint.checkpoint(lambda t: self.relu(self.bn(t)), x, use_reentrant=True),
+    ],
+    ids=["is_tensor", "checkpoint", "reentrant checkpoint"],
+)
+def test_what_a_trace_would_lose(forward):
+    model, x = block(forward), torch.randn(4, 4, 5, 5, requires_grad=True)
+    plain = copy.deepcopy(model)
+    fuse_twin_bn(model)
+    assert torch.equal(model(x), plain(x))
+    for each in (model, plain):
+        each(x).sum().backward()
+    assert model.bn.num_batches_tracked == plain.bn.num_batches_tracked
+
+
+def test_statistics_read_in_between():
+    def forward(self, x):
+        y = self.bn(x)
+        seen = self.bn.running_var.sum()
+        return self.relu(y + self.conv(x)), seen
+
+    model, x = block(forward), torch.randn(4, 4, 5, 5)
+    plain = copy.deepcopy(model)
+    assert torch.equal(fuse_twin_bn(model)(x)[1], plain(x)[1])
+
+
+def test_threads_may_fuse_their_models():
+    models = [nn.Sequential(TwinBatchNorm2d(4), nn.ReLU()) for _ in range(16)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(fuse_twin_bn, models))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(fused_as(model) == "relu" for model in models)
+    assert nn.Identity()(1) == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_scripted_child_does_no_harm():
+    model, x = (
+        nn.Sequential(TwinBatchNorm2d(3), nn.ReLU(), torch.jit.script(nn.Conv2d(3, 3, 1))),
+        torch.randn(4, 3, 5, 5),
+    )
+    plain = copy.deepcopy(model)
+    assert torch.equal(fuse_twin_bn(model)(x), plain(x))
+    assert len(fusion_report(model)) == 1
 
 
 CHANGES = {

@@ -97,7 +97,8 @@ def test_more_than_2_to_the_31_values(name, memory_format):
     images, channels, side = 2**14 + 6, 64, 46  # 2.2e9 values
     x = torch.empty((images, channels, side, side), dtype=torch.bfloat16, device="cuda", memory_format=memory_format)
     x.normal_()
-    wings = [[torch.zeros(channels, device="cuda"), *(torch.ones(channels, device="cuda"),) * 2, None] for _ in "ab"]
+    zeros, ones = (lambda: torch.zeros(channels, device="cuda")), (lambda: torch.ones(channels, device="cuda"))
+    wings = [[zeros(), ones(), ones(), None] for _ in range(2)]
     split = images - 4
     with backend.use_backend(name):
         y = ops.twin_batch_norm(x, split, *wings, MOMENTUM, EPS, relu=True)

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import nn
@@ -124,9 +125,12 @@ def fewer_than_two_values(rank):
         layer(x[:0])
     state = layer.state_dict()
     assert all(torch.equal(state[name], value) for name, value in before.items())
-    wing = [torch.zeros(3), torch.ones(3), None, None]
+    frozen, wing = ([torch.zeros(3), torch.ones(3), None, None] for _ in range(2))
     with pytest.raises(ValueError, match="at least 2 values per channel in all processes, got 1"):
-        ops.twin_batch_norm(x, rank, wing, wing, 0.1, 1e-5, process_group="world")
+        ops.twin_batch_norm(x, rank, frozen, wing, 0.1, 1e-5, process_group="world")
+    assert torch.equal(wing[0], torch.zeros(3)) and torch.equal(wing[1], torch.ones(3))
+    y = ops.twin_batch_norm(x, 1, frozen, wing, 0.1, 1e-5, process_group="world")  # nobody has adaptive rows
+    torch.testing.assert_close(y, F.batch_norm(x, *frozen))
     assert torch.equal(wing[0], torch.zeros(3)) and torch.equal(wing[1], torch.ones(3))
 
 

@@ -22,7 +22,14 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
-results = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
+skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
+
+
+def results(test):
+    """Runs in the interpreter or on a GPU."""
+    return skipped(test if INTERPRETED else pytest.mark.gpu(test))
+
+
 host = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 # One program per channel of contiguous memory, one tile of 32 channels else: what takes time in the interpreter.
 SHAPES = [(2, 1, 1, 2), (2, 129, 1, 1), (5, 3, 1, 31), (4, 7, 7, 7), (3, 9, 2, 1)]

@@ -17,6 +17,8 @@ import inspect
 import operator
 import random
 import sys
+import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -43,6 +45,8 @@ _PURE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, TwinBatchNorm2d)  # neither w
 _FLAGS = (bool, int, float, str, bytes, torch.dtype, torch.memory_format)
 _STATE = frozenset(nn.Module().__dict__)  # what every module has
 
+_tracing = threading.RLock()  # fx and the tracer below replace methods of nn.Module while they trace
+
 Path = tuple[str, ...]
 
 
@@ -67,9 +71,11 @@ def fuse_twin_bn(model: nn.Module) -> nn.Module:
 
     A forward is left alone when it cannot be traced or is not the same in train and eval mode, with and
     without gradients or autocast. A fused forward steps back for the original one while a fused layer has
-    hooks, when an attribute that it reads has changed (``grad_checkpointing``, say), or when it is called
-    with keyword or optional arguments. What it cannot notice: module globals that change later, hooks on
-    all modules of the process, and comparisons of values with ``is`` or ``type()``.
+    hooks, when an attribute that it reads has changed (``grad_checkpointing``, say) or a child has been
+    replaced, or when it is called with keyword or optional arguments. What it cannot notice: module globals
+    that change later, side effects on them (printing), hooks on all modules of the process, and comparisons
+    of values with ``is`` or ``type()``. The class of a fused module is a subclass of what it was.
+    While this runs, and :func:`fusion_report`, no other thread may use the model.
 
     As in train mode, results of the kernels can then be differentiated once in eval mode too.
 
@@ -155,32 +161,36 @@ def _set_state(module: nn.Module, state: dict) -> None:
 
 def _fuse(module: nn.Module) -> None:
     plan = getattr(type(module), "plan", None)
-    if plan is not None and plan.holds(module):
-        return
+    if plan is not None and (plan.holds(module) or "plan" not in type(module).__dict__):
+        return  # the latter: someone else's subclass of a fused class
     module.__class__ = original = unfused_type(module)
     plan = _Plan(module)
     if not plan.runs:
         return
 
-    @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
         run = None if kwargs else plan.choose(self, args)
         return original.forward(self, *args, **kwargs) if run is None else run(self, *args)
 
-    methods = {"forward": forward, "__deepcopy__": _deepcopy, "__reduce_ex__": _reduce}
-    module.__class__ = _subclass(original, {"plan": plan, **methods})
+    # With a code object of its own torch.compile counts its compilations apart from those of other modules.
+    own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+    methods = {"forward": functools.wraps(original.forward)(own), "__deepcopy__": _deepcopy, "__reduce_ex__": _reduce}
+    with suppress(TypeError):  # a class that forbids such a subclass stays as it is
+        module.__class__ = _subclass(original, {"plan": plan, **methods})
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose forward calls two-wing layers, with their names."""
     for name, module in model.named_modules():
-        if not _is_container(module) and not isinstance(module, TwinBatchNorm2d) and _layers(module):
+        if isinstance(module, (TwinBatchNorm2d, torch.jit.ScriptModule)) or _is_container(module):
+            continue
+        if _layers(module):
             yield name, module
 
 
 def _is_container(module: nn.Module) -> bool:
     """Whether a module, ModuleList for one, has no forward and is what the module above makes of it."""
-    return type(module).forward is nn.Module.forward
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
 def _containers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
@@ -232,8 +242,11 @@ class _Plan:
         self.runs: list[tuple[type | None, Callable]] = []
         self._arguments = 0
         self._attributes: dict[str, object] = {}
+        self._methods: dict[str, object] = {}  # and properties, as the class has them
         self._tensors: set[str] = set()
-        self._names = [(path, _names(holder)) for path, holder in _containers(module)]
+        self._forward = type(module).forward
+        self._children = _children(module)
+        self._types: dict[Path, type] = {}  # of what the forward calls
         self._parts: dict[Path, type] = {}  # modules that must stay of this very type, and without hooks
         candidates = {}
         for path, layer in _layers(module).items():
@@ -245,7 +258,8 @@ class _Plan:
                 candidates[".".join(path)] = path
         if candidates:
             try:
-                self._trace(module, candidates)
+                with _tracing:
+                    self._trace(module, candidates)
             except Exception as error:  # an unknown forward may fail in any way when it gets no tensors
                 why = str(error) if isinstance(error, _Left) else f"its forward cannot be traced: {error}"
                 why = f"{type(module).__name__}: {' '.join(why.split())}"
@@ -259,10 +273,13 @@ class _Plan:
                 return False
         if any(getattr(module, name, None) is None for name in self._tensors):
             return False
-        for path, names in self._names:
-            holder = _at(module, path)
-            if holder is None or _names(holder) != names:
+        if unfused_type(module).forward is not self._forward or _children(module) != self._children:
+            return False
+        for name, expected in self._methods.items():
+            if name in module.__dict__ or not _same(getattr(type(module), name, None), expected):
                 return False
+        if any(unfused_type(_at(module, path)) is not kind for path, kind in self._types.items()):
+            return False
         return all(is_untouched(_at(module, path), kind) for path, kind in self._parts.items())
 
     def choose(self, module: nn.Module, arguments: tuple) -> Callable | None:
@@ -287,6 +304,13 @@ class _Plan:
             self._arguments = tracer.arguments
             self._attributes.update(tracer.attributes)
             self._tensors.update(tracer.tensors)
+            self._methods.update(tracer.methods)
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    path = tuple(node.target.split("."))
+                    self._types[path] = unfused_type(_at(module, path))
+                    if _is_pure(node, module):
+                        self._parts[path] = type(_at(module, path))
             outcome, parts = _rewrite(graph, module, candidates)
             outcomes.append(outcome)
             self._parts.update(parts)
@@ -301,8 +325,19 @@ class _Plan:
             self.runs = []
 
 
-def _names(holder: nn.Module) -> list[tuple[str, bool]]:
-    return [(name, child is None) for name, child in holder._modules.items()]
+def _children(module: nn.Module) -> list[tuple[Path, list]]:
+    """The names of all children, and which of them are the same module."""
+    first: dict[int, int] = {}
+    return [
+        (
+            path,
+            [
+                (name, None if child is None else first.setdefault(id(child), len(first)))
+                for name, child in holder._modules.items()
+            ],
+        )
+        for path, holder in _containers(module)
+    ]
 
 
 def _same(value: object, expected: object) -> bool:
@@ -328,8 +363,10 @@ class _Value(fx.Proxy):
 
     @property
     def __class__(self):
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        if asker.partition(".")[0] == "torch":
+        frame = sys._getframe(1)
+        asker = frame.f_globals.get("__name__", "")
+        asks_for_others = frame.f_code.co_name == "is_tensor" or asker.startswith(("torch.jit", "torch._jit"))
+        if asker.partition(".")[0] == "torch" and not asks_for_others:
             return _Value
         return self.tracer.claimed_type(self.node)
 
@@ -350,6 +387,7 @@ class _Tracer(fx.Tracer):
         self.claim, self.asked = claim, False
         self.arguments = 0
         self.attributes: dict[str, object] = {}
+        self.methods: dict[str, object] = {}
         self.tensors: set[str] = set()  # parameters and buffers that were not None
         self._watched = set(module.modules())
         self._state = _context()
@@ -374,11 +412,14 @@ class _Tracer(fx.Tracer):
             return  # its class has it
         value = values.get(name, getattr(type(module), name, None))
         if isinstance(value, Tensor) and name not in module.__dict__:  # traced where it is used
-            if module is self.root:
-                self.tensors.add(name)
+            if module is not self.root:  # the layer that it belongs to may be called elsewhere then
+                raise _Left(f"its forward reads {name!r} of {type(module).__name__}")
+            self.tensors.add(name)
             return
-        if name not in values and not _is_flag(value):
-            return  # a method
+        if name not in values and (inspect.isroutine(value) or isinstance(value, (property, type))):
+            if module is self.root:
+                self.methods[name] = value
+            return
         if module is not self.root:
             raise _Left(f"its forward reads {name!r} of {type(module).__name__}")
         if not _is_plain(value):
@@ -440,7 +481,9 @@ def _traced(module: nn.Module, claim: type) -> tuple[fx.Graph, _Tracer]:
 
 def _context() -> tuple:
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    # saved_tensors_hooks, which checkpointing without reentrance is made of.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def is_untouched(module: nn.Module | None, *types: type[nn.Module]) -> bool:
 
 def unfused_type(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before :func:`twins_fast.fuse_twin_bn`."""
-    return getattr(type(module), "unfused_type", type(module))
+    return type(module).__dict__.get("unfused_type", type(module))
 
 
 def _alike(residual: Tensor, x: Tensor) -> bool:

@@ -61,6 +61,8 @@ def _gather_statistics(x, split, rm, rv, momentum, eps, name, group) -> tuple[Te
     counts = received[:, -1]
     if count < 2:  # else there are two, and the device need not be waited for
         total = int(counts.sum())
+        if total == 0:  # nobody has adaptive rows
+            return counts.sum() + 1, torch.zeros_like(moments)
         if total < 2:
             raise ValueError(f"batch statistics need at least 2 values per channel in all processes, got {total}")
     total, (mean, deviation) = phases.combine(counts, received[:, :-1].unflatten(1, moments.shape))

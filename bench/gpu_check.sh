@@ -85,23 +85,23 @@ build() {
 if wanted build; then
   export -f build no_module complaint
   export PYTHON
-  part build "${LIMIT_BUILD:-120}" "" no_nvcc bash -c build
+  part build "${LIMIT_BUILD:-90}" "" no_nvcc bash -c build
 fi
 if wanted tests; then
-  part tests "${LIMIT_TESTS:-110}" "[0-9] passed" "no_gpu no_module" "$PYTHON" -m pytest -q -m gpu tests
+  part tests "${LIMIT_TESTS:-150}" "[0-9] passed" "no_gpu no_module" "$PYTHON" -m pytest -q -m gpu tests
 fi
 if wanted sanitizer; then
   # Each tensor gets an allocation of its own, so that memcheck sees where it ends.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck synccheck; do
-    part "$tool" "${LIMIT_SANITIZER:-45}" "SUMMARY: 0 " "no_gpu no_sanitizer no_module" \
+    part "$tool" "${LIMIT_SANITIZER:-70}" "SUMMARY: 0 " "no_gpu no_sanitizer no_module" \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$PYTHON" -m bench.sanitize
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
 if wanted bench; then
   # shellcheck disable=SC2086 # BENCH is several arguments
-  part bench "${LIMIT_BENCH:-190}" "" "no_gpu no_module" \
+  part bench "${LIMIT_BENCH:-140}" "" "no_gpu no_module" \
     "$PYTHON" -m bench.twin_bn --device cuda --out "$OUT" $BENCH
 fi
 

@@ -718,9 +718,6 @@ def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits
     with _on_device_of(x):
         partial = _partial_moments(x, walk)
         _apply(x, residual, walk, frozen, adaptive, y, bits, stats, partial, None, momentum, eps, relu)
-    for buffer in adaptive[:2]:
-        if buffer is not None and not buffer.is_inference():
-            torch.autograd.graph.increment_version(buffer)  # autograd does not see writes by kernels
     return y, bits, stats
 
 

@@ -33,9 +33,6 @@ _NO_WING = (None,) * 4
 def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
     y, bits, stats = layout.forward_results(x, keep_bits)
     _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, _ALL)
-    for buffer in adaptive[:2]:
-        if buffer is not None and not buffer.is_inference():
-            torch.autograd.graph.increment_version(buffer)  # autograd does not see writes through pointers
     return y, bits, stats
 
 

@@ -216,7 +216,11 @@ _library.define(
 
 def _run_forward(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, keep_bits, name):
     wings = (fm, fv, fw, fb), (rm, rv, w, b)
-    return backend.implementation(name).forward(x, residual, split, *wings, momentum, eps, relu, keep_bits)
+    results = backend.implementation(name).forward(x, residual, split, *wings, momentum, eps, relu, keep_bits)
+    for buffer in (rm, rv):
+        if buffer is not None and not buffer.is_inference():
+            torch.autograd.graph.increment_version(buffer)  # autograd does not see writes by kernels
+    return results
 
 
 def _run_backward(dy, x, bits, split, fm, fv, fw, w, stats, eps, wanted, name):

@@ -27,19 +27,27 @@ X86_FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 
+# Compiled once per instruction set, slowest first. Pixels are rounded as PyTorch rounds them, after every operation.
+CPU_UNITS = {"conv": "", "twin_bn": "", "pointwise": "", "pixels": "-ffp-contract=off"}
+
 
 def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, str, str]]:
     """What is compiled: (source, object, extra flags). CUDA sources end in .cu; ``isas`` as from :func:`isas_of`."""
     isas = isas_of(None) if isas is None else isas
-    kernels = [("csrc/cpu/twin_bn.cpp", "twin_bn_baseline.o", "-DTWINS_FAST_ISA=baseline")]
-    for isa in isas:
-        kernels.append(("csrc/cpu/twin_bn.cpp", f"twin_bn_{isa}.o", f"-DTWINS_FAST_ISA={isa} {X86_FLAGS[isa]}"))
+    kernels = []
+    for unit, unit_flags in CPU_UNITS.items():
+        for isa in ("baseline", *isas):
+            flags = f"-DTWINS_FAST_ISA={isa} {X86_FLAGS.get(isa, '')} {unit_flags}".strip()
+            kernels.append((f"csrc/cpu/{unit}.cpp", f"{unit}_{isa}.o", flags))
     define = "-DTWINS_FAST_CUDA" if nvcc else ""
     common = [
         ("csrc/bind.cpp", "bind.o", f"{define} {pybind11_flags()}"),
         ("csrc/cpu/dispatch.cpp", "dispatch.o", " ".join(f"-DTWINS_FAST_HAS_{isa}" for isa in isas)),
     ]
-    cuda = [("csrc/cuda/twin_bn.cu", "twin_bn_cuda.o", cuda_architecture_flags(nvcc))] if nvcc else []
+    cuda = []
+    if nvcc:
+        flags = cuda_architecture_flags(nvcc)
+        cuda = [(f"csrc/cuda/{unit}.cu", f"{unit}_cuda.o", flags) for unit in ("twin_bn", "pixels")]
     return cuda + common + kernels  # slowest first
 
 

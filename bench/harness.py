@@ -27,6 +27,7 @@ RESULTS = ROOT / "bench" / "results"
 PARTIAL = ROOT / "runs" / "bench"  # measurements of a part, which must not replace those of the whole
 COLD = 3  # times the last-level cache: what the rotated copies must exceed
 MEMORY_SHARE = 0.25  # of the free memory, for the copies of one form
+PRODUCTS = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sides of the matrices whose product shows the peak
 
 
 class Unavailable(Exception):
@@ -52,6 +53,7 @@ class Runner:
         results: what :attr:`Benchmark.check` compares, from operands.
         form: peers of the same form share their operands.
         around: entered once around many calls.
+        more: what else to record of a peer that passed, from operands.
     """
 
     operands: Callable[[], tuple[torch.Tensor, ...]]
@@ -59,6 +61,7 @@ class Runner:
     results: Callable[[Any], dict[str, torch.Tensor]]
     form: Any
     around: Callable[[], AbstractContextManager] = nullcontext
+    more: Callable[[Any], dict] = lambda operands: {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Benchmark:
         like: (inputs) -> the tensor whose plain copy is the yardstick of memory bandwidth.
         floor: (workload) -> for each stage, the bytes that no implementation can avoid moving.
         check: (workload, inputs, results) -> for each result, its worst error as a multiple of what is allowed.
+        operations: (workload) -> for each stage, the arithmetic operations that no implementation can avoid; without
+            it they are not part of the floor.
+        long: calls take so long that the check warms up, one set of operands is cold, and a GPU's are timed by the
+            wall clock, with the Python that launches them.
+        memory: (workload, name, chain, operands, device) -> bytes, instead of :func:`memory`.
     """
 
     name: str
@@ -83,6 +91,9 @@ class Benchmark:
     like: Callable[[Any], torch.Tensor]
     floor: Callable[[Any], dict[str, int]]
     check: Callable[[Any, Any, dict[str, torch.Tensor]], dict[str, float]]
+    operations: Callable[[Any], dict[str, int]] | None = None
+    long: bool = False
+    memory: Callable[..., dict] | None = None
 
 
 PEERS: dict[str, dict[str, Peer]] = {}  # benchmark -> name -> peer; the first one is what others are compared with
@@ -110,6 +121,8 @@ def measure(
         torch.cuda.empty_cache()
     inputs = benchmark.inputs(workload, device)
     row = {**asdict(workload), "floor_bytes": benchmark.floor(workload), "peers": {}}
+    if benchmark.operations:
+        row["floor_operations"] = benchmark.operations(workload)
     runners: dict[str, Runner] = {}
     sets: dict[Any, list] = {}
     for name in names:
@@ -120,10 +133,14 @@ def measure(
                 raise Unavailable(f"runs on {', '.join(known.devices)} only")
             runner = known.build(workload, inputs)
             if runner.form not in sets:
-                sets[runner.form] = cold_sets(runner.operands, device)
+                sets[runner.form] = [runner.operands()] if benchmark.long else cold_sets(runner.operands, device)
             first = sets[runner.form][0]
             with runner.around():
-                errors = benchmark.check(workload, inputs, runner.results(first))
+                started = time.perf_counter()
+                results = runner.results(first)
+                synchronize(device)
+                found["first_seconds"] = time.perf_counter() - started
+                errors = benchmark.check(workload, inputs, results)
             worst = max(errors, key=errors.get)
             finite = math.isfinite(errors[worst])
             found["error"] = {"result": worst, "times_allowed": errors[worst] if finite else None}
@@ -132,7 +149,9 @@ def measure(
                 found.update(status="wrong", reason=f"{worst} is {off}")
                 continue
             with runner.around():
-                found["memory"] = memory(runner.chains[0], first, device)
+                measured = (runner.chains[0], first, device)
+                found["memory"] = benchmark.memory(workload, name, *measured) if benchmark.memory else memory(*measured)
+                found |= runner.more(first)
             found["sets"] = len(sets[runner.form])
             runners[name] = replace(runner, chains=leading_to(stage, runner.chains))
         except Unavailable as reason:
@@ -140,31 +159,70 @@ def measure(
         except Exception as error:
             found.update(status="error", reason=one_line(error))
     try:
-        time_all(row, runners, sets, benchmark.like(inputs), rounds, device)
+        time_all(row, runners, sets, benchmark.like(inputs), rounds, device, benchmark.long)
     except Exception as error:  # after a fault in one peer's kernel nothing runs on the device any more
         raise RuntimeError("; ".join([*fails([row]), f"{workload.name}: {one_line(error)}"])) from error
     return row
 
 
-def time_all(row: dict, runners: dict[str, Runner], sets: dict, like: torch.Tensor, rounds: int, device: str) -> None:
-    """Time the peers that passed, and a plain copy among them, into ``row``."""
-    sets["copy"] = cold_sets(lambda: (like.clone(), torch.empty_like(like)), device)
-    runners["copy"] = Runner(tuple, [{"copy": lambda pair: pair[1].copy_(pair[0])}], dict, "copy")
-    samples, failures = interleave(runners, sets, rounds, device)
-    copy_failure = failures.pop("copy", None)
+def time_all(
+    row: dict, runners: dict[str, Runner], sets: dict, like: torch.Tensor, rounds: int, device: str, long: bool = False
+) -> None:
+    """Time the peers that passed, and a plain copy (and matrix products) among them, into ``row``."""
+    counted = row.get("floor_operations")
+    yardsticks, operands = yardsticks_of(like, device, counted is not None)
+    sets |= operands
+    samples, failures = interleave(runners | yardsticks, sets, rounds, device, long)
+    missing = [f"{name}: {failures.pop(name)}" for name in yardsticks if name in failures]
     for name, reason in failures.items():
         row["peers"][name] = {"status": "error", "reason": reason}
-    if copy_failure:
-        raise RuntimeError(f"the plain copy failed: {copy_failure}")
-    copy = spread(samples.pop("copy")["copy"])
-    bandwidth = 2 * like.nbytes / copy["median"]
-    row["copy"] = {**copy, "bandwidth": bandwidth, "sets": len(sets["copy"])}
+    if missing:
+        raise RuntimeError(f"a yardstick failed: {'; '.join(missing)}")
+    limits = limits_of(like, {name: samples.pop(name)[name] for name in yardsticks})
+    bandwidth, row["copy"] = limits["bandwidth"], limits["copy"] | {"sets": len(sets["copy"])}
+    if counted is not None:
+        row["peak"] = limits["peak"]
     for name, stages in samples.items():
         times = row["peers"][name]["times"] = {stage: spread(seconds) for stage, seconds in stages.items()}
         for stage, found in times.items():
             floor = row["floor_bytes"][stage]
             found["bandwidth"] = floor / found["median"]
-            found["times_floor"] = found["median"] * bandwidth / floor
+            least = floor / bandwidth
+            if counted is not None:
+                found["operations"] = counted[stage] / found["median"]
+                least = max(least, counted[stage] / row["peak"]["operations"])
+            found["times_floor"] = found["median"] / least
+
+
+def yardsticks_of(like: torch.Tensor, device: str, products: bool) -> tuple[dict[str, Runner], dict[str, list]]:
+    """A plain copy of ``like`` and, with ``products``, matrix products: runners and their operands."""
+    runners = {"copy": Runner(tuple, [{"copy": lambda pair: pair[1].copy_(pair[0])}], dict, "copy")}
+    sets = {"copy": cold_sets(lambda: (like.clone(), torch.empty_like(like)), device)}
+    for dtype in (torch.float32, torch.bfloat16) if products else ():
+        for side in PRODUCTS[device]:
+            name = f"{str(dtype).removeprefix('torch.')} {side}"
+            runners[name] = Runner(tuple, [{name: lambda pair: pair[0] @ pair[1]}], dict, name)
+            sets[name] = [tuple(torch.randn(side, side, device=device).to(dtype) for _ in range(2))]
+    return runners, sets
+
+
+def limits_of(like: torch.Tensor, samples: dict[str, list[float]]) -> dict:
+    """What the yardsticks say: bytes per second, and operations per second of the best matrix product."""
+    copy = spread(samples["copy"])
+    bandwidth = 2 * like.nbytes / copy["median"]
+    rates = {name: 2 * int(name.split()[1]) ** 3 / min(seconds) for name, seconds in samples.items() if name != "copy"}
+    best = max(rates, key=rates.get, default=None)
+    peak = {"operations": rates[best], "of": best} if best else None
+    return {"bandwidth": bandwidth, "copy": copy | {"bandwidth": bandwidth}, "peak": peak}
+
+
+def limits(like: torch.Tensor, device: str, rounds: int = 5) -> dict:
+    """Bandwidth of a copy and peak of matrix products alone; see :func:`limits_of`."""
+    runners, sets = yardsticks_of(like, device, products=True)
+    samples, failures = interleave(runners, sets, rounds, device)
+    if failures:
+        raise RuntimeError(f"a yardstick failed: {failures}")
+    return limits_of(like, {name: stages[name] for name, stages in samples.items()})
 
 
 def cold_sets(operands: Callable[[], tuple], device: str) -> list[tuple]:
@@ -197,16 +255,16 @@ def free_memory(device: str) -> int:
     return 4 << 30
 
 
-def interleave(runners: dict[str, Runner], sets: dict, rounds: int, device: str):
+def interleave(runners: dict[str, Runner], sets: dict, rounds: int, device: str, long: bool = False):
     """Seconds of every call, per peer and stage, from peers that take turns; and the peers that failed.
 
-    A first round of the same kind warms up and is left out.
+    A first round of the same kind warms up and is left out, unless calls are ``long`` and have been warmed up.
     """
-    clock = CudaClock() if device == "cuda" else CpuClock()
+    clock = CudaClock() if device == "cuda" and not long else WallClock(device)
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in runners}
     failures: dict[str, str] = {}
     with collected_between() as collect:
-        for round_ in range(rounds + 1):
+        for round_ in range(1 if long else 0, rounds + 1):
             collect()
             for name, runner in runners.items():
                 if name in failures:
@@ -246,16 +304,27 @@ def collected_between() -> Iterator[Callable[[], int]]:
         gc.unfreeze()
 
 
-class CpuClock:
+@dataclass
+class WallClock:
     """Seconds of each call. What the calls return is freed outside the timed part."""
+
+    device: str
 
     def __call__(self, function: Callable, states: list) -> tuple[list[float], list]:
         seconds, results = [], []
         for state in states:
+            synchronize(self.device)
             start = time.perf_counter_ns()
             results.append(function(state))
+            synchronize(self.device)
             seconds.append((time.perf_counter_ns() - start) * 1e-9)
         return seconds, results
+
+
+def synchronize(device: str) -> None:
+    """Wait for what is queued on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class CudaClock:
@@ -355,12 +424,15 @@ def table(row: dict) -> str:
         if "times" not in found:
             lines.append(f"  {name:22} {found['status']}: {found['reason']}")
             continue
-        memory = f"{found['memory']['peak'] / 1e6:.1f} MB peak, {found['memory']['kept'] / 1e6:.1f} kept"
+        memory = f"{found['memory']['peak'] / 1e6:.1f} MB peak"
+        if "kept" in found["memory"]:
+            memory += f", {found['memory']['kept'] / 1e6:.1f} kept"
         for stage, t in found["times"].items():
             base = first.get("times", {}).get(stage)
+            rate = f"{t['operations'] / 1e9:8.1f} GFLOP/s" if "operations" in t else f"{t['bandwidth'] / 1e9:8.1f} GB/s"
             lines.append(
                 f"  {name:22} {stage:9} {t['median'] * 1e3:9.3f} ms  [{t['q1'] * 1e3:.3f}, {t['q3'] * 1e3:.3f}]  "
-                f"{t['bandwidth'] / 1e9:8.1f} GB/s  {t['times_floor']:6.2f} x floor"
+                f"{rate}  {t['times_floor']:6.2f} x floor"
                 + (f"  {base['median'] / t['median']:6.2f} x faster" if base else "")
                 + f"  {memory}"
             )
@@ -380,19 +452,20 @@ class Record:
     command: str
     options: dict
     folder: Path
+    file: Path | None = None  # instead of a file of the folder
     rows: list[dict] = field(default_factory=list)
     header: dict = field(default_factory=header)
 
     @property
     def path(self) -> Path:
         """A GPU's results and a CPU's lie side by side."""
-        return self.folder / f"{self.benchmark}-{device_kind(self.device)}.json"
+        return self.file or self.folder / f"{self.benchmark}-{device_kind(self.device)}.json"
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         kept = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
         kept |= {"command": self.command, "options": self.options, "workloads": self.rows}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.unfinished.write_text(json.dumps(kept, indent=1) + "\n")
 
     @property

@@ -34,14 +34,14 @@ class Kernel:
     store_bits: int
 
 
-def cuda_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+def cuda_kernels(architectures: tuple[int, ...] = ARCHITECTURES, sources: str = "*.cu") -> list[Kernel]:
     """One row per entry point of ``csrc/cuda`` and architecture; needs nvcc."""
-    return [row for architecture in architectures for row in _cuda_kernels(architecture)]
+    return [row for architecture in architectures for row in _cuda_kernels(architecture, sources)]
 
 
-def _cuda_kernels(architecture: int) -> list[Kernel]:
+def _cuda_kernels(architecture: int, sources: str) -> list[Kernel]:
     rows = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc" / "cuda").glob(sources)):
         with tempfile.TemporaryDirectory() as folder:
             command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin"]
             command += [f"-arch=sm_{architecture}", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", str(source)]
@@ -78,14 +78,17 @@ def _widths(ptx: str) -> tuple[int, int]:
 def _readable(mangled: str) -> tuple[str, str]:
     """Name and template arguments of a kernel: ('forward_kernel', 'bfloat16, channels last, aligned')."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    name, dtype, last, whole = re.search(r"(\w+)<(\w+), (\w+), (\w+)>", plain).groups()
+    name, dtype, rest = re.search(r"(\w+)<(\w+), ([^>]*)>", plain).groups()
     dtype = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}[dtype]
+    if name == "pixels_kernel":
+        return name, f"{dtype}, {('prepare', 'gradient', 'step')[int(rest[-1])]}"
+    last, whole = rest.split(", ")
     layout = "channels last" if last == "true" else "contiguous"
     return name, ", ".join([dtype, layout, "aligned" if whole == "true" else "any size"])
 
 
 def triton_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
-    """One row per launch of a call with residual and ReLU, for the default block sizes; needs Triton."""
+    """One row per launch of two-wing batch norm with residual and ReLU, and per step of an attack; needs Triton."""
     from twins_fast.kernels import aot
 
     return [
@@ -99,7 +102,7 @@ def triton_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kerne
             row["shared"],
             *_widths(row["ptx"]),
         )
-        for row in aot.table(aot.variants(brief=True), architectures)
+        for row in aot.table([*aot.variants(brief=True), *aot.attack_variants(brief=True)], architectures)
     ]
 
 

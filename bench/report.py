@@ -1,11 +1,13 @@
-"""Writes the tables of the README and of docs/kernels.md from the measurements: ``python -m bench.report``."""
+"""Writes the tables and the plot of the documents from the measurements: ``python -m bench.report``."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from bench import attack as bench_attack
 from bench import kernels as bench_kernels
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
@@ -15,7 +17,8 @@ from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
 
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "kernels.md")
+DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "attack.md")
+SCALING_PLOT = ROOT / "docs" / "attack-scaling.png"
 VERSIONS = RESULTS / "cpu_versions.json"  # kept from trees that are no more
 
 
@@ -53,27 +56,15 @@ def pretrain() -> str:
 
 def twin_bn() -> str:
     """Two-wing batch norm against its peers, over a whole ResNet-50: one part per device."""
-    parts = []
-    for path in measurements(bench_twin_bn.NAME):
-        kept = json.loads(path.read_text())
-        where = kept["header"]
-        machine = f"{where['machine']} ({where['threads']} threads, {where['instructions']})"
-        if kept["device"] != "cpu":
-            machine = f"{where['gpus'][0]} (driver {where['driver']}, CUDA {where['cuda']})"
-        parts.append(
-            f"{bench_twin_bn.summary_table(kept['workloads'], kept['options'])}\n\n"
-            f"`{kept['command']}` on {machine}, torch {where['torch']}, commit {where['commit']}."
-        )
-    return "\n\n".join(parts)
+    return parts(
+        bench_twin_bn.NAME,
+        lambda kept: f"{bench_twin_bn.summary_table(kept['workloads'], kept['options'])}\n\n{source(kept)}",
+    )
 
 
 def twin_bn_layers() -> str:
     """The same layer by layer, forward and backward: one table per device."""
-    parts = []
-    for path in measurements(bench_twin_bn.NAME):
-        rows = json.loads(path.read_text())["workloads"]
-        parts.append(bench_twin_bn.layer_table(rows))
-    return "\n\n".join(parts)
+    return parts(bench_twin_bn.NAME, lambda kept: bench_twin_bn.layer_table(kept["workloads"]))
 
 
 def cpu_versions() -> str:
@@ -96,14 +87,167 @@ def kernels() -> str:
     return f"{bench_kernels.table(kept['kernels'])}\n\nnvcc {kept['nvcc']}, Triton {where['triton']}."
 
 
+def attack() -> str:
+    """One attack step of each peer, and how much faster than the published code it is."""
+    return parts(bench_attack.ATTACK, lambda kept: f"{_against_first(kept, 'ms per step')}\n\n{source(kept)}")
+
+
+def attack_training() -> str:
+    """The whole training step."""
+    return parts(bench_attack.TRAINING, lambda kept: f"{_against_first(kept, 'TWINS-AT step, ms')}\n\n{source(kept)}")
+
+
+def _against_first(kept: dict, title: str) -> str:
+    """Milliseconds of each peer, and in brackets how much faster than the first one; a column per workload."""
+    rows = kept["workloads"]
+    lines = [[title, *(f"{row['name']}, batch {row['batch']}" for row in rows)]]
+    for name in rows[0]["peers"]:
+        lines.append([name])
+        for row in rows:
+            first, own = (_milliseconds(row, peer) for peer in (next(iter(row["peers"])), name))
+            speed_up = f" ({first / own:.1f} x)" if first and own else ""
+            lines[-1].append(f"{own:.1f}{speed_up}" if own else row["peers"][name]["status"])
+    return markdown(lines)
+
+
+def _milliseconds(row: dict, name: str) -> float | None:
+    """Median of one attack step, or of the whole training step; None for a peer that was not timed."""
+    for stage, found in row["peers"][name].get("times", {}).items():
+        return 1e3 * found["median"] / (row["steps"] if stage == "attack" else 1)
+    return None
+
+
+def attack_details() -> str:
+    """Each workload's peers beside the floor, with what they cost besides time."""
+    return parts(bench_attack.ATTACK, lambda kept: "\n\n".join(map(_details, kept["workloads"])))
+
+
+def _details(row: dict) -> str:
+    title = f"{row['name']}, batch {row['batch']} ({row['peak']['operations'] / 1e9:.0f} GFLOP/s at most)"
+    lines = [[title, "step", "times the floor", "GFLOP/s", "memory", "first call", "pixels after one step"]]
+    for name, found in row["peers"].items():
+        if "times" not in found:
+            lines.append([name, f"{found['status']}: {found['reason']}", "", "", "", "", ""])
+            continue
+        timed = found["times"]["attack"]
+        more = max(0.0, found["first_seconds"] - timed["median"])
+        cells = [f"{_milliseconds(row, name):.1f} ms", f"{timed['times_floor']:.1f}"]
+        cells += [f"{timed['operations'] / 1e9:.0f}", f"{found['memory']['peak'] / 1e6:.0f} MB", f"{more:.1f} s more"]
+        lines.append([name, *cells, f"{100 * found['agreement']:.2f} % as published"])
+    return markdown(lines)
+
+
+def attack_precision() -> str:
+    """What half precision costs the attack."""
+
+    def table(kept: dict) -> str:
+        rows = kept["workloads"]
+        lines = [[f"{rows[0]['images']} real images", "robust accuracy", "loss", "pixels after one step as published"]]
+        for row in rows:
+            lines.append([row["name"], f"{100 * row['robust']:.1f} %", f"{row['loss']:.4f}"])
+            lines[-1].append(f"{100 * row['agreement']:.2f} %")
+        return f"{markdown(lines)}\n\n{source(kept)}"
+
+    return parts(bench_attack.PRECISION, table)
+
+
+def attack_layers() -> str:
+    """The plan, layer by layer."""
+
+    def tables(kept: dict) -> str:
+        found = [
+            f"{row['name']}, batch {row['batch']}, {row['engine']}:\n\n{bench_attack.layer_table(row['layers'])}"
+            for row in kept["workloads"]
+        ]
+        return "\n\n".join([*found, source(kept)])
+
+    return parts(bench_attack.LAYERS, tables)
+
+
+def attack_scaling() -> str:
+    """One step against the size of the problem, in numbers."""
+
+    def table(kept: dict) -> str:
+        names = list(kept["workloads"][0]["peers"])
+        lines = [["", *(f"{name}, {what}" for name in names for what in ("step", "memory"))]]
+        for row in kept["workloads"]:
+            lines.append([f"{row['axis']} {row['value']}"])
+            for name in names:
+                own, found = _milliseconds(row, name), row["peers"][name]
+                lines[-1] += (
+                    [f"{own:.1f} ms", f"{found['memory']['peak'] / 1e6:.0f} MB"] if own else [found["status"]] * 2
+                )
+        return f"{markdown(lines)}\n\n{source(kept)}"
+
+    return parts(bench_attack.SCALING, table)
+
+
+def draw_scaling(target: Path = SCALING_PLOT) -> None:
+    """A panel for each size: milliseconds per step (lines) and memory (dashed)."""
+    import matplotlib  # slow to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    beside = [panel.twinx() for panel in panels]
+    for kept in map(_read, measurements(bench_attack.SCALING)):
+        axes = list(dict.fromkeys(row["axis"] for row in kept["workloads"]))
+        for axis, panel, memory in zip(axes, panels, beside, strict=True):
+            rows = [row for row in kept["workloads"] if row["axis"] == axis]
+            for colour, name in enumerate(rows[0]["peers"]):
+                timed = [row for row in rows if "times" in row["peers"][name]]
+                values = [row["value"] for row in timed]
+                style = {"color": f"C{colour}", "marker": "o", "markersize": 3}
+                label = f"{name}, {kept['device']}"
+                panel.loglog(values, [_milliseconds(row, name) for row in timed], label=label, **style)
+                megabytes = [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed]
+                memory.loglog(values, megabytes, linestyle="--", alpha=0.6, **style)
+            values = [row["value"] for row in rows]
+            panel.set_xticks(values, map(str, values))
+            panel.minorticks_off()
+            panel.set(xlabel=axis, title=f"{bench_attack.SCALED}, {bench_attack.AXES[axis][0].replace(':', ', ')}")
+            panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ms per attack step")
+    beside[-1].set_ylabel("memory, MB (dashed)")
+    panels[0].legend()
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+
+
+def parts(benchmark: str, table: Callable[[dict], str]) -> str:
+    """``table`` of what was measured on each kind of device."""
+    return "\n\n".join(table(_read(path)) for path in measurements(benchmark)) or "Not measured yet."
+
+
+def source(kept: dict) -> str:
+    """What was run, where and with what."""
+    where = kept["header"]
+    machine = f"{where['machine']} ({where['threads']} threads, {where['instructions']})"
+    if kept["device"] != "cpu":
+        machine = f"{where['gpus'][0]} (driver {where['driver']}, CUDA {where['cuda']})"
+    return f"`{kept['command']}` on {machine}, torch {where['torch']}, commit {where['commit']}."
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
 def measurements(benchmark: str) -> list[Path]:
     """The result files, one per kind of device."""
     return sorted(RESULTS.glob(f"{benchmark}-*.json"))
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
-if measurements(bench_twin_bn.NAME):  # the documents get their tables with the first measurement
-    TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
+TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
+TABLES |= {"attack": attack, "attack_details": attack_details, "attack_training": attack_training}
+TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 
 def filled(text: str) -> str:
@@ -119,3 +263,5 @@ def filled(text: str) -> str:
 if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(filled(document.read_text()))
+    if measurements(bench_attack.SCALING):
+        draw_scaling()

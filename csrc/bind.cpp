@@ -2,7 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -41,6 +45,27 @@ std::string text(Status status) {
 
 #ifdef TWINS_FAST_CUDA
 std::string text(int error) { return error ? std::string("CUDA error: ") + cuda_error_text(error) : ""; }
+
+// codes: of each step its kind, plus 8 if a clamp passes gradients at its bounds; values: [8, 4], a row for each step.
+PixelCall pixel_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                     int64_t out_width, Pointer row_start, Pointer column_start, const std::vector<int>& codes,
+                     Pointer values, const std::string& dtype, Pointer x, Pointer gradient, Pointer clean, Pointer nan,
+                     Pointer result, Pointer out, double alpha, double eps) {
+  if (codes.size() > kMostPixelSteps) throw py::value_error("at most 8 steps");
+  PixelProgram program{channels, height, width, out_height, out_width, as<int32_t>(row_start),
+                       as<int32_t>(column_start), static_cast<int>(codes.size()), {}};
+  for (size_t i = 0; i < codes.size(); ++i) {
+    if (codes[i] < 0 || codes[i] % 8 > PixelStep::kDiv) throw py::value_error("no such step");
+    program.step[i] = {static_cast<PixelStep::Kind>(codes[i] % 8), as<float>(values) + 4 * i, codes[i] >= 8};
+  }
+  const PixelPass pass = clean ? PixelPass::kStep : gradient ? PixelPass::kGradient : PixelPass::kPrepare;
+  return {program,          pass,
+          images,           dtype_of(dtype),
+          as<void>(gradient), as<float>(x),
+          as<float>(clean), static_cast<float>(alpha),
+          static_cast<float>(eps), as<int64_t>(nan),
+          as<float>(result), as<void>(out)};
+}
 #endif
 
 TwinBnForward forward_args(int64_t images, int64_t channels, int64_t pixels, int64_t split, bool channels_last,
@@ -105,6 +130,187 @@ auto bound(Args (*pack)(Packed...), Result (*launch)(const Args&, Extra...)) {
   };
 }
 
+Pointwise finish_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer bias,
+                      Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
+  return {pixels, channels, dtype_of(dtype), as<void>(x), nullptr, nullptr, as<float>(bias), as<void>(other),
+          as<uint8_t>(mask), relu, as<void>(y), as<uint8_t>(bits)};
+}
+
+Pointwise affine_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer scale,
+                      Pointer shift, bool relu, Pointer y, Pointer bits) {
+  return {pixels, channels, dtype_of(dtype), as<void>(x), nullptr, as<float>(scale), as<float>(shift), nullptr,
+          nullptr, relu, as<void>(y), as<uint8_t>(bits)};
+}
+
+Pointwise affine_backward_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer g, Pointer bits,
+                               Pointer scale, Pointer other, Pointer mask, Pointer dx) {
+  return {pixels, channels, dtype_of(dtype), as<void>(g), as<uint8_t>(bits), as<float>(scale), nullptr,
+          as<void>(other), as<uint8_t>(mask), false, as<void>(dx), nullptr};
+}
+
+PoolForward max_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                          int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
+                          int64_t pad_y, int64_t pad_x, const std::string& dtype, Pointer x, Pointer y,
+                          Pointer argmax) {
+  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
+           pad_x},
+          dtype_of(dtype), true, as<void>(x), as<void>(y), as<uint8_t>(argmax)};
+}
+
+PoolForward avg_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                          int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
+                          const std::string& dtype, Pointer x, Pointer y) {
+  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, 0, 0},
+          dtype_of(dtype), false, as<void>(x), as<void>(y), nullptr};
+}
+
+PoolBackward max_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
+                                    int64_t out_height, int64_t out_width, int64_t kernel_y, int64_t kernel_x,
+                                    int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
+                                    const std::string& dtype, Pointer g, Pointer argmax, Pointer other, Pointer mask,
+                                    Pointer dx) {
+  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
+           pad_x},
+          dtype_of(dtype), true, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+}
+
+PoolBackward avg_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
+                                    int64_t out_height, int64_t out_width, int64_t kernel_y, int64_t kernel_x,
+                                    int64_t stride_y, int64_t stride_x, const std::string& dtype, Pointer g,
+                                    Pointer other, Pointer mask, Pointer dx) {
+  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, 0, 0},
+          dtype_of(dtype), false, as<void>(g), nullptr, as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+}
+
+// Owns what a PixelProgram points to.
+class InputProgram {
+ public:
+  using Table = std::vector<int32_t>;
+
+  InputProgram(const std::vector<py::tuple>& steps, int64_t channels, std::array<int64_t, 2> in_size,
+               const Table& rows, const Table& columns) {
+    const auto [height, width] = in_size;
+    if (channels < 1 || channels > kMostPixelChannels)
+      throw py::value_error("channels must be 1 to " + std::to_string(kMostPixelChannels));
+    if (steps.size() > kMostPixelSteps)
+      throw py::value_error("at most " + std::to_string(kMostPixelSteps) + " steps");
+    row_start_ = starts(rows, height);
+    column_start_ = starts(columns, width);
+    program_ = {channels, height, width, static_cast<int64_t>(rows.size()), static_cast<int64_t>(columns.size())};
+    if (is_identity(rows, height) && is_identity(columns, width)) {
+      program_.height = program_.out_height = 1;  // rows follow on each other
+      program_.width = program_.out_width = height * width;
+    } else {
+      program_.row_start = row_start_.data();
+      program_.column_start = column_start_.data();
+    }
+    for (const py::tuple& step : steps) add(step);
+  }
+  InputProgram(const InputProgram&) = delete;
+
+  std::string run(PixelPass pass, int64_t images, const std::string& dtype, Pointer gradient, Pointer x, Pointer clean,
+                  double alpha, double eps, Pointer not_finite, Pointer result, Pointer out, int threads,
+                  const std::string& isa) const {
+    const PixelCall call{program_, pass, images, dtype_of(dtype), as<void>(gradient), as<float>(x), as<float>(clean),
+                         static_cast<float>(alpha), static_cast<float>(eps), as<int64_t>(not_finite),
+                         as<float>(result), as<void>(out)};
+    py::gil_scoped_release release;
+    return text(pixels_cpu(call, threads, isa));
+  }
+
+ private:
+  // Where the copies of each source begin.
+  static Table starts(const Table& sources, int64_t size) {
+    if (size < 1 || size > INT32_MAX || sources.empty() || sources.size() > INT32_MAX)
+      throw py::value_error("sizes must be positive");
+    Table start(size + 1, static_cast<int32_t>(sources.size()));
+    int64_t next = 0;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      if (sources[i] < 0 || sources[i] >= size || (i && sources[i] < sources[i - 1]))
+        throw py::value_error("an index table must rise, within the size of the image");
+      for (; next <= sources[i]; ++next) start[next] = static_cast<int32_t>(i);
+    }
+    return start;
+  }
+
+  static bool is_identity(const Table& sources, int64_t size) {
+    if (static_cast<int64_t>(sources.size()) != size) return false;
+    for (int64_t i = 0; i < size; ++i)
+      if (sources[i] != i) return false;
+    return true;
+  }
+
+  void add(const py::tuple& step) {
+    static const char* const names[] = {"clamp", "add", "sub", "mul", "div"};  // as in PixelStep::Kind
+    const std::string name = step.empty() ? "" : py::cast<std::string>(step[0]);
+    for (int kind = 0; kind < 5; ++kind) {
+      if (name != names[kind]) continue;
+      const bool clamp = kind == PixelStep::kClamp;
+      if (step.size() != (clamp ? 4 : 2)) throw py::value_error("wrong number of arguments of step " + name);
+      std::vector<float>& values = values_[program_.steps];
+      bool at_bounds = false;
+      if (clamp) {
+        values = {py::cast<float>(step[1]), py::cast<float>(step[2])};
+        if (!(values[0] <= values[1])) throw py::value_error("a clamp's bounds must be in order");
+        const int chosen = py::cast<int>(step[3]);
+        if (chosen != 0 && chosen != 1) throw py::value_error("the derivative at a bound is 0 or 1");
+        at_bounds = chosen;
+      } else {
+        values = py::cast<std::vector<float>>(step[1]);
+        if (static_cast<int64_t>(values.size()) != program_.channels)
+          throw py::value_error("step " + name + " needs one value per channel");
+      }
+      program_.step[program_.steps++] = {static_cast<PixelStep::Kind>(kind), values.data(), at_bounds};
+      return;
+    }
+    throw py::value_error("no step " + name);
+  }
+
+  PixelProgram program_ = {};
+  Table row_start_, column_start_;
+  std::vector<float> values_[kMostPixelSteps];
+};
+
+using Pair = std::pair<int64_t, int64_t>;
+using PyTap = std::tuple<int64_t, int64_t, std::vector<Pair>>;
+using PyPhase = std::tuple<int64_t, int64_t, std::vector<PyTap>>;
+
+std::unique_ptr<Conv> make_conv(const std::string& algorithm, const std::string& dtype, Pair in_size,
+                                int64_t in_channels, Pair out_size, int64_t out_channels, Pair in_step, Pair out_step,
+                                const std::vector<PyPhase>& phases, const std::string& isa) {
+  const int winograd = algorithm == "winograd" ? 2 : algorithm == "winograd4" ? 4 : 0;
+  if (!winograd && algorithm != "gemm") throw py::value_error("no algorithm " + algorithm);
+  const ConvPlan plan{winograd,       dtype_of(dtype), in_size.first,  in_size.second,  in_channels, out_size.first,
+                      out_size.second, out_channels,   in_step.first,  in_step.second,  out_step.first,
+                      out_step.second, 0,              nullptr,        nullptr,         nullptr};
+  std::vector<Conv::Phase> copied;
+  for (const auto& [oy, ox, taps] : phases) {
+    copied.push_back({oy, ox, {}});
+    for (const auto& [dy, dx, sources] : taps) {
+      copied.back().taps.push_back({dy, dx, {}});
+      for (const auto& [ky, kx] : sources) copied.back().taps.back().sources.push_back({ky, kx});
+    }
+  }
+  return std::make_unique<Conv>(plan, std::move(copied), isa);
+}
+
+std::string pack_conv(const Conv& conv, Pointer weight, std::tuple<int64_t, int64_t, int64_t, int64_t> kernel,
+                      Pointer scale, bool transposed, Pointer packed, int threads) {
+  const auto [outputs, inputs, height, width] = kernel;
+  const ConvPack args{as<float>(weight), outputs,    inputs,          height, width,
+                      as<float>(scale),  transposed, as<void>(packed)};
+  py::gil_scoped_release release;
+  return text(conv.pack(args, threads));
+}
+
+std::string run_conv(const Conv& conv, int64_t images, Pointer x, Pointer packed, Pointer bias, Pointer other,
+                     Pointer mask, Pointer y, Pointer bits, bool relu, Pointer workspace, int threads) {
+  const ConvRun args{images,           as<void>(x), as<void>(packed),  as<float>(bias), as<void>(other),
+                     as<uint8_t>(mask), as<void>(y), as<uint8_t>(bits), relu,            as<void>(workspace)};
+  py::gil_scoped_release release;
+  return text(conv.run(args, threads));
+}
+
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (int i = 0; cpu_isa(i); ++i) names.push_back(cpu_isa(i));
@@ -117,11 +323,57 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isas") = cpu_isas();
   m.def("twin_bn_forward_cpu", bound(forward_args, twin_bn_forward_cpu));
   m.def("twin_bn_backward_cpu", bound(backward_args, twin_bn_backward_cpu));
+  m.def("finish_cpu", bound(finish_args, pointwise_cpu));
+  m.def("affine_cpu", bound(affine_args, pointwise_cpu));
+  m.def("affine_backward_cpu", bound(affine_backward_args, pointwise_cpu));
+  m.def("max_pool_cpu", bound(max_pool_args, pool_forward_cpu));
+  m.def("max_pool_backward_cpu", bound(max_pool_backward_args, pool_backward_cpu));
+  m.def("avg_pool_cpu", bound(avg_pool_args, pool_forward_cpu));
+  m.def("avg_pool_backward_cpu", bound(avg_pool_backward_args, pool_backward_cpu));
+  // images, dtype, then tensors and numbers, threads, isa
+  py::class_<InputProgram>(m, "InputProgram", py::module_local())
+      .def(py::init<const std::vector<py::tuple>&, int64_t, std::array<int64_t, 2>, const InputProgram::Table&,
+                    const InputProgram::Table&>(),
+           py::arg("steps"), py::arg("channels"), py::arg("in_size"), py::arg("rows"), py::arg("cols"))
+      .def("prepare",
+           [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer x, Pointer out, int threads,
+              const std::string& isa) {
+             return p.run(PixelPass::kPrepare, images, dtype, 0, x, 0, 0, 0, 0, 0, out, threads, isa);
+           },
+           py::arg("images"), py::arg("dtype"), py::arg("x"), py::arg("out"), py::arg("threads"), py::arg("isa") = "")
+      .def("step",
+           [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer gradient, Pointer x,
+              Pointer clean, double alpha, double eps, Pointer not_finite, Pointer x_out, Pointer out, int threads,
+              const std::string& isa) {
+             return p.run(PixelPass::kStep, images, dtype, gradient, x, clean, alpha, eps, not_finite, x_out, out,
+                          threads, isa);
+           },
+           py::arg("images"), py::arg("dtype"), py::arg("gradient"), py::arg("x"), py::arg("clean"), py::arg("alpha"),
+           py::arg("eps"), py::arg("not_finite"), py::arg("x_out"), py::arg("out"), py::arg("threads"),
+           py::arg("isa") = "")
+      .def("gradient",
+           [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer gradient, Pointer x, Pointer d,
+              int threads, const std::string& isa) {
+             return p.run(PixelPass::kGradient, images, dtype, gradient, x, 0, 0, 0, 0, d, 0, threads, isa);
+           },
+           py::arg("images"), py::arg("dtype"), py::arg("gradient"), py::arg("x"), py::arg("d"), py::arg("threads"),
+           py::arg("isa") = "");
+  py::class_<Conv>(m, "Conv", py::module_local())
+      .def(py::init(&make_conv), py::arg("algorithm"), py::arg("dtype"), py::arg("in_size"), py::arg("in_channels"),
+           py::arg("out_size"), py::arg("out_channels"), py::arg("in_step"), py::arg("out_step"), py::arg("phases"),
+           py::arg("isa") = "")
+      .def_property_readonly("packed_bytes", &Conv::packed_bytes)
+      .def("workspace_bytes", &Conv::workspace_bytes, py::arg("threads"))
+      .def("pack", pack_conv, py::arg("weight"), py::arg("kernel"), py::arg("scale"), py::arg("transposed"),
+           py::arg("packed"), py::arg("threads"))
+      .def("run", run_conv, py::arg("images"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("other"),
+           py::arg("mask"), py::arg("y"), py::arg("bits"), py::arg("relu"), py::arg("workspace"), py::arg("threads"));
 #ifdef TWINS_FAST_CUDA
   m.attr("has_cuda") = true;
   m.def("twin_bn_workspace_cuda", twin_bn_workspace_cuda);
   m.def("twin_bn_forward_cuda", bound(forward_args, twin_bn_forward_cuda));
   m.def("twin_bn_backward_cuda", bound(backward_args, twin_bn_backward_cuda));
+  m.def("pixels_cuda", bound(pixel_args, pixels_cuda));
 #else
   m.attr("has_cuda") = false;
 #endif

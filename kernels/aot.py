@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every Triton kernel, and what the compilers say about it; needs no GPU.
 
-A row is one kernel as one call of the op would launch it, on one architecture: registers per thread, bytes of local
-memory per thread (spilled registers, mostly), bytes of shared memory, and the PTX.
+A row is one kernel as one call of the op, or one step of an attack's plan, would launch it, on one architecture:
+registers per thread, bytes of local memory per thread (spilled registers, mostly), bytes of shared memory, and the PTX.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -24,14 +25,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twins_fast.kernels import tuning, twin_bn
+from twins_fast.kernels import attack, tuning, twin_bn
 
 ARCHS = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KERNELS = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
-KERNELS += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
+TWIN_BN = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
+TWIN_BN += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
+ATTACK = ("pointwise_kernel", "product_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
+KERNELS = {**dict.fromkeys(TWIN_BN, twin_bn), **dict.fromkeys(ATTACK, attack)}  # name -> module
 SIZES = {"aligned": (8, 64, 56, 56), "odd": (5, 67, 7, 7), "aligned 64-bit": (4096, 64, 96, 96)}  # [N, C, H, W]
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+_TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class Variant(NamedTuple):
@@ -48,6 +52,17 @@ class Variant(NamedTuple):
         words = ["channels-last" if self.channels_last else "contiguous", self.size]
         words += ["residual"] * self.residual + ["relu+bits"] * self.relu
         return " ".join(words if self.candidate is None else [*words, f"candidate {self.candidate}"])
+
+
+class AttackVariant(NamedTuple):
+    """A step of an attack's plan."""
+
+    dtype: torch.dtype
+    size: str
+    step: str  # key of ATTACK_STEPS
+
+    def __str__(self) -> str:
+        return f"{self.step}, {self.size}"
 
 
 class Launch(NamedTuple):
@@ -79,8 +94,26 @@ def variants(candidates: bool = False, brief: bool = False) -> list[Variant]:
     return calls
 
 
-def launches(variant: Variant) -> list[Launch]:
+def attack_variants(brief: bool = False) -> list[AttackVariant]:
+    """The steps that are compiled; products are for half precision and whole vectors of channels.
+
+    ``brief`` is as for :func:`variants`.
+    """
+    dtypes, sizes = (DTYPES[:1], ["aligned"]) if brief else (DTYPES, SIZES)
+    steps = BRIEF_STEPS if brief else ATTACK_STEPS
+    return [
+        AttackVariant(dtype, size, step)
+        for dtype, size, step in itertools.product(dtypes, sizes, steps)
+        if (dtype != torch.float32 and size != "odd") or not step.startswith("product")
+    ]
+
+
+def launches(variant: Variant | AttackVariant) -> list[Launch]:
     """What the call would launch, as recorded from tensors without data."""
+    if isinstance(variant, AttackVariant):
+        with _recording(None) as calls:
+            ATTACK_STEPS[variant.step](variant.dtype, *SIZES[variant.size])
+        return list(calls)
     shape = SIZES[variant.size]
     memory_format = torch.channels_last if variant.channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=variant.dtype, device="meta").contiguous(memory_format=memory_format)
@@ -98,11 +131,84 @@ def launches(variant: Variant) -> list[Launch]:
     return list(calls)
 
 
+def _made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _values(dtype: torch.dtype, images: int, channels: int, height: int, width: int) -> tuple:
+    pixels = images * height * width
+    bits = _made(pixels, -(-channels // 8), dtype=torch.uint8)
+    return _made(pixels, channels, dtype=dtype), _made(channels), bits, (pixels, channels)
+
+
+def _finish(*shape) -> None:
+    x, vector, bits, size = _values(*shape)
+    attack.pointwise(x, x, size, shift=vector, other=x, bits=bits)
+
+
+def _gated(*shape) -> None:
+    x, vector, bits, size = _values(*shape)
+    attack.pointwise(x, x, size, gate=bits, scale=vector, other=x, mask=bits)
+
+
+def _product(config: attack.Product, turned: bool, *shape) -> None:
+    x, vector, bits, size = _values(*shape)
+    options = dict(shift=vector, bits=bits) if turned else dict(mask=bits)
+    attack.product(x, x.new_empty(size[1], size[1]), x, size, config, turned, other=x, **options)
+
+
+def _pool(backward: bool, max: bool, *shape) -> None:
+    x, _, bits, _ = _values(*shape)
+    _, images, channels, height, width = shape
+    window = (images, channels, height, width, height // 2, width // 2, 3, 3, 2, 2, 1, 1)
+    small = x.new_empty(images * (height // 2) * (width // 2), channels)
+    argmax = _made(*small.shape, dtype=torch.uint8) if max else None
+    attack.pool_backward(small, x, window, argmax, x, bits) if backward else attack.pool(x, small, window, argmax)
+
+
+def _pixels(enlarged: bool, results: str, dtype: torch.dtype, images: int, _: int, height: int, width: int) -> None:
+    x, out = _made(images, 3, height, width), _made(images, 3, height, width, dtype=dtype)
+    starts = (_made(n + 1, dtype=torch.int32) for n in (height, width))
+    tables = attack.Tables(*starts, (height, width), (7, 7)) if enlarged else None
+    arguments = {
+        "prepare": dict(out=out),
+        "gradient": dict(gradient=out, result=x),
+        "step": dict(gradient=out, clean=x, nan=_made(images, dtype=torch.int64), result=x, out=out),
+    }[results]
+    codes = [0, 8, 2, 4]  # clamp, clamp that passes gradients at its bounds, sub, div
+    attack.pixels(x, _made(8, 4), codes, tables, **arguments, alpha=0.1, eps=0.1)
+
+
+ATTACK_STEPS = {
+    "finish": _finish,
+    "gated affine": _gated,
+    **{
+        f"product{' backward' * (not turned)} {config.rows}x{config.width}x{config.inner}": partial(
+            _product, config, turned
+        )
+        for config in attack.PRODUCTS
+        for turned in (True, False)
+    },
+    **{
+        f"{'max' if max else 'mean'}{' backward' * backward}": partial(_pool, backward, max)
+        for max in (True, False)
+        for backward in (False, True)
+    },
+    **{
+        f"{results}{' of the enlarged image' * enlarged}": partial(_pixels, enlarged, results)
+        for enlarged in (False, True)
+        for results in ("prepare", "gradient", "step")
+    },
+}
+BRIEF_STEPS = ["finish", "gated affine", *[step for step in ATTACK_STEPS if "128x128" in step]]
+BRIEF_STEPS += ["max", "max backward", "step", "step of the enlarged image"]
+
+
 class _Recorder:
     """Stands in for a kernel: notes what it would be compiled for."""
 
     def __init__(self, name: str, calls: list[Launch]):
-        self.name, self.kernel, self.calls = name, getattr(twin_bn, name), calls
+        self.name, self.kernel, self.calls = name, getattr(KERNELS[name], name), calls
 
     def __getitem__(self, grid):
         return self._record
@@ -127,21 +233,21 @@ class _Recorder:
 @contextmanager
 def _recording(candidate: int | None) -> Iterator[list[Launch]]:
     calls = []
-    kernels, choose = {name: getattr(twin_bn, name) for name in KERNELS}, tuning.choose
+    kernels, choose = {name: getattr(module, name) for name, module in KERNELS.items()}, tuning.choose
     try:
-        for name in KERNELS:
-            setattr(twin_bn, name, _Recorder(name, calls))
+        for name, module in KERNELS.items():
+            setattr(module, name, _Recorder(name, calls))
         tuning.choose = lambda phase, *_: tuning.CANDIDATES[phase][candidate or 0]
         yield calls
     finally:
         tuning.choose = choose
         for name, kernel in kernels.items():
-            setattr(twin_bn, name, kernel)
+            setattr(KERNELS[name], name, kernel)
 
 
 def compile_launch(launch: Launch, arch: int) -> dict:
     """Registers, spills, shared and ptx of a launch (see the module)."""
-    kernel = getattr(twin_bn, launch.kernel)
+    kernel = getattr(KERNELS[launch.kernel], launch.kernel)
     source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -159,7 +265,9 @@ def compile_launch(launch: Launch, arch: int) -> dict:
     }
 
 
-def table(calls: list[Variant], archs: tuple[int, ...] = ARCHS, processes: int | None = None) -> list[dict]:
+def table(
+    calls: list[Variant | AttackVariant], archs: tuple[int, ...] = ARCHS, processes: int | None = None
+) -> list[dict]:
     """One row per launch and architecture; launches that are the same for several calls are compiled once."""
     rows, jobs = [], {}
     for variant in calls:

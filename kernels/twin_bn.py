@@ -129,13 +129,25 @@ def _store(pointer, offset, v, mask):
 
 
 @triton.jit
+def _load_bits(bits, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
+    byte = tl.load(bits + byte_offset, mask=byte_mask, other=0).to(tl.int32)
+    bit = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bit, (BLOCK_U, BLOCK_V)) != 0
+
+
+@triton.jit
+def _store_bits(bits, v, mask, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
+    passes = tl.where(v <= 0, 0, mask.to(tl.int32))  # a NaN passes, as in torch.relu
+    passes = tl.reshape(passes, (BLOCK_U, BLOCK_V // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    tl.store(bits + byte_offset, tl.sum(passes, 2).to(tl.uint8), mask=byte_mask)
+
+
+@triton.jit
 def _gradient(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
     """dy where the ReLU passed, everywhere without bits."""
     g = _wide(dy, offset, mask)
     if bits is not None:
-        byte = tl.load(bits + byte_offset, mask=byte_mask, other=0).to(tl.int32)
-        bit = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        g = tl.where(tl.reshape(bit, (BLOCK_U, BLOCK_V)) != 0, g, 0.0)
+        g = tl.where(_load_bits(bits, byte_offset, byte_mask, BLOCK_U, BLOCK_V), g, 0.0)
     return g
 
 
@@ -415,9 +427,7 @@ def apply_kernel(
         if residual is not None:
             v += _wide(residual, offset, mask)
         if bits is not None:
-            passes = tl.where(v <= 0, 0, mask.to(tl.int32))  # a NaN passes, as in torch.relu
-            passes = tl.reshape(passes, (BLOCK_U, BLOCK_V // 8, 8)) << tl.arange(0, 8)[None, None, :]
-            tl.store(bits + byte_offset, tl.sum(passes, 2).to(tl.uint8), mask=byte_mask)
+            _store_bits(bits, v, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
         if RELU:
             v = tl.where(v <= 0, 0.0, v)
         _store(y, offset, v, mask)

@@ -22,6 +22,13 @@ def batch():
 
 
 @pytest.fixture
+def exact():
+    """Convolutions in full float32, so that two ways to compute them agree."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
 def npz(tmp_path):
     """An .npz data set: 3 classes that differ in their dominant channel, 32 x 32 pixels."""
     generator = np.random.default_rng(0)

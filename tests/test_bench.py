@@ -4,13 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.models import resnet50
 
-from bench import harness, header, report, twin_bn
+from bench import attack, harness, header, networks, peers, report, twin_bn, workloads
 from bench.twin_bn import Layer
+from twins_fast import PGD
 
 SMALL = Layer("small", 2, (4, 3, 2, 2), 2, True, True)
 
@@ -247,3 +249,230 @@ def test_sanitize_passes_and_fails(monkeypatch, capsys):
     assert sanitize.main() == 0 and ": 0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(sanitize, "twins_fast", lambda *args: twin_bn.twins_fast(*args) * 1.01)
     assert sanitize.main() == 1 and "y is off by" in capsys.readouterr().out
+
+
+TINY = "resnet18-32:batch=4:width=4:side=8"
+
+
+class StandIn(PGD):
+    """The attack with whatever engine it has here."""
+
+    def __init__(self, *args, engine, **options):
+        super().__init__(*args, **options)
+        assert engine in ("auto", "eager", "plan")
+
+    def explain(self, images, labels, timed):
+        layer = {"name": "conv1", "op": "conv", "runs": "native", "forward_ms": 1.0, "backward_ms": 2.0}
+        return SimpleNamespace(images=1, layers=[layer | {"operations": 100, "bytes": 1000}])
+
+
+@pytest.fixture
+def tiny_attack(monkeypatch):
+    """The stand-in, small yardsticks, and no process of its own to measure memory in."""
+    monkeypatch.setattr(peers, "PGD", StandIn)
+    monkeypatch.setattr(attack, "COPIED", 64)
+    monkeypatch.setattr(harness, "PRODUCTS", {"cpu": (8,)})
+    monkeypatch.setattr(
+        attack, "child_memory", lambda benchmark, name, attacks, device: [{"peak": 1000000}] * len(attacks)
+    )
+
+
+def attacked(monkeypatch, change, dtype=None):
+    """The row of a peer whose result is what ``change`` makes of the published one."""
+
+    def build(given_attack, given):
+        def function(images, labels, start, steps):
+            return change(peers.published_attack(given.model, images, labels, start, steps), images)
+
+        return peers.runner(given_attack, given, function, dtype)
+
+    monkeypatch.setitem(harness.PEERS["attack"], "mine", harness.Peer(build, ("cpu",)))
+    return harness.measure(attack.BENCHMARK, workloads.workload(TINY, steps=2), "cpu", ["published", "mine"], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "what"),
+    [
+        (lambda x, images: images, None, "loss"),
+        (lambda x, images: images, torch.bfloat16, "loss"),
+        (lambda x, images: torch.cat([x[:-1], images[-1:]]), None, "loss"),
+        (lambda x, images: (images + 1.1 * (x - images)).clamp(0, 1), None, "budget"),
+        (lambda x, images: x - 2 * (x.amax() - 0.5), None, "budget"),
+        (lambda x, images: x * torch.nan, torch.bfloat16, "budget"),
+    ],
+)
+def test_a_wrong_attack_is_reported_and_not_timed(change, dtype, what, monkeypatch, tiny_attack):
+    mine = attacked(monkeypatch, change, dtype)["peers"]["mine"]
+    assert mine["status"] == "wrong" and "times" not in mine and mine["reason"].startswith(what)
+
+
+def test_a_right_attack_is_timed_against_the_floor(monkeypatch, tiny_attack):
+    row = attacked(monkeypatch, lambda x, images: x)
+    mine = row["peers"]["mine"]
+    assert mine["status"] == "ok" and mine["agreement"] == 1 and mine["first_seconds"] > 0
+    timed = mine["times"]["attack"]
+    assert timed["samples"] == 1 and timed["operations"] * timed["median"] == pytest.approx(
+        row["floor_operations"]["attack"]
+    )
+    limits = (row["floor_bytes"]["attack"] / row["copy"]["bandwidth"], 
+              row["floor_operations"]["attack"] / row["peak"]["operations"])  # fmt: skip
+    assert timed["times_floor"] == pytest.approx(timed["median"] / max(limits))
+
+
+def test_cost_of_one_attack_by_hand(monkeypatch):
+    network = workloads.Network(lambda width: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False)), 2, 5)
+    monkeypatch.setitem(workloads.NETWORKS, "one", network)
+    found = workloads.workload("one", steps=3)  # 4 x 3 x 3 results of 27 products, 75 inputs, 108 weights
+    assert workloads.cost(found) == (3 * 2 * 2 * 2 * 36 * 27, 3 * 2 * 2 * (2 * (75 + 36) + 108))
+
+
+def test_workloads_are_written_as_they_are_read():
+    found = workloads.workload("resnet18-32:batch=8:width=32", steps=5)
+    assert (found.network, found.batch, found.side, found.steps, found.width) == ("resnet18-32", 8, 32, 5, 32)
+    assert workloads.workload("wrn-28-10-32", "cuda").batch == 128
+    for text in ("vgg", "resnet18-32:depth=3", "resnet18-32:batch=x"):
+        with pytest.raises(ValueError, match=text.split(":")[-1]):
+            workloads.workload(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [  # in millions, as published
+        (lambda: networks.cifar_resnet18(10), 11.17),
+        (lambda: networks.preact_resnet18(10), 11.17),
+        (lambda: networks.wide_resnet(28, 10, 10), 36.48),
+    ],
+)
+def test_networks_have_the_published_size(model, parameters):
+    with torch.device("meta"):
+        found = model()
+        assert found.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 10)
+    assert sum(p.numel() for p in found.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
+
+
+def test_the_attack_command(tmp_path, monkeypatch, capsys, tiny_attack):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    file = tmp_path / "attack-cpu.json"
+    names = "published,torchattacks,autocast,eager,plan-float32,plan-bf16,plan-fp16"
+    arguments = ["--device", "cpu", "--workloads", TINY, "--peers", names, "--rounds", "2", "--steps", "2"]
+    assert attack.main([*arguments, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["workloads"]
+    status = {name: found["status"] for name, found in row["peers"].items()}
+    assert status.pop("torchattacks") == status.pop("plan-fp16") == "unavailable"
+    assert set(status.values()) == {"ok"}
+    assert row["peers"]["eager"]["agreement"] == 1
+    assert "GFLOP/s" in capsys.readouterr().out
+
+    assert "Not measured yet." in report.attack() or report.measurements("attack")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert (
+        f"| ms per step | {TINY}, batch 4 |" in report.attack() and "| torchattacks | unavailable |" in report.attack()
+    )
+    assert "| published | " in report.attack_details() and "1 MB" in report.attack_details()
+
+
+def test_a_peer_with_its_own_start_is_compared_from_there(monkeypatch, tiny_attack):
+    class Theirs:
+        def __init__(self, model, eps, alpha, steps, random_start):
+            self.attack = PGD(model, eps, alpha, steps, random_start=random_start)
+
+        def __call__(self, images, labels):
+            return self.attack(images, labels)
+
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGD=Theirs))
+    row = harness.measure(attack.BENCHMARK, workloads.workload(TINY, steps=2), "cpu", ["torchattacks"], 1)
+    assert row["peers"]["torchattacks"]["status"] == "ok" and row["peers"]["torchattacks"]["agreement"] == 1
+
+
+def test_memory_of_a_peer(monkeypatch, capsys):
+    def run(command, **options):  # here, because a process of its own takes seconds to start
+        code = attack.main(command[3:])
+        return SimpleNamespace(returncode=code, stdout=capsys.readouterr().out, stderr="")
+
+    monkeypatch.setattr(attack.subprocess, "run", run)
+    found = workloads.workload("resnet18-32:batch=64:width=8", steps=1)
+    (used,) = attack.child_memory("attack", "published", [found], "cpu")
+    activations = 64 * 8 * 32 * 32 * 4
+    assert 5 * activations < used["peak"] < 100 * activations and used["first"] > 5 * activations
+    monkeypatch.setattr(attack.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=1, stderr="a\nb"))
+    with pytest.raises(RuntimeError, match="memory: b"):
+        attack.child_memory("attack", "published", [found], "cpu")
+
+
+def test_scaling(tmp_path, monkeypatch, tiny_attack):
+    axes = {
+        "batch": ("steps=1:width=4:side=8", (1, 2)),
+        "steps": ("batch=2:width=4:side=8", (2,)),
+        "side": ("batch=2:steps=1:width=4", (16,)),
+        "width": ("batch=2:steps=1:side=8", (8,)),
+    }
+    monkeypatch.setattr(attack, "AXES", axes)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    file = tmp_path / "attack_scaling-cpu.json"
+    assert attack.main(["--device", "cpu", "--scaling", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["workloads"]
+    assert [(row["axis"], row["value"]) for row in rows] == [(a, v) for a, (_, values) in axes.items() for v in values]
+    assert all(of["status"] == "ok" for row in rows for of in row["peers"].values())
+    assert "| batch 2 | " in report.attack_scaling()
+    report.draw_scaling(tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_step(tmp_path, monkeypatch, tiny_attack):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    arguments = ["--device", "cpu", "--training", "--workloads", "resnet18-32:batch=8:width=8:side=16"]
+    file = tmp_path / "attack_training-cpu.json"
+    assert attack.main([*arguments, "--rounds", "1", "--steps", "2", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["workloads"]
+    assert [found["status"] for found in row["peers"].values()] == ["ok"] * 3
+    assert "| twins-fast-bf16 | " in report.attack_training()
+
+    def wrong(given_attack, given):
+        step = peers.our_training(given_attack, given, None)
+        step.optimizer.param_groups[0]["lr"] = 1.0
+        return step
+
+    peer = harness.Peer(lambda a, g: peers._training_runner(a, g, wrong, torch.channels_last), ("cpu",))
+    monkeypatch.setitem(harness.PEERS["attack_training"], "mine", peer)
+    row = harness.measure(attack.STEP_BENCHMARK, workloads.workload(TINY, steps=2), "cpu", ["mine"], 1)
+    assert row["peers"]["mine"]["status"] == "wrong"
+
+
+def test_precision(tmp_path, monkeypatch, tiny_attack):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    arguments = ["--device", "cpu", "--precision", "--images", "40", "--steps", "2", "--peers", "eager,plan-bf16"]
+    assert attack.main([*arguments, "--json", str(tmp_path / "attack_precision-cpu.json")]) == 0
+    assert "| 40 real images | " in report.attack_precision()
+    eager, half = json.loads((tmp_path / "attack_precision-cpu.json").read_text())["workloads"]
+    assert eager["agreement"] == 1 and 0.8 < half["agreement"] < 1
+    assert 0.1 < eager["robust"] < 0.8 and abs(eager["loss"] - half["loss"]) < 0.05
+
+
+def test_layers(tmp_path, monkeypatch, tiny_attack):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    file = tmp_path / "attack_layers-cpu.json"
+    assert attack.main(["--device", "cpu", "--layers", TINY, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["workloads"]
+    (layer,) = row["layers"]
+    limits = 1000 / row["limits"]["bandwidth"], 100 / row["limits"]["peak"]["operations"]
+    assert layer["floor_ms"] == pytest.approx(1e3 * max(limits))
+    assert "| conv1 | conv | native | 1.000 ms | 2.000 ms |" in report.attack_layers()
+
+
+def test_only_whole_runs_of_the_attack_are_kept(monkeypatch):
+    folders = []
+    monkeypatch.setattr(attack, "Record", lambda *args: folders.append(args[4]) or SimpleNamespace(
+        device="cpu", finish=lambda: None, path=""))  # fmt: skip
+    for name in ("compare", "scaling", "precision", "layers"):
+        monkeypatch.setattr(attack, name, lambda *args: [])
+    whole = [[], ["--training"], ["--scaling"], ["--precision"], ["--layers", "resnet18-32"]]
+    part = [
+        ["--peers", "eager"],
+        ["--rounds", "1"],
+        ["--steps", "3"],
+        ["--layers", TINY],
+        ["--workloads", "resnet18-32"],
+    ]
+    for arguments in (*whole, *part):
+        assert attack.main(["--device", "cpu", *arguments]) == 0
+    assert folders == [harness.RESULTS] * len(whole) + [harness.PARTIAL] * len(part)

@@ -38,7 +38,7 @@ def emulated(tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as patch, backend.use_backend("cpp"):
         patch.setenv("CUDA_EMULATOR_UNEVEN", "1")  # kernels differ in how many blocks a multiprocessor holds
-        patch.setattr(compiled, "_C", SimpleNamespace(has_cuda=False, **launches))
+        patch.setattr(compiled, "_C", SimpleNamespace(has_cuda=False, pixels_cuda=module.pixels_cuda, **launches))
         yield
 
 
@@ -107,3 +107,31 @@ def test_more_values_than_can_be_counted_is_an_error():
     x = torch.empty(1).expand(2**17, 1, 2**7, 2**7)
     with pytest.raises(RuntimeError, match="invalid argument"):
         compiled._launch("forward", x, 0, (None,) * 13, 0.1, EPS, False, 0)
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_pixels(seed, monkeypatch):
+    pytest.importorskip("triton")  # whose kernels have the same caller
+    from test_attack_triton import PIXELS, check_pixels
+
+    monkeypatch.setenv("CUDA_EMULATOR_SEED", seed)
+    for case in PIXELS:
+        check_pixels(*case, native=True)
+
+
+def pixels(channels=3, steps=0, size=(2, 2), out_size=(2, 2), image=None):
+    image = torch.rand(1, channels, *size) if image is None else image
+    out = torch.empty(image.shape)
+    pointers = (image.data_ptr(), 0, 0, 0, 0, out.data_ptr())
+    values = torch.zeros(8, 4).data_ptr()
+    codes = [1] * steps
+    return compiled._C.pixels_cuda(1, channels, *size, *out_size, 0, 0, codes, values, "float32", *pointers, 0, 0, 0)
+
+
+def test_pixels_that_have_no_kernel_are_an_error():
+    assert pixels() == pixels(4, 8) == ""
+    assert "invalid argument" in pixels(channels=5)
+    assert "invalid argument" in pixels(out_size=(4, 2))  # without a table
+    assert "invalid argument" in pixels(size=(2**15, 2**15), out_size=(2**15, 2**15), image=torch.rand(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="8 steps"):
+        pixels(steps=9)

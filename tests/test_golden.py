@@ -32,7 +32,12 @@ class Replay:
             convert_twin_bn(self.model)
         self.model.load_state_dict(self.entries("init/"))
         self.attack = PGD(
-            self.model, eps=config["eps"], alpha=config["alpha"], steps=config["k"], norm=NORMS[config["norm"]]
+            self.model,
+            eps=config["eps"],
+            alpha=config["alpha"],
+            steps=config["k"],
+            norm=NORMS[config["norm"]],
+            engine="eager",
         )
 
     def entries(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -104,7 +109,9 @@ def test_plain_backend_reproduces_the_trajectory(replay):
 
 
 @pytest.mark.skipif(compiled._C is None, reason="the compiled CPU kernels are not installed")
-def test_cpp_backend_reproduces_the_losses(replay):
+@pytest.mark.parametrize("engine", ["eager", "plan"])
+def test_cpp_backend_reproduces_the_losses(replay, engine):
+    replay.attack.engine = engine
     with backend.use_backend("cpp"):
         losses = [loss for loss, _ in replay.train()]
     np.testing.assert_allclose(losses, replay.recorded["loss"], rtol=1e-4)

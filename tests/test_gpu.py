@@ -1,23 +1,29 @@
 """What only a CUDA device can show: graph capture, streams, another device, more than 2^31 values."""
 
+import warnings
+
 import pytest
 import torch
+from torch import nn
 from two_wing import EPS, FORMATS, MOMENTUM, Case
 
 from twins_fast import backend, compiled, ops, reference
+from twins_fast.attack import PGD
+from twins_fast.models import CifarResNet
 
 with_cuda = pytest.mark.skipif(not getattr(compiled._C, "has_cuda", False), reason="built without nvcc")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.parametrize("name", [pytest.param("cuda", marks=with_cuda), "triton"]),
 ]
+each_backend = pytest.mark.parametrize("name", [pytest.param("cuda", marks=with_cuda), "triton"])
 
 
 def a_case(memory_format=torch.channels_last, device="cuda", seed=0):
     return Case((16, 64, 28, 28), 8, torch.bfloat16, memory_format, True, True, device, seed)
 
 
+@each_backend
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_graph_capture(name, memory_format):
     case, other = a_case(memory_format), a_case(memory_format, seed=1)
@@ -49,6 +55,7 @@ def test_graph_capture(name, memory_format):
             assert all(torch.equal(a, b) for a, b in zip((*results, *adaptive[:2]), (*want, *wing[:2]), strict=True))
 
 
+@each_backend
 def test_side_stream(name):
     case = a_case()
     with backend.use_backend(name):
@@ -66,6 +73,7 @@ def test_side_stream(name):
     assert not torch.equal(got[0], want[0])
 
 
+@each_backend
 def test_many_streams_at_once(name):
     """Cooperative launches of several streams share the device."""
     cases = [a_case(seed=seed) for seed in range(8)]
@@ -82,6 +90,7 @@ def test_many_streams_at_once(name):
         assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
 
 
+@each_backend
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 def test_second_device(name):
     with backend.use_backend(name):
@@ -90,6 +99,7 @@ def test_second_device(name):
         case.check(case.run(), name)
 
 
+@each_backend
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_more_than_2_to_the_31_values(name, memory_format):
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
@@ -107,3 +117,133 @@ def test_more_than_2_to_the_31_values(name, memory_format):
         fresh = [[None if t is None else t.clone() for t in wing] for wing in wings]
         want = reference.twin_batch_norm(x[rows].float(), 2, *fresh, MOMENTUM, EPS, relu=True)
         torch.testing.assert_close(y[rows].float(), want, rtol=2**-7, atol=2**-7)
+
+
+@pytest.fixture
+def victim():
+    """A network with batch norms of some effect, images and labels."""
+    torch.manual_seed(0)
+    model = CifarResNet(num_classes=10, width=32, blocks=(2, 2)).cuda().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model, torch.rand(16, 3, 32, 32, device="cuda"), torch.randint(0, 10, (16,), device="cuda")
+
+
+def attacks(model, **options):
+    plan, eager = (PGD(model, **{"random_start": False, **options}, engine=engine) for engine in ("plan", "eager"))
+    return plan, eager
+
+
+def check_attack(plan, eager, images, labels, agree=0.99, **start):
+    """Nearly all pixels are the same; where a gradient is nearly 0 its sign may differ."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the attack runs without a CUDA graph")
+        found = plan(images, labels, **start)
+    want = eager(images, labels, **start)
+    assert ((found - want).abs() < 1e-5).float().mean() > agree
+    assert (found - images).abs().max() <= plan.eps + 1e-6 and plan.nan_gradients == 0
+    return found
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "dlr"])
+def test_plan_against_eager(victim, loss, exact):
+    model, images, labels = victim
+    check_attack(*attacks(model, loss=loss, steps=3), images, labels, x_init=images * 0.98)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2-sign"])
+def test_plan_of_other_norms(victim, norm, exact):
+    model, images, labels = victim
+    plan, eager = attacks(model, norm=norm, eps=0.5, alpha=0.1, steps=3)
+    assert (plan(images, labels) - eager(images, labels)).norm() < 0.05 * (eager(images, labels) - images).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plan_in_half_precision(victim, dtype):
+    model, images, labels = victim
+    plan, eager = attacks(model, amp_dtype=dtype, steps=1)
+    check_attack(plan, eager, images, labels, agree=0.9)
+    losses = []
+    for attack in attacks(model, amp_dtype=dtype, steps=10):
+        with torch.no_grad():
+            losses.append(nn.functional.cross_entropy(model(attack(images, labels)), labels))
+    assert losses[0] > 0.97 * losses[1]
+
+
+def test_no_layer_of_a_plan_is_left_to_pytorch(victim):
+    model, images, labels = victim
+    plan, _ = attacks(model, amp_dtype=torch.bfloat16)
+    plan(images, labels)
+    runs = {layer["runs"] for layer in plan.explain(images, timed=True).layers}
+    assert runs <= {"Triton", "cuDNN", "Triton product", "cuDNN, Triton product", "Triton product, cuDNN"}
+    assert PGD(model).explain(images).engine == "eager"
+
+
+def test_a_graph_sees_what_is_new(victim, exact):
+    model, images, labels = victim
+    plan, eager = attacks(model, steps=2)
+    first = check_attack(plan, eager, images, labels)
+    program = plan._program(images)
+    kept = first.clone()
+    with torch.no_grad():
+        model.conv1.weight.mul_(-1)
+        model.bn1.running_mean.add_(0.5)
+    second = check_attack(plan, eager, images.flip(0), labels.flip(0))
+    assert len(program._graphs._captured) == 1 and torch.equal(first, kept) and not torch.equal(first.flip(0), second)
+    model.conv1.weight = nn.Parameter(-model.conv1.weight.detach())  # elsewhere
+    check_attack(plan, eager, images, labels)
+    assert len(program._graphs._captured) == 2
+
+
+def test_batch_sizes_of_a_plan(victim, exact):
+    model, images, labels = victim
+    plan, eager = attacks(model, steps=2)
+    for rows in (5, 16, 3, 16, 5, 1, 2, 4):  # the second one needs more memory, the last ones more graphs than are kept
+        check_attack(plan, eager, images[:rows], labels[:rows])
+    large, more = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    check_attack(plan, eager, large, more)
+    check_attack(plan, eager, images, labels)
+
+
+def test_a_plan_on_side_streams(victim, exact):
+    model, images, labels = victim
+    plan, _ = attacks(model, steps=2)
+    want = [plan(batch, labels) for batch in (images, images.flip(0))]
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    for stream, batch in zip(streams, (images, images.flip(0)), strict=True):  # both use the same memory
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(plan(batch, labels))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_random_start_of_a_plan(victim, device, exact):
+    model, images, labels = victim
+    made = []
+    for attack in attacks(model, steps=1, random_start=True):
+        attack.generator = torch.Generator(device).manual_seed(3)
+        made.append([attack(images, labels) for _ in range(2)])
+    for found, want in zip(*made, strict=True):
+        assert ((found - want).abs() < 1e-5).float().mean() > 0.99
+    assert not torch.equal(made[0][0], made[0][1])
+
+
+def test_nan_gradients_of_a_plan(victim):
+    model, images, labels = victim
+    with torch.no_grad():
+        model.fc_downstream.weight[0, 0] = torch.nan
+    plan, _ = attacks(model, steps=2)
+    assert torch.equal(plan(images, labels), images) and plan.nan_gradients == 2 * images.numel()
+
+
+def test_a_network_with_everything(exact):
+    from test_attack_triton import Network
+
+    torch.manual_seed(0)
+    model = Network().cuda().eval()
+    images, labels = torch.rand(5, 3, 8, 8, device="cuda"), torch.tensor([0, 1, 2, 3, 0], device="cuda")
+    check_attack(*attacks(model, steps=2), images, labels)

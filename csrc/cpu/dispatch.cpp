@@ -1,8 +1,11 @@
 // Picks the unit for this CPU, and gives it working memory.
+#include <algorithm>
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/kernels.h"
 
@@ -18,7 +21,15 @@ struct Isa {
   bool available;
   void (*forward)(const TwinBnForward&, const Scratch&, int);
   void (*backward)(const TwinBnBackward&, const Scratch&, int);
+  void (*pointwise)(const Pointwise&, int);
+  void (*pool_forward)(const PoolForward&, int);
+  void (*pool_backward)(const PoolBackward&, int);
+  void (*pixels)(const PixelCall&, int);
+  const ConvUnit* conv;
 };
+
+#define TWINS_FAST_UNITS(isa) \
+  isa::forward, isa::backward, isa::pointwise, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
 
 #ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
@@ -30,17 +41,16 @@ bool has_avx512() {
 const Isa* isas() {
   static const Isa table[] = {
 #ifdef TWINS_FAST_HAS_avx512_bf16
-      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::forward,
-       avx512_bf16::backward},
+      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), TWINS_FAST_UNITS(avx512_bf16)},
 #endif
 #ifdef TWINS_FAST_HAS_avx512
-      {"avx512", has_avx512(), avx512::forward, avx512::backward},
+      {"avx512", has_avx512(), TWINS_FAST_UNITS(avx512)},
 #endif
 #ifdef TWINS_FAST_HAS_avx2  // no processor has it without F16C, which old compilers cannot ask for
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::forward, avx2::backward},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), TWINS_FAST_UNITS(avx2)},
 #endif
-      {"baseline", true, baseline::forward, baseline::backward},
-      {nullptr, false, nullptr, nullptr},
+      {"baseline", true, TWINS_FAST_UNITS(baseline)},
+      {},
   };
   return table;
 }
@@ -91,7 +101,112 @@ Status run(const Args& args, int threads, const std::string& isa_name, Run Isa::
   return Status::kOk;
 }
 
+// A pass over channels-last values, none of which may be there.
+template <class Args>
+Status run_pass(const Args& args, int64_t channels, int64_t pixels, bool valid, int threads,
+                const std::string& isa_name, void (*Isa::*unit)(const Args&, int)) {
+  const Isa* isa = find(isa_name);
+  if (!isa) return Status::kUnknownIsa;
+  if (channels < 1 || pixels < 0 || threads < 1 || !valid) return Status::kBadArgument;
+  if (pixels) (isa->*unit)(args, useful_threads({1, channels, pixels, 0, true}, threads));
+  return Status::kOk;
+}
+
+// Every window lies at least partly in the image, and its places fit a byte for maxima.
+bool valid(const Windows& w, bool max) {
+  const auto fits = [=](int64_t size, int64_t count, int64_t kernel, int64_t stride, int64_t pad) {
+    const int64_t last = (count - 1) * stride - pad;
+    return size > 0 && count > 0 && kernel > 0 && stride > 0 && pad >= 0 && pad < kernel &&
+           last < size && (max || (pad == 0 && last + kernel <= size));
+  };
+  return fits(w.height, w.out_height, w.kernel_y, w.stride_y, w.pad_y) &&
+         fits(w.width, w.out_width, w.kernel_x, w.stride_x, w.pad_x) && (!max || w.kernel_y * w.kernel_x <= 255);
+}
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+void check_winograd(const ConvPlan& plan) {
+  bool ordinary = plan.phase_count == 1 && plan.phases[0].taps == 9 && plan.in_step_y == 1 && plan.in_step_x == 1 &&
+                  plan.out_step_y == 1 && plan.out_step_x == 1 && plan.in_h == plan.out_h && plan.in_w == plan.out_w;
+  for (int64_t i = 0; ordinary && i < 9; ++i)
+    ordinary = plan.taps[i].dy == i / 3 - 1 && plan.taps[i].dx == i % 3 - 1;
+  require(ordinary, "winograd needs a 3x3 convolution of stride, padding and dilation 1");
+}
+
 }  // namespace
+
+Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::string& isa) : plan_(geometry) {
+  constexpr int64_t kMost = int64_t{1} << 20;  // products of several stay far from overflow
+  for (int64_t size : {plan_.in_h, plan_.in_w, plan_.in_channels, plan_.out_h, plan_.out_w, plan_.out_channels,
+                       plan_.in_step_y, plan_.in_step_x, plan_.out_step_y, plan_.out_step_x})
+    require(0 < size && size <= kMost, "sizes, channels and steps must be in [1, 2**20]");
+  const Isa* unit = find(isa);
+  require(unit, "instruction set not built, or not on this CPU");
+  unit_ = unit->conv;
+  std::vector<bool> covered(plan_.out_h * plan_.out_w);
+  int64_t pixels = 0;
+  const auto points = [](int64_t first, int64_t end, int64_t step) {
+    return first < end ? (end - first + step - 1) / step : 0;
+  };
+  for (Phase& phase : phases) {
+    require(0 <= phase.oy && 0 <= phase.ox, "a phase must start inside the output");
+    const int64_t rows = points(phase.oy, plan_.out_h, plan_.out_step_y);
+    const int64_t columns = points(phase.ox, plan_.out_w, plan_.out_step_x);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const int64_t y = phase.oy + i / columns * plan_.out_step_y, x = phase.ox + i % columns * plan_.out_step_x;
+      require(!covered[y * plan_.out_w + x], "two phases write the same output pixel");
+      covered[y * plan_.out_w + x] = true;
+    }
+    pixels += rows * columns;
+    phases_.push_back({phase.oy, phase.ox, static_cast<int64_t>(taps_.size()),
+                       static_cast<int64_t>(phase.taps.size()), rows, columns});
+    // Taps side by side read memory side by side.
+    std::stable_sort(phase.taps.begin(), phase.taps.end(), [](const Tap& a, const Tap& b) {
+      return std::make_pair(a.dy, a.dx) < std::make_pair(b.dy, b.dx);
+    });
+    for (const Tap& tap : phase.taps) {
+      for (int64_t d : {tap.dy, tap.dx}) require(-kMost <= d && d <= kMost, "a tap is too far away");
+      taps_.push_back({tap.dy, tap.dx, static_cast<int64_t>(sources_.size()),
+                       static_cast<int64_t>(tap.sources.size())});
+      for (const ConvSource& source : tap.sources) {
+        require(0 <= source.ky && 0 <= source.kx, "weight slices count from 0");
+        sources_.push_back(source);
+      }
+    }
+  }
+  require(pixels == plan_.out_h * plan_.out_w, "no phase writes some output pixel");
+  plan_.phase_count = static_cast<int64_t>(phases_.size());
+  plan_.phases = phases_.data();
+  plan_.taps = taps_.data();
+  plan_.sources = sources_.data();
+  if (plan_.winograd) check_winograd(plan_);
+}
+
+Status Conv::pack(const ConvPack& args, int threads) const {
+  const int64_t inputs = args.transposed ? args.outputs : args.inputs;
+  const int64_t outputs = args.transposed ? args.inputs : args.outputs;
+  if (!args.weight || !args.packed || threads < 1 || inputs != plan_.in_channels || outputs != plan_.out_channels)
+    return Status::kBadArgument;
+  constexpr int64_t kMost = 4096;
+  if (args.kernel_h < 1 || args.kernel_w < 1 || args.kernel_h > kMost || args.kernel_w > kMost)
+    return Status::kBadArgument;
+  for (const ConvSource& source : sources_)
+    if (source.ky >= args.kernel_h || source.kx >= args.kernel_w) return Status::kBadArgument;
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[unit_->pack_floats(args, threads)]);
+  if (!scratch) return Status::kOutOfMemory;
+  unit_->pack(plan_, args, scratch.get(), threads);
+  return Status::kOk;
+}
+
+Status Conv::run(const ConvRun& args, int threads) const {
+  if (args.images < 0 || threads < 1) return Status::kBadArgument;
+  if (args.images == 0) return Status::kOk;
+  if (!args.x || !args.packed || !args.y || !args.workspace) return Status::kBadArgument;
+  unit_->run(plan_, args, threads);
+  return Status::kOk;
+}
 
 Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::string& isa) {
   prefer_huge_pages(args.shape, args.dtype, {args.y});
@@ -101,6 +216,33 @@ Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::st
 Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::string& isa) {
   prefer_huge_pages(args.shape, args.dtype, {args.dx, args.dresidual});
   return run(args, threads, isa, &Isa::backward);
+}
+
+Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa) {
+  const bool given = !args.pixels || (args.x && args.y);
+  return run_pass(args, args.channels, args.pixels, given && (args.relu || !args.bits), threads, isa, &Isa::pointwise);
+}
+
+// Windows overlap, so that a result cannot take the place of what it is made from.
+Status pool_forward_cpu(const PoolForward& args, int threads, const std::string& isa) {
+  const Windows& w = args.windows;
+  const bool given = !w.images || (args.x && args.y && args.x != args.y);
+  return run_pass(args, w.channels, w.pixels(), given && valid(w, args.max), threads, isa, &Isa::pool_forward);
+}
+
+Status pool_backward_cpu(const PoolBackward& args, int threads, const std::string& isa) {
+  const Windows& w = args.windows;
+  const bool given = !w.images || (args.g && args.dx && args.g != args.dx && (args.argmax || !args.max));
+  return run_pass(args, w.channels, w.pixels(), given && valid(w, args.max), threads, isa, &Isa::pool_backward);
+}
+
+Status pixels_cpu(const PixelCall& args, int threads, const std::string& isa) {
+  const PixelProgram& p = args.program;
+  const bool prepare = args.pass == PixelPass::kPrepare, step = args.pass == PixelPass::kStep;
+  const bool given = args.x && (prepare ? args.out != nullptr : args.gradient && args.result) && (args.clean || !step);
+  const bool numbers = args.alpha == args.alpha && args.eps == args.eps;
+  const int64_t pixels = args.images * p.out_height * p.out_width;
+  return run_pass(args, p.channels, pixels, (given || !args.images) && numbers, threads, isa, &Isa::pixels);
 }
 
 const char* cpu_isa(int i) {

@@ -1,8 +1,12 @@
-// CPU two-wing batch norm: the entry point and the units behind it, one per instruction set.
+// CPU kernels: the entry points and the units behind them, one per instruction set.
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "pixels.h"
+#include "pointwise.h"
+#include "conv.h"
 #include "twin_bn.h"
 
 namespace twins_fast {
@@ -10,6 +14,10 @@ namespace twins_fast {
 // isa: a name from cpu_isas(), or "" for the best that this CPU has.
 Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::string& isa);
 Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::string& isa);
+Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa);
+Status pool_forward_cpu(const PoolForward& args, int threads, const std::string& isa);
+Status pool_backward_cpu(const PoolBackward& args, int threads, const std::string& isa);
+Status pixels_cpu(const PixelCall& args, int threads, const std::string& isa);
 
 // The i-th instruction set that was built and that this CPU has, best first; null past the end.
 const char* cpu_isa(int i);
@@ -30,10 +38,53 @@ struct Scratch {
   float* accumulator(int thread, int i) const { return floats + (kShared + thread * kFloats + i) * stride; }
 };
 
-#define TWINS_FAST_DECLARE(isa)                                    \
-  namespace isa {                                                  \
-  void forward(const TwinBnForward&, const Scratch&, int threads); \
+// The convolution kernels of one instruction set, which also decides how weights are laid out.
+struct ConvUnit {
+  int64_t (*packed_bytes)(const ConvPlan&);
+  int64_t (*workspace_bytes)(const ConvPlan&, int threads);
+  int64_t (*pack_floats)(const ConvPack&, int threads);  // working memory
+  void (*pack)(const ConvPlan&, const ConvPack&, float* scratch, int threads);
+  void (*run)(const ConvPlan&, const ConvRun&, int threads);
+};
+
+// A convolution of fixed geometry for any number of images.
+class Conv {
+ public:
+  struct Tap {
+    int64_t dy, dx;
+    std::vector<ConvSource> sources;
+  };
+  struct Phase {
+    int64_t oy, ox;
+    std::vector<Tap> taps;
+  };
+
+  // The plan without its phases; throws std::invalid_argument.
+  Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::string& isa);
+  Conv(const Conv&) = delete;  // plan_ points into this
+
+  int64_t packed_bytes() const { return unit_->packed_bytes(plan_); }
+  int64_t workspace_bytes(int threads) const { return unit_->workspace_bytes(plan_, threads); }
+  Status pack(const ConvPack& args, int threads) const;
+  Status run(const ConvRun& args, int threads) const;
+
+ private:
+  ConvPlan plan_;
+  const ConvUnit* unit_;
+  std::vector<ConvPhase> phases_;
+  std::vector<ConvTap> taps_;
+  std::vector<ConvSource> sources_;
+};
+
+#define TWINS_FAST_DECLARE(isa)                                      \
+  namespace isa {                                                    \
+  void forward(const TwinBnForward&, const Scratch&, int threads);   \
   void backward(const TwinBnBackward&, const Scratch&, int threads); \
+  void pointwise(const Pointwise&, int threads);                     \
+  void pool_forward(const PoolForward&, int threads);                \
+  void pool_backward(const PoolBackward&, int threads);              \
+  void pixels(const PixelCall&, int threads);                        \
+  extern const ConvUnit conv;                                        \
   }
 TWINS_FAST_DECLARE(baseline)
 TWINS_FAST_DECLARE(avx2)

@@ -8,10 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
+#include "cpu/parallel.h"
 #include "simd.h"
 
 namespace twins_fast {
@@ -27,26 +25,6 @@ constexpr int kBlockRows = 8;
 
 // Results larger than this would only push out of the caches what is still needed there.
 constexpr int64_t kCachedBytes = int64_t{8} << 20;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-Range share(int64_t begin, int64_t end, int thread, int team) {
-  const int64_t n = end - begin;
-  return {begin + n * thread / team, begin + n * (thread + 1) / team};
-}
-
-template <class F>
-void in_parallel(int threads, F&& f) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num(), omp_get_num_threads());
-#else
-  f(0, 1);
-#endif
-}
 
 void barrier() {
 #ifdef _OPENMP

@@ -1,6 +1,7 @@
-// CUDA two-wing batch norm: the entry points. They launch on `stream` of the current device and do not wait.
+// CUDA kernels: the entry points. They launch on `stream` of the current device and do not wait.
 #pragma once
 
+#include "pixels.h"
 #include "twin_bn.h"
 
 namespace twins_fast {
@@ -12,6 +13,11 @@ int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, uintp
 
 // Floats that suffice for either direction.
 int64_t twin_bn_workspace_cuda(int64_t channels, bool channels_last);
+
+// Return a cudaError_t, too. All pointers of the call are to device memory; at most kMostPixelChannelsCuda channels.
+int pixels_cuda(const PixelCall& args, uintptr_t stream);
+
+constexpr int64_t kMostPixelChannelsCuda = 4;
 
 const char* cuda_error_text(int error);
 

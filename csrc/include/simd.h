@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -31,9 +32,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return value - Floats{}; }  // keeps -0, as a sum would not
 
-inline Floats widen(BFloat16, Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+#if defined(__AVX512F__)  // the compiler's own conversion takes several steps
+inline Words extend(Halves h) { return (Words)_mm512_cvtepu16_epi32((__m256i)h); }
+#elif defined(__AVX2__)
+inline Words extend(Halves h) { return (Words)_mm256_cvtepu16_epi32((__m128i)h); }
+#else
+inline Words extend(Halves h) { return __builtin_convertvector(h, Words); }
+#endif
+
+inline Floats widen(BFloat16, Halves h) { return (Floats)(extend(h) << 16); }
 
 inline Halves narrow(BFloat16, Floats v) {
 #if defined(__AVX512BF16__)
@@ -183,6 +192,16 @@ using Mask = __mmask16;
 inline Mask first_of(int count) { return first_lanes(count); }
 inline Mask not_below_or_zero(Floats v) { return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 inline Floats keep(Mask mask, Floats v) { return (Floats)_mm512_maskz_mov_ps(mask, (__m512)v); }
+inline Mask above_or_nan(Floats v, Floats than) {
+  const __m512 a = (__m512)v;
+  return _mm512_cmp_ps_mask(a, (__m512)than, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+}
+inline Floats select(Mask mask, Floats yes, Floats no) {
+  return (Floats)_mm512_mask_mov_ps((__m512)no, mask, (__m512)yes);
+}
+inline Ints select(Mask mask, Ints yes, Ints no) {
+  return (Ints)_mm512_mask_mov_epi32((__m512i)no, mask, (__m512i)yes);
+}
 inline unsigned packed(Mask mask) { return mask; }
 inline Mask unpacked(unsigned bits) { return bits; }
 #else
@@ -196,6 +215,9 @@ inline Mask unpacked(unsigned bits) { return ((Ints{} + static_cast<int>(bits)) 
 inline Mask first_of(int count) { return unpacked((1u << count) - 1); }
 inline Mask not_below_or_zero(Floats v) { return ~(v <= 0.0f); }
 inline Floats keep(Mask mask, Floats v) { return (Floats)((Ints)v & mask); }
+inline Mask above_or_nan(Floats v, Floats than) { return (v > than) | (v != v); }
+inline Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
+inline Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
 inline unsigned packed(Mask mask) {
 #if defined(__AVX2__)
   return _mm256_movemask_ps((__m256)mask);
@@ -221,6 +243,25 @@ inline Mask load_bits(const uint8_t* p, int count = kLanes) {
   return unpacked(bits);
 }
 
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+
+// Small integers as bytes.
+inline void store_bytes(uint8_t* p, Ints v, int count) {
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(p, &bytes, count);
+}
+
+inline Mask equal_bytes(const uint8_t* p, int value, int count) {
+#if defined(__AVX512F__)
+  const __m128i wanted = _mm_set1_epi8(static_cast<char>(value));
+  return _mm_mask_cmpeq_epi8_mask(first_lanes(count), _mm_maskz_loadu_epi8(first_lanes(count), p), wanted);
+#else
+  Bytes bytes = {};
+  std::memcpy(&bytes, p, count);
+  return __builtin_convertvector(bytes, Ints) == value;
+#endif
+}
+
 // The first `count` lanes of v, the others zero.
 inline Floats first(Floats v, int count) { return count == kLanes ? v : keep(first_of(count), v); }
 
@@ -236,6 +277,24 @@ inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t en
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) f(i, kLanes);
   if (i < end) f(i, static_cast<int>(end - i));
+}
+
+// Calls f(start, vectors, count) for [0, end): kBlock whole vectors at a time while they last, then single ones.
+// `vectors` is a constant of the type.
+template <int kBlock, class F>
+inline __attribute__((always_inline)) void for_blocks(int64_t end, F&& f) {
+  int64_t i = 0;
+  for (; i + kBlock * kLanes <= end; i += kBlock * kLanes) f(i, std::integral_constant<int, kBlock>{}, kLanes);
+  for_vectors(i, end, [&](int64_t j, int n) { f(j, std::integral_constant<int, 1>{}, n); });
+}
+
+// Calls f(k) for each k below kCount, without a loop: arrays indexed by k then stay in registers.
+template <int kCount, class F>
+inline __attribute__((always_inline)) void for_each(F&& f) {
+  if constexpr (kCount > 0) {
+    for_each<kCount - 1>(f);
+    f(kCount - 1);
+  }
 }
 
 }  // namespace

@@ -76,6 +76,7 @@ inline float rsqrtf(float v) { return rsqrt(v); }
 inline float __frsqrt_rn(float v) { return rsqrt(v); }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __frcp_rn(float v) { return 1 / v; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }

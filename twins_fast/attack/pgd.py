@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attack import objectives
+from twins_fast.attack.engine import Engine, Program
+from twins_fast.attack.explain import Explanation, explain
 from twins_fast.modes import in_mode
 from twins_fast.validation import (
     check_choice,
@@ -25,6 +28,7 @@ NORMS = ("linf", "l2", "l2-sign")
 LOSSES = ("ce", "kl", "dlr")
 BN_MODES = ("eval", "train")
 STARTS = (True, False, "normal")
+ENGINES = ("auto", "eager", "plan")
 _TINY = 1e-12
 
 
@@ -48,6 +52,13 @@ class PGD:
         generator: of the random start; the noise is drawn on the generator's device (the CPU's
             default generator if None) and moved.
         targeted: labels are targets, and the loss towards them is minimised.
+        engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
+            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` plans what can be
+            planned, on a CPU. :meth:`explain` says what runs how, and why. Every call sees the model as it is then
+            (but see :meth:`forget`).
+
+    Attributes:
+        nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
         ValueError: an unknown name, a negative eps, alpha or steps, ``targeted`` with ``"kl"``.
@@ -66,6 +77,7 @@ class PGD:
         amp_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         targeted: bool = False,
+        engine: str = "auto",
     ):
         check_not_negative(eps=eps, alpha=alpha, steps=steps)
         if not isinstance(steps, Integral):
@@ -75,6 +87,9 @@ class PGD:
         check_choice("bn_mode", bn_mode, BN_MODES)
         check_choice("random_start", random_start, STARTS)
         check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+        check_choice("engine", engine, ENGINES)
+        if engine == "plan" and bn_mode == "train":
+            raise ValueError("engine='plan' needs bn_mode='eval': batch statistics cannot be folded")
         if targeted and loss == "kl":
             raise ValueError("targeted=True has no meaning with loss='kl', which uses no labels")
         self.model = model
@@ -88,6 +103,19 @@ class PGD:
         self.amp_dtype = amp_dtype
         self.generator = generator
         self.targeted = targeted
+        self.engine = engine
+        self._engine = Engine()
+        self._nan_gradients: Tensor | int = 0
+
+    @property
+    def nan_gradients(self) -> int:
+        return int(self._nan_gradients)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _engine=Engine())
 
     def __call__(self, images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Tensor:
         """Attack ``images``.
@@ -116,13 +144,98 @@ class PGD:
         x = self._start(images) if x_init is None else _checked_start(x_init, images)
         if images.shape[0] == 0:
             return x
+        with self._engine.lock:
+            with in_mode(self.model, training=False):  # which may change parameters
+                program = self._program(images)
+                if isinstance(program, Program):
+                    x = self._planned(program, images, labels, largest_label, x)
+        if not isinstance(program, Program):
+            x = self._eager(images, labels, largest_label, x)
+        if images.device.type == "cpu" and self._nan_gradients:
+            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=2)
+        return x if self.steps else self._project(images, x)
+
+    def explain(self, images: Tensor, labels: Tensor | None = None, timed: bool = False) -> Explanation:
+        """What runs how for images like these, layer by layer, and why; ``str()`` of it is a table.
+
+        Args:
+            images: [N, C, H, W], as in a call; they are only run if ``timed``.
+            labels: not needed; as in a call.
+            timed: also measure every step.
+        """
+        check_images(images, self.model)
+        with self._engine.lock, in_mode(self.model, training=False):
+            program = self._program(images.detach())
+            return explain(program, self.model, images.detach() if timed else None)
+
+    def forget(self) -> None:
+        """Drop what was captured of the model, and the memory of it.
+
+        Only needed where a forward takes something from globals or closures, which cannot be seen to change.
+        """
+        with self._engine.lock:
+            self._engine.forget()
+
+    def _program(self, images: Tensor) -> Program | str:
+        """What runs the attack, or why it is eager."""
+        if self.engine == "eager":
+            return "engine='eager'"
+        if self.bn_mode == "train":
+            return "bn_mode='train' needs batch statistics"
+        if self.engine == "auto" and images.device.type != "cpu":
+            return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
+        kind = images.device.type
+        ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        program = self._engine.program(self.model, images, self.amp_dtype or ambient)
+        if self.engine == "plan" and not isinstance(program, Program):
+            raise RuntimeError(f"engine='plan': {program}")
+        return program
+
+    def _planned(self, program: Program, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
+        classes = program.classes
+        if largest_label >= classes:
+            raise ValueError(f"labels hold class {largest_label}, but the model has {classes} classes")
+
+        def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            program.fold(self.model)
+            per_sample, reference = self._per_sample(labels, lambda: program.logits(images))
+            sign = -1 if self.targeted else 1
+
+            def gradient_of(logits: Tensor, rows: slice) -> Tensor:
+                with torch.enable_grad():
+                    logits = logits.detach().requires_grad_()
+                    total = sign * per_sample(logits, reference[rows]).sum()
+                    return torch.autograd.grad(total, logits)[0]
+
+            def sign_step(prepare, x, clean, gradient, nan, out):
+                prepare.sign_step(x, clean, gradient, self.alpha, self.eps, nan, out)
+
+            def any_step(prepare, x, clean, gradient, nan, out):
+                moved, bad = self._moved(clean, x, prepare.gradient(x, gradient))
+                nan += bad.flatten(1).sum(1)
+                x.copy_(moved)
+                prepare.prepare(x, out)
+
+            step = sign_step if self.norm == "linf" else any_step
+            found = program.attack(x, images, self.steps, gradient_of, step)
+            return found, program.nan_gradients
+
+        options = (self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            found, nan = program.graphed(options, self.model, attack, (images, labels, x))
+            self._nan_gradients = nan.sum()
+        return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
+
+    def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
+        nan = torch.zeros((), dtype=torch.int64, device=images.device)
         with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
             run = self._runner(len(images), largest_label)
             objective = self._objective(images, labels, run)
             for _ in range(self.steps):
-                x = self._step(x, self._gradient(x, run, objective))
-                x = self._project(images, x)
-        return x if self.steps else self._project(images, x)
+                x, bad = self._moved(images, x, self._gradient(x, run, objective))
+                nan += bad.sum()
+        self._nan_gradients = nan
+        return x
 
     def _start(self, images: Tensor) -> Tensor:
         if self.random_start is False:
@@ -151,15 +264,16 @@ class PGD:
 
         return run
 
-    def _objective(self, images: Tensor, labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function logits -> scalar whose gradient is followed."""
+    def _per_sample(self, labels: Tensor, clean_logits: Callable[[], Tensor]) -> tuple[Callable, Tensor]:
+        """The loss of each sample as a function of logits and a reference, and that reference."""
         if self.loss == "kl":
             with torch.no_grad():
-                reference = F.softmax(run(images), 1)
-            per_sample = objectives.kl_divergence
-        else:
-            per_sample = objectives.cross_entropy if self.loss == "ce" else objectives.difference_of_logits_ratio
-            reference = labels
+                return objectives.kl_divergence, F.softmax(clean_logits(), 1)
+        return objectives.cross_entropy if self.loss == "ce" else objectives.difference_of_logits_ratio, labels
+
+    def _objective(self, images: Tensor, labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function logits -> scalar whose gradient is followed."""
+        per_sample, reference = self._per_sample(labels, lambda: run(images))
         # The steps do not depend on the scale: under autocast the sum keeps small gradients from
         # underflowing; in full precision the mean gives the published code's very bits.
         half = self.amp_dtype is not None or torch.is_autocast_enabled(images.device.type)
@@ -171,6 +285,12 @@ class PGD:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(objective(run(x)), x)[0]
+
+    def _moved(self, images: Tensor, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` after a step, and where the gradient was NaN: there it stays."""
+        bad = gradient.isnan()
+        moved = self._project(images, self._step(x, gradient.masked_fill(bad, 0)))
+        return torch.where(bad, x, moved), bad
 
     def _step(self, x: Tensor, gradient: Tensor) -> Tensor:
         if self.norm == "l2":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from twins_fast.attack.pgd import ADVERSARIES, NORMS
+from twins_fast.attack.pgd import ADVERSARIES, ENGINES, NORMS
 from twins_fast.losses import METHODS
 from twins_fast.models import ARCHITECTURES
 from twins_fast.validation import check_choice, check_not_negative
@@ -58,6 +58,7 @@ class Recipe:
     augmentation: str = "cifar"
     upsample: int | None = None
     amp: str | None = None
+    engine: str = "auto"  # of the attack
     channels_last: bool = False
     seed: int = 0
     workers: int = 4
@@ -72,6 +73,7 @@ class Recipe:
             check_choice("norm", self.norm, NORMS)
             check_choice("augmentation", self.augmentation, AUGMENTATIONS)
             check_choice("amp", self.amp, AMP)
+            check_choice("engine", self.engine, ENGINES)
             numbers = (
                 "epochs batch_size lr momentum weight_decay lr_gamma twins_lambda trades_beta "
                 "eps alpha steps eval_alpha eval_steps eval_images eval_every seed workers"

@@ -112,7 +112,13 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.attack = named_attack(
-            recipe.adversary, self.model, eps=recipe.eps, alpha=recipe.alpha, steps=recipe.steps, norm=recipe.norm
+            recipe.adversary,
+            self.model,
+            eps=recipe.eps,
+            alpha=recipe.alpha,
+            steps=recipe.steps,
+            norm=recipe.norm,
+            engine=recipe.engine,
         )
         self.test_attack = eval_attack(recipe, self.model)
 
@@ -294,4 +300,5 @@ def eval_attack(recipe: Recipe, model: nn.Module) -> PGD:
         steps=recipe.eval_steps,
         norm=recipe.norm,
         random_start=False,
+        engine=recipe.engine,
     )

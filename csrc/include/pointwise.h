@@ -1,0 +1,56 @@
+// Arguments of the passes over channels-last images that are not convolutions.
+#pragma once
+
+#include <cstdint>
+
+#include "twin_bn.h"
+
+namespace twins_fast {
+
+// Null pointers: absent. Bits are [pixels, (channels + 7) / 8], lowest first; unused bits are 0.
+
+// y = mask(relu(gate(x) * scale + shift + other)), of type `dtype`; y may be x or other.
+struct Pointwise {
+  int64_t pixels, channels;
+  DType dtype;
+  const void* x;
+  const uint8_t* gate;         // x counts as 0 where its bit is 0
+  const float *scale, *shift;  // [channels]
+  const void* other;
+  const uint8_t* mask;  // y is 0 where its bit is 0
+  bool relu;
+  void* y;
+  uint8_t* bits;  // 1 where the ReLU passes
+};
+
+struct Windows {
+  int64_t images, channels, height, width, out_height, out_width;
+  int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;  // padding is on both sides, with nothing
+
+  int64_t pixels() const { return images * height * width; }
+  int64_t out_pixels() const { return images * out_height * out_width; }
+};
+
+// Maxima, or averages.
+struct PoolForward {
+  Windows windows;
+  DType dtype;
+  bool max;
+  const void* x;
+  void* y;
+  uint8_t* argmax;  // [out_pixels, channels]: y * kernel_x + x inside the window
+};
+
+// dx = mask(gradient of the pooling + other); dx may be other.
+struct PoolBackward {
+  Windows windows;
+  DType dtype;
+  bool max;
+  const void* g;
+  const uint8_t* argmax;
+  const void* other;
+  const uint8_t* mask;
+  void* dx;
+};
+
+}  // namespace twins_fast

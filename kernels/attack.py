@@ -1,0 +1,594 @@
+"""The leaves of an attack's plan in Triton, on channels-last memory [pixels, C]. Not yet run on a GPU.
+
+Storage is float32, bfloat16 or float16, arithmetic float32; ReLU masks are bits: [pixels, ceil(C / 8)] uint8, where
+bit k of byte b is channel 8 b + k and what is left over is 0. A program has a tile of pixels and channels. The
+functions write to tensors that are given; :mod:`twins_fast.attack.leaves` says what.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twins_fast.kernels.twin_bn import (
+    _INTERPRETED,
+    _WIDE,
+    _block,
+    _ceil_div,
+    _gradient,
+    _jit,
+    _load_bits,
+    _on_device_of,
+    _power_of_2,
+    _store,
+    _store_bits,
+    _vector,
+    _wide,
+)
+
+KINDS = ("clamp", "add", "sub", "mul", "div")  # steps of an input program; enum PixelStep::Kind in pixels.h
+MOST_STEPS = 8
+MOST_CHANNELS = 4  # of images
+
+
+class Product(NamedTuple):
+    """Block sizes of a matrix product."""
+
+    rows: int
+    width: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# What a convolution of 1 x 1 pixels may choose from. Not yet measured on a GPU.
+PRODUCTS = [Product(128, 128, 32, 8, 3), Product(128, 64, 32, 4, 4), Product(64, 64, 64, 4, 3)]
+INTERPRETER_PRODUCT = Product(32, 16, 16, 4, 1)
+
+
+class Tables(NamedTuple):
+    """How an image is enlarged: row r is repeated as rows [row_start[r], row_start[r + 1]), and columns alike."""
+
+    row_start: Tensor  # [height + 1] int32
+    column_start: Tensor
+    size: tuple[int, int]
+    most: tuple[int, int]  # repetitions of any row and column
+
+    @classmethod
+    def of(cls, rows: list[int], columns: list[int], size: tuple[int, int], device: torch.device) -> Tables:
+        """From which of the ``size`` rows and columns each of the enlarged image's shows."""
+        starts = [
+            torch.searchsorted(torch.tensor(index), torch.arange(n + 1)).int()
+            for index, n in zip((rows, columns), size, strict=True)
+        ]
+        most = tuple(int(start.diff().max()) for start in starts)
+        return cls(*(start.to(device) for start in starts), (len(rows), len(columns)), most)
+
+
+@triton.jit
+def _start(program, BLOCK_U: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        program = program.to(tl.int64)
+    return program * BLOCK_U
+
+
+@triton.jit
+def _finish(
+    v,
+    shift,
+    other,
+    mask,
+    y,
+    bits,
+    start,
+    tile,
+    channels,
+    groups,
+    units,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """y = v + shift + other, then ReLU with its bits, or 0 where those of ``mask`` are."""
+    offset, inside, byte_offset, byte_inside = _block(
+        start, units, tile, channels, 0, groups, True, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    )
+    if shift is not None:
+        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        v += _vector(shift, c, c < channels, 0.0)[None, :]
+    if other is not None:
+        v += _wide(other, offset, inside)
+    if bits is not None:
+        _store_bits(bits, v, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
+    if RELU:
+        v = tl.where(v <= 0, 0.0, v)
+    if mask is not None:
+        v = tl.where(_load_bits(mask, byte_offset, byte_inside, BLOCK_U, BLOCK_V), v, 0.0)
+    _store(y, offset, v, inside)
+
+
+@_jit()
+def pointwise_kernel(
+    x,
+    gate,  # bits: x counts as 0 where they are
+    scale,
+    shift,
+    other,
+    mask,
+    y,
+    bits,
+    channels,
+    groups,
+    units,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
+    offset, inside, byte_offset, byte_inside = _block(
+        start, units, tile, channels, 0, groups, True, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    )
+    v = _gradient(x, gate, offset, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
+    if scale is not None:
+        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        v *= _vector(scale, c, c < channels, 1.0)[None, :]
+    _finish(
+        v, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    )  # fmt: skip
+
+
+@_jit("inner", "tiles")
+def product_kernel(
+    x,
+    weight,  # [channels, inner], or [inner, channels] if not TURNED
+    shift,
+    other,
+    mask,
+    y,
+    bits,
+    inner,
+    tiles,
+    channels,
+    groups,
+    units,
+    TURNED: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tiles of the same pixels follow on each other, so that x comes from the cache for all but the first one.
+    block = tl.program_id(0) // tiles
+    tile = tl.program_id(0) - block * tiles
+    start = _start(block, BLOCK_U, WIDE)
+    row = start + tl.arange(0, BLOCK_U)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    base = tl.multiple_of(row * inner, ALIGN_K)[:, None]
+    total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
+    for first in range(0, inner, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside = tl.max_constancy((row < units)[:, None] & (k < inner)[None, :], (1, ALIGN_K))
+        left = tl.load(x + (base + k[None, :]), mask=inside, other=0.0)
+        if TURNED:
+            offset = k[:, None] + tl.multiple_of(column * inner, ALIGN_K)[None, :]
+            inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (ALIGN_K, 1))
+        else:
+            offset = tl.multiple_of(k * channels, ALIGN)[:, None] + column[None, :]
+            inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (1, ALIGN))
+        right = tl.load(weight + offset, mask=inside, other=0.0)
+        if _INTERPRETED:  # whose bfloat16 is no number
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    _finish(
+        total, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    )  # fmt: skip
+
+
+@_jit("height", "width", "out_height", "out_width")
+def pool_kernel(
+    x,
+    y,
+    argmax,  # place in the window; None for means
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    units,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
+    offset, inside, _, _ = _block(start, units, tile, channels, 0, 0, True, WIDE, ALIGN, BLOCK_U, BLOCK_V)
+    unit = start + tl.arange(0, BLOCK_U)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    line = unit // out_width
+    left = (unit - line * out_width) * STRIDE_X - PAD_X
+    image = line // out_height
+    top = (line - image * out_height) * STRIDE_Y - PAD_Y
+    best = tl.full((BLOCK_U, BLOCK_V), -float("inf") if argmax is not None else 0.0, tl.float32)
+    found = tl.full((BLOCK_U, BLOCK_V), -1, tl.int32)
+    for k in range(KERNEL_Y * KERNEL_X):
+        row, place = top + k // KERNEL_X, left + k % KERNEL_X
+        there = (unit < units) & (row >= 0) & (row < height) & (place >= 0) & (place < width)
+        there = tl.max_constancy(there[:, None] & (column < channels)[None, :], (1, ALIGN))
+        base = tl.multiple_of(((image * height + row) * width + place) * channels, ALIGN)
+        v = _wide(x, base[:, None] + column[None, :], there)
+        if argmax is not None:
+            # PyTorch's rule: the first of equal ones, and a NaN whatever was before.
+            better = there & ((v > best) | (v != v) | (found < 0))
+            best = tl.where(better, v, best)
+            found = tl.where(better, k, found)
+        else:
+            best += v
+    if argmax is not None:
+        tl.store(argmax + offset, found.to(tl.uint8), mask=inside)
+    else:
+        best = tl.div_rn(best, KERNEL_Y * KERNEL_X * 1.0)
+    _store(y, offset, best, inside)
+
+
+@_jit("height", "width", "out_height", "out_width")
+def pool_backward_kernel(
+    g,
+    argmax,
+    other,
+    mask,
+    dx,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    groups,
+    units,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
+    unit = start + tl.arange(0, BLOCK_U)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    line = unit // width
+    right = unit - line * width + PAD_X
+    image = line // height
+    bottom = line - image * height + PAD_Y
+    total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
+    for k in range(KERNEL_Y * KERNEL_X):  # every window in which this pixel has place k
+        row, place = bottom - k // KERNEL_X, right - k % KERNEL_X
+        there = (unit < units) & (row >= 0) & (row % STRIDE_Y == 0) & (place >= 0) & (place % STRIDE_X == 0)
+        row, place = row // STRIDE_Y, place // STRIDE_X
+        there = there & (row < out_height) & (place < out_width)
+        there = tl.max_constancy(there[:, None] & (column < channels)[None, :], (1, ALIGN))
+        base = tl.multiple_of(((image * out_height + row) * out_width + place) * channels, ALIGN)
+        offset = base[:, None] + column[None, :]
+        v = _wide(g, offset, there)
+        if argmax is not None:
+            v = tl.where(tl.load(argmax + offset, mask=there, other=0).to(tl.int32) == k, v, 0.0)
+        total += v
+    if argmax is None:
+        total = tl.div_rn(total, KERNEL_Y * KERNEL_X * 1.0)
+    _finish(
+        total, None, other, mask, dx, None, start, tile, channels, groups, units, False, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    )  # fmt: skip
+
+
+@triton.jit
+def _step(v, values, c, CODE: tl.constexpr, S: tl.constexpr):
+    """Step ``S`` of an input program, whose four bits of ``CODE`` are its kind and a clamp's derivative at bounds."""
+    KIND: tl.constexpr = (CODE >> (4 * S)) & 7
+    values += 4 * S
+    if KIND == 0:
+        low, high = tl.load(values), tl.load(values + 1)
+        v = tl.where(v < low, low, v)
+        v = tl.where(v > high, high, v)
+    elif KIND == 1:
+        v = v + tl.load(values + c)
+    elif KIND == 2:
+        v = v - tl.load(values + c)
+    elif KIND == 3:
+        v = v * tl.load(values + c)
+    else:
+        v = tl.div_rn(v, tl.load(values + c))
+    return v
+
+
+@triton.jit
+def _step_backward(d, x, values, c, CODE: tl.constexpr, S: tl.constexpr):
+    """The gradient with respect to what step ``S`` took, from that with respect to what it gave."""
+    KIND: tl.constexpr = (CODE >> (4 * S)) & 7
+    AT_BOUNDS: tl.constexpr = (CODE >> (4 * S)) & 8
+    if KIND == 0:
+        for s in tl.static_range(S):
+            x = _step(x, values, c, CODE, s)
+        low, high = tl.load(values + 4 * S), tl.load(values + 4 * S + 1)
+        if AT_BOUNDS:
+            d = tl.where((x >= low) & (x <= high), d, 0.0)
+        else:
+            d = tl.where((x > low) & (x < high), d, 0.0)
+    elif KIND == 3:
+        d = d * tl.load(values + 4 * S + c)
+    elif KIND == 4:
+        d = tl.div_rn(d, tl.load(values + 4 * S + c))
+    return d
+
+
+@_jit("alpha", "eps", "blocks", "height", "width", "out_height", "out_width")
+def pixels_kernel(
+    x,  # [N, C, H, W] float32, as clean and result
+    gradient,  # channels-last, as out; None to write out alone
+    clean,  # None for the gradient instead of a step
+    values,  # [8, 4] float32: of each step by channel, or a clamp's bounds
+    row_start,  # None where nothing is repeated
+    column_start,
+    nan,  # [N] int64
+    result,
+    out,
+    alpha,
+    eps,
+    blocks,  # of an image
+    height,
+    width,
+    out_height,
+    out_width,
+    CODE: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,  # repetitions at most
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0) // blocks
+    pixel = (tl.program_id(0) - image * blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < height * width
+    image = image.to(tl.int64)
+    if row_start is not None:
+        row = pixel // width
+        column = pixel - row * width
+        top, left = tl.load(row_start + row, mask=inside, other=0), tl.load(column_start + column, mask=inside, other=0)
+        bottom = tl.load(row_start + row + 1, mask=inside, other=0)
+        right = tl.load(column_start + column + 1, mask=inside, other=0)
+    count = 0
+    for c in tl.static_range(CHANNELS):
+        at = (image * CHANNELS + c) * (height * width) + pixel
+        v = tl.load(x + at, mask=inside, other=0.0)
+        if gradient is not None:
+            if row_start is None:
+                d = _wide(gradient, (image * (height * width) + pixel) * CHANNELS + c, inside)
+            else:
+                d = tl.zeros((BLOCK,), tl.float32)
+                for j in range(COLUMNS):
+                    part = tl.zeros((BLOCK,), tl.float32)
+                    for i in range(ROWS):
+                        there = inside & (top + i < bottom) & (left + j < right)
+                        copy = (image * out_height + (top + i)) * out_width + (left + j)
+                        part += _wide(gradient, copy * CHANNELS + c, there)
+                    d += part
+            for s in tl.static_range(STEPS):
+                d = _step_backward(d, v, values, c, CODE, STEPS - 1 - s)
+            if clean is None:
+                tl.store(result + at, d, mask=inside)
+            else:
+                center = tl.load(clean + at, mask=inside, other=0.0)
+                low, high = center - eps, center + eps
+                moved = v + alpha * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+                moved = tl.where(moved < low, low, moved)
+                moved = tl.where(moved > high, high, moved)
+                moved = tl.where(center == center, moved, center)
+                moved = tl.where(moved < 0, 0.0, moved)
+                moved = tl.where(moved > 1, 1.0, moved)
+                bad = d != d
+                v = tl.where(bad, v, moved)
+                count += tl.sum((bad & inside).to(tl.int32), 0)
+                tl.store(result + at, v, mask=inside)
+        if out is not None:
+            for s in tl.static_range(STEPS):
+                v = _step(v, values, c, CODE, s)
+            if row_start is None:
+                _store(out, (image * (height * width) + pixel) * CHANNELS + c, v, inside)
+            else:
+                for i in range(ROWS):
+                    for j in range(COLUMNS):
+                        there = inside & (top + i < bottom) & (left + j < right)
+                        copy = (image * out_height + (top + i)) * out_width + (left + j)
+                        _store(out, copy * CHANNELS + c, v, there)
+    if nan is not None:
+        if count > 0:
+            tl.atomic_add(nan + image, count.to(tl.int64))
+
+
+def pointwise(
+    x: Tensor,
+    y: Tensor,
+    size: tuple[int, int],
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    mask: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> None:
+    """y = (x where ``gate`` is 1) * scale + shift + other, then ReLU with its ``bits``, or 0 where ``mask`` is.
+
+    Args:
+        size: pixels and channels.
+    """
+    sizes, blocks, grid = _tiled(y, *size)
+    with _on_device_of(y):
+        pointwise_kernel[grid](
+            x, gate, scale, shift, other, mask, y, bits, **sizes, RELU=bits is not None, **blocks, num_warps=4
+        )  # fmt: skip
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    size: tuple[int, int],
+    config: Product,
+    turned: bool,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    mask: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> None:
+    """y = x @ weight.T if ``turned``, else x @ weight, finished as by :func:`pointwise`; weight is [O, I]."""
+    units, channels = size
+    inner = weight.shape[1] if turned else weight.shape[0]
+    width = min(config.width, max(16, _power_of_2(channels)))
+    tiles = _ceil_div(channels, width)
+    with _on_device_of(y):
+        product_kernel[(_ceil_div(units, config.rows) * tiles,)](
+            x,
+            weight,
+            shift,
+            other,
+            mask,
+            y,
+            bits,
+            inner,
+            tiles,
+            channels,
+            _ceil_div(channels, 8),
+            units,
+            TURNED=turned,
+            RELU=bits is not None,
+            WIDE=units * max(inner, channels) >= _WIDE,
+            ALIGN=gcd(channels, 16),
+            ALIGN_K=gcd(inner, 16),
+            BLOCK_U=config.rows,
+            BLOCK_V=width,
+            BLOCK_K=config.inner,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+
+def pool(x: Tensor, y: Tensor, window: tuple[int, ...], argmax: Tensor | None) -> None:
+    """Maxima of windows and where they are, or means without ``argmax``.
+
+    Args:
+        window: images, channels, height, width, results' height and width, kernel, stride, padding (of maxima).
+    """
+    images, channels, _, _, height, width = window[:6]
+    sizes, blocks, grid = _tiled(y, images * height * width, channels)
+    del sizes["groups"]
+    blocks["WIDE"] |= x.numel() >= _WIDE
+    with _on_device_of(y):
+        pool_kernel[grid](x, y, argmax, **_window(window), **sizes, **blocks, num_warps=4)
+
+
+def pool_backward(
+    g: Tensor, dx: Tensor, window: tuple[int, ...], argmax: Tensor | None, other: Tensor | None, mask: Tensor | None
+) -> None:
+    """The input gradient of :func:`pool`, plus ``other``, 0 where the bits of ``mask`` are."""
+    images, channels, height, width = window[:4]
+    sizes, blocks, grid = _tiled(dx, images * height * width, channels)
+    blocks["WIDE"] |= g.numel() >= _WIDE
+    with _on_device_of(dx):
+        pool_backward_kernel[grid](g, argmax, other, mask, dx, **_window(window), **sizes, **blocks, num_warps=4)
+
+
+def pixels(
+    x: Tensor,
+    values: Tensor,
+    codes: list[int],
+    tables: Tables | None,
+    gradient: Tensor | None = None,
+    clean: Tensor | None = None,
+    nan: Tensor | None = None,
+    result: Tensor | None = None,
+    out: Tensor | None = None,
+    alpha: float = 0.0,
+    eps: float = 0.0,
+) -> None:
+    """The pixel step into ``result`` and ``out``; the gradient alone without ``clean``; ``out`` alone without either.
+
+    Args:
+        values, codes: of the input program: per step its kind's index in ``KINDS``, plus 8 if a clamp passes
+            gradients at its bounds.
+    """
+    images, channels, height, width = x.shape
+    block = 256 if x.device.type != "cpu" else 32
+    blocks = _ceil_div(height * width, block)
+    with _on_device_of(x):
+        pixels_kernel[(images * blocks,)](
+            x,
+            gradient,
+            clean,
+            values,
+            tables and tables.row_start,
+            tables and tables.column_start,
+            nan,
+            result,
+            out,
+            float(alpha),
+            float(eps),
+            blocks,
+            height,
+            width,
+            *(tables.size if tables else (height, width)),
+            CODE=sum(code << 4 * i for i, code in enumerate(codes)),
+            STEPS=len(codes),
+            CHANNELS=channels,
+            ROWS=tables.most[0] if tables else 1,
+            COLUMNS=tables.most[1] if tables else 1,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=False,  # rounded as PyTorch does, after every operation
+        )
+
+
+def _tiled(y: Tensor, units: int, channels: int) -> tuple[dict, dict, tuple[int, int]]:
+    """Sizes, block sizes and grid of a walk over [units, channels]."""
+    most, values = (64, 2048) if y.device.type != "cpu" else (16, 256)  # small in the interpreter: several tiles
+    width = min(most, max(8, _power_of_2(channels)))
+    align = gcd(channels, 16)
+    rows = (values if align >= 8 else values // 2) // width  # more addresses are held at a time
+    sizes = dict(channels=channels, groups=_ceil_div(channels, 8), units=units)
+    blocks = dict(WIDE=units * channels >= _WIDE, ALIGN=align, BLOCK_U=rows, BLOCK_V=width)
+    return sizes, blocks, (_ceil_div(units, rows), _ceil_div(channels, width))
+
+
+def _window(window: tuple[int, ...]) -> dict:
+    _, _, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, *pad = window
+    pad_y, pad_x = pad or (0, 0)
+    return dict(
+        height=height,
+        width=width,
+        out_height=out_height,
+        out_width=out_width,
+        KERNEL_Y=kernel_y,
+        KERNEL_X=kernel_x,
+        STRIDE_Y=stride_y,
+        STRIDE_X=stride_x,
+        PAD_Y=pad_y,
+        PAD_X=pad_x,
+    )

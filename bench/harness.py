@@ -424,7 +424,8 @@ def table(row: dict) -> str:
         if "times" not in found:
             lines.append(f"  {name:22} {found['status']}: {found['reason']}")
             continue
-        memory = f"{found['memory']['peak'] / 1e6:.1f} MB peak"
+        peak = found["memory"]["peak"]
+        memory = "" if peak is None else f"{peak / 1e6:.1f} MB peak"
         if "kept" in found["memory"]:
             memory += f", {found['memory']['kept'] / 1e6:.1f} kept"
         for stage, t in found["times"].items():

@@ -132,7 +132,9 @@ def _details(row: dict) -> str:
         timed = found["times"]["attack"]
         more = max(0.0, found["first_seconds"] - timed["median"])
         cells = [f"{_milliseconds(row, name):.1f} ms", f"{timed['times_floor']:.1f}"]
-        cells += [f"{timed['operations'] / 1e9:.0f}", f"{found['memory']['peak'] / 1e6:.0f} MB", f"{more:.1f} s more"]
+        peak = found["memory"]["peak"]
+        cells += [f"{timed['operations'] / 1e9:.0f}", "not measured" if peak is None else f"{peak / 1e6:.0f} MB"]
+        cells += [f"{more:.1f} s more"]
         lines.append([name, *cells, f"{100 * found['agreement']:.2f} % as published"])
     return markdown(lines)
 

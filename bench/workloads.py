@@ -61,7 +61,7 @@ NETWORKS = {
     "resnet18-32": Network(partial(_of_width, cifar_resnet18), 128, 32),
     "preact-resnet18-32": Network(partial(_of_width, preact_resnet18), 128, 32),
     # a batch of 128 would take minutes per attack on a CPU
-    "wrn-28-10-32": Network(lambda width: with_normalisation(wide_resnet(28, width or 10, CLASSES)), 32, 32),
+    "wrn-28-10-32": Network(lambda width: with_normalisation(wide_resnet(28, width or 10, CLASSES)), 16, 32),
 }
 CUDA_BATCH = 128
 

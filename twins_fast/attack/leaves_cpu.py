@@ -241,7 +241,7 @@ class CpuLeaves(Leaves):
         return value.pixels * ((value.channels + 7) // 8)
 
     def convolution(self, geometry: Convolution) -> TorchConvolution | KernelConvolution:
-        algorithm = algorithm_of(geometry, self.dtype)
+        algorithm = algorithm_of(geometry)
         if algorithm == "library":
             return LibraryConvolution(geometry, self.dtype, self.device)
         return KernelConvolution(geometry, self.dtype, self._workspace, algorithm)
@@ -345,9 +345,9 @@ class KernelInput(Input):
         _check("step", self._kernel.step(len(x), _name(out.dtype), *pointers, alpha, eps, *results, *_how()))
 
 
-def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
+def algorithm_of(geometry: Convolution) -> str:
     """``winograd4``, ``winograd``, ``gemm`` or ``library``: what was measured to be fastest, as a rule, so that runs
-    repeat; in float32 what is as exact as a plain sum, which larger tiles are not."""
+    repeat."""
     g = geometry
     if g.groups > 1:
         return "library"
@@ -356,7 +356,7 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
     if not ordinary or min(g.in_channels, g.out_channels) < FEWEST_CHANNELS or height * width == 1:
         return "gemm"
     products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
-    return "winograd4" if dtype != torch.float32 and products[4] < products[2] else "winograd"
+    return "winograd4" if products[4] < products[2] else "winograd"
 
 
 def _sources(small: int, big: int) -> list[int]:

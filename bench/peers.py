@@ -97,8 +97,13 @@ def autocast(attack, given):
     return _autocast(attack, given, own_copy(given.model, torch.channels_last))
 
 
+COMPILED = ("resnet50-224", "resnet18-32")
+
+
 @peer(ATTACK, "compile")
 def compiled(attack, given, mode=None, folded=False):
+    if given.images.device.type == "cpu" and attack.network not in COMPILED:
+        raise Unavailable(f"on a CPU compiled for {' and '.join(COMPILED)} alone, which takes minutes each")
     model = own_copy(given.model, torch.channels_last)
     if folded:
         model = own_copy(fuse(model), torch.channels_last)

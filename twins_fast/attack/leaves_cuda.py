@@ -174,7 +174,7 @@ class KernelInput(Input):
         status = compiled._C.pixels_cuda(
             len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
             _pointer(tables and tables.row_start), _pointer(tables and tables.column_start),
-            self._codes, self._values.data_ptr(), _name(out if gradient is None else gradient),
+            self._codes, self._values.data_ptr(), _name((out if gradient is None else gradient).dtype),
             x.data_ptr(), *(_pointer(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
             torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
         )  # fmt: skip

@@ -211,18 +211,18 @@ class Program:
         result = x.clone(memory_format=torch.contiguous_format)
         clean = clean.contiguous()
         nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+        def go(bound: Bound, rows: slice) -> None:
+            result[rows] = x[rows]
+            nan[rows] = 0
+            self.input.prepare(result[rows], bound.image)
+            for _ in range(steps):
+                _run(bound.forward)
+                bound.logits_gradient.copy_(gradient_of(bound.logits.float(), rows))
+                _run(bound.backward)
+                step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
+
         for rows in self._chunks(len(x)):
-
-            def go(bound: Bound, rows=rows):
-                result[rows] = x[rows]
-                nan[rows] = 0
-                self.input.prepare(result[rows], bound.image)
-                for _ in range(steps):
-                    _run(bound.forward)
-                    bound.logits_gradient.copy_(gradient_of(bound.logits.float(), rows))
-                    _run(bound.backward)
-                    step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
-
             self._with_memory(rows, go)
         self.nan_gradients = nan
         return result
@@ -244,13 +244,13 @@ class Program:
         """Float32 logits [N, classes] of images ``x``."""
         x = x.contiguous()
         made = torch.empty(len(x), self.classes, device=x.device)
+
+        def go(bound: Bound, rows: slice) -> None:
+            self.input.prepare(x[rows], bound.image)
+            _run(bound.forward)
+            made[rows] = bound.logits
+
         for rows in self._chunks(len(x)):
-
-            def go(bound: Bound, rows=rows):
-                self.input.prepare(x[rows], bound.image)
-                _run(bound.forward)
-                made[rows] = bound.logits
-
             self._with_memory(rows, go)
         return made
 
@@ -276,14 +276,14 @@ class Program:
             yield slice(begin, end)
             begin = end
 
-    def _with_memory(self, rows: slice, go: Callable[[Bound], None]) -> None:
+    def _with_memory(self, rows: slice, go: Callable[[Bound, slice], None]) -> None:
         """``go`` on the rows, in smaller and smaller parts while memory runs out."""
         todo = [rows]
         while todo:
             part = todo.pop(0)
             size = part.stop - part.start
             try:
-                go(self.bound(size)) if part == rows else go(self.bound(size), part)
+                go(self.bound(size), part)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error) or size == 1 or not self.plan.each_row:
                     raise

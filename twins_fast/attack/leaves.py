@@ -191,6 +191,48 @@ def _like(mask: Tensor, y: Tensor) -> Tensor:
     return mask.view(torch.bool).as_strided(y.shape, y.stride())
 
 
+def bytes_of_bits(value: Value) -> int:
+    """Of a mask of one bit per value, whole bytes per pixel, for one image."""
+    return value.pixels * ((value.channels + 7) // 8)
+
+
+def dense(v: Tensor) -> Tensor:
+    """In the order of the arena; where height or width is 1, a library's strides may only look different."""
+    return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
+
+
+def pointer_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check_status(name: str, status: str) -> None:
+    if status:
+        raise RuntimeError(f"{name}: {status}")
+
+
+def sources_of(small: int, big: int) -> list[int]:
+    """Which of ``small`` rows each of ``big`` rows shows, by PyTorch itself."""
+    if small == big:
+        return list(range(small))
+    index = torch.arange(small, dtype=torch.float32).view(1, 1, small)
+    return F.interpolate(index, size=big, mode="nearest").flatten().int().tolist()
+
+
+def rows_of(y: Tensor) -> tuple[int, int]:
+    channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
+    return y.numel() // channels, channels
+
+
+def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
+    """images, channels, height, width, results' height and width, kernel, stride, padding (max-pooling only)."""
+    o = state.stage.options
+    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", ()))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Input:
     """The image's way into the network: arithmetic per channel, nearest-neighbour enlargement, cast, layout.
 

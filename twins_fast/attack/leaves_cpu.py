@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 
 from twins_fast import compiled
-from twins_fast.attack.leaves import Input, Leaves, Run, State, Tensors, TorchConvolution
+from twins_fast.attack.leaves import (
+    Input,
+    Leaves,
+    Run,
+    State,
+    Tensors,
+    TorchConvolution,
+    bytes_of_bits,
+    check_status,
+    dense,
+    name_of,
+    pointer_of,
+    rows_of,
+    sources_of,
+    window_of,
+)
 from twins_fast.attack.plan import Convolution, Value, axis_backward, axis_forward
 
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
 FEWEST_CHANNELS = 16  # for Winograd's transforms to pay
 
 _C = compiled._C
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _check(name: str, status: str) -> None:
-    if status:
-        raise RuntimeError(f"{name}: {status}")
 
 
 def _how() -> tuple[int, str]:
@@ -47,13 +53,13 @@ class _Kernel:
     """One direction of a convolution: packed weights and the call that uses them."""
 
     def __init__(self, algorithm: str, dtype: torch.dtype, ends: tuple, phases: list, workspace: Workspace):
-        self._conv = _C.Conv(algorithm, _name(dtype), *ends, phases, compiled.cpu_isa)
+        self._conv = _C.Conv(algorithm, name_of(dtype), *ends, phases, compiled.cpu_isa)
         self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8)
         self._workspace = workspace
 
     def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
-        pointers = (weight.data_ptr(), tuple(weight.shape), _pointer(scale), transposed, self._packed.data_ptr())
-        _check("pack", self._conv.pack(*pointers, torch.get_num_threads()))
+        pointers = (weight.data_ptr(), tuple(weight.shape), pointer_of(scale), transposed, self._packed.data_ptr())
+        check_status("pack", self._conv.pack(*pointers, torch.get_num_threads()))
 
     def bind(
         self,
@@ -65,13 +71,13 @@ class _Kernel:
         bits: Tensor | None,
     ) -> Run:
         conv, workspace = self._conv, self._workspace
-        before = (len(x), x.data_ptr(), self._packed.data_ptr(), _pointer(bias), _pointer(other), _pointer(mask))
-        after = (y.data_ptr(), _pointer(bits), bits is not None)
+        before = (len(x), x.data_ptr(), self._packed.data_ptr(), pointer_of(bias), pointer_of(other), pointer_of(mask))
+        after = (y.data_ptr(), pointer_of(bits), bits is not None)
 
         def run():
             threads = torch.get_num_threads()
             pointer = workspace.pointer(conv.workspace_bytes(threads))
-            _check("convolution", conv.run(*before, *after, pointer, threads))
+            check_status("convolution", conv.run(*before, *after, pointer, threads))
 
         return run
 
@@ -100,13 +106,13 @@ class _ImageGradient:
         self._positions = torch.tensor(found)
         self._kernel_size = (len(tops), len(lefts))
 
-    def pack(self, weight: Tensor, scale: Tensor | None) -> None:
+    def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
         outputs, inputs = weight.shape[:2]
         padded = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)
         blocked = padded[:, :, self._positions].transpose(1, 2)  # [O, pixels, I, taps]
-        self._kernel.pack(blocked.reshape(outputs, -1, *self._kernel_size), scale, transposed=True)
+        self._kernel.pack(blocked.reshape(outputs, -1, *self._kernel_size), scale, transposed)
 
-    def bind(self, g: Tensor, other: Tensor | None, mask: Tensor | None, dx: Tensor) -> Run:
+    def bind(self, g: Tensor, bias: None, other: Tensor | None, mask: Tensor | None, dx: Tensor, bits: None) -> Run:
         channels = self._geometry.in_channels
         (height, width), (by, bx) = self._size, self._block
         blocks = torch.empty(len(g), height, width, by, bx, channels, dtype=g.dtype)
@@ -149,25 +155,19 @@ class KernelConvolution:
         axes = list(zip(g.kernel, g.stride, g.padding, g.dilation, g.upsample, strict=True))
         inner, outer = (g.in_size, g.in_channels), (g.out_size, g.out_channels)
         self._forward = _phased(axis_forward, axes, (*inner, *outer), algorithm, dtype, workspace)
-        self._blocked = g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1)
-        if self._blocked:
+        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1):
             self._backward = _ImageGradient(g, dtype, workspace)
         else:
             self._backward = _phased(axis_backward, axes, (*outer, *inner), algorithm, dtype, workspace)
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         self._forward.pack(weight, scale, transposed=False)
-        if self._blocked:
-            self._backward.pack(weight, scale)
-        else:
-            self._backward.pack(weight, scale, transposed=True)
+        self._backward.pack(weight, scale, transposed=True)
 
     def bind_forward(self, x: Tensor, bias: Tensor | None, other: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
         return self._forward.bind(x, bias, other, None, y, bits)
 
     def bind_backward(self, g: Tensor, other: Tensor | None, mask: Tensor | None, dx: Tensor) -> Run:
-        if self._blocked:
-            return self._backward.bind(g, other, mask, dx)
         return self._backward.bind(g, None, other, mask, dx, None)
 
 
@@ -235,10 +235,10 @@ class CpuLeaves(Leaves):
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
         self._workspace = Workspace()
-        self._name = _name(dtype)
+        self._name = name_of(dtype)
 
     def mask_bytes(self, value: Value) -> int:
-        return value.pixels * ((value.channels + 7) // 8)
+        return bytes_of_bits(value)
 
     def convolution(self, geometry: Convolution) -> TorchConvolution | KernelConvolution:
         algorithm = algorithm_of(geometry)
@@ -261,27 +261,24 @@ class CpuLeaves(Leaves):
 
     def affine(self, state: State, t: Tensors) -> Run:
         y, mask = t["y"], t["mask"]
-        run = _bind("affine", *_rows(y), self._name, t["x"], state.scale, state.shift, mask is not None, y, mask)
-        if t["other"] is None:
-            return run
-        raise AssertionError("an affine stage has no sum")
+        return _bind("affine", *rows_of(y), self._name, t["x"], state.scale, state.shift, mask is not None, y, mask)
 
     def affine_backward(self, state: State, t: Tensors) -> Run:
         dx = t["dx"]
-        return _bind("affine_backward", *_rows(dx), self._name, t["g"], None, state.scale, t["other"], t["mask"], dx)
+        return _bind("affine_backward", *rows_of(dx), self._name, t["g"], None, state.scale, t["other"], t["mask"], dx)
 
     def max_pool(self, state: State, t: Tensors) -> Run:
-        return _bind("max_pool", *_window(state, t["x"], t["y"]), self._name, t["x"], t["y"], t["argmax"])
+        return _bind("max_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"], t["argmax"])
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
-        sizes = _window(state, t["dx"], t["g"])
+        sizes = window_of(state, t["dx"], t["g"])
         return _bind("max_pool_backward", *sizes, self._name, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        return _bind("avg_pool", *_window(state, t["x"], t["y"]), self._name, t["x"], t["y"])
+        return _bind("avg_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"])
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
-        sizes = _window(state, t["dx"], t["g"])
+        sizes = window_of(state, t["dx"], t["g"])
         return _bind("avg_pool_backward", *sizes, self._name, t["g"], t["other"], t["mask"], t["dx"])
 
     def pointwise(self, state: State, t: Tensors) -> Run:
@@ -291,22 +288,21 @@ class CpuLeaves(Leaves):
         return _bind_finish(t["x"], t.get("other"), t["mask"], t["y"], None)
 
     def _finish(self, v, bias, other, mask, kept, y) -> None:
-        v = v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
-        _bind("finish", *_rows(y), _name(y.dtype), v, bias, other, mask, kept is not None, y, kept)()
+        _bind("finish", *rows_of(y), name_of(y.dtype), dense(v), bias, other, mask, kept is not None, y, kept)()
 
 
 def _bind_finish(x: Tensor, other: Tensor | None, mask: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
-    return _bind("finish", *_rows(y), _name(y.dtype), x, None, other, mask, bits is not None, y, bits)
+    return _bind("finish", *rows_of(y), name_of(y.dtype), x, None, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:
     """The call of a C++ function, its tensors as pointers."""
     function = getattr(_C, f"{name}_cpu")
     held = [a for a in arguments if isinstance(a, Tensor)]
-    plain = tuple(_pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
+    plain = tuple(pointer_of(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
 
     def run(held=held):
-        _check(name, function(*plain, *_how()))
+        check_status(name, function(*plain, *_how()))
 
     return run
 
@@ -317,7 +313,7 @@ class KernelInput(Input):
     def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
         super().__init__(program, shape, resized)
         self._channels, size = shape[0], shape[1:]
-        rows, cols = (_sources(small, big) for small, big in zip(size, resized or size, strict=True))
+        rows, cols = (sources_of(small, big) for small, big in zip(size, resized or size, strict=True))
         self._kernel = _C.InputProgram([self._listed(step) for step in program], shape[0], tuple(size), rows, cols)
 
     def _listed(self, step: tuple) -> tuple:
@@ -329,12 +325,12 @@ class KernelInput(Input):
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         pointers = (x.data_ptr(), out.data_ptr())
-        _check("prepare", self._kernel.prepare(len(x), _name(out.dtype), *pointers, *_how()))
+        check_status("prepare", self._kernel.prepare(len(x), name_of(out.dtype), *pointers, *_how()))
 
     def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         d = torch.empty_like(x)
         pointers = (gradient.data_ptr(), x.data_ptr(), d.data_ptr())
-        _check("gradient", self._kernel.gradient(len(x), _name(gradient.dtype), *pointers, *_how()))
+        check_status("gradient", self._kernel.gradient(len(x), name_of(gradient.dtype), *pointers, *_how()))
         return d
 
     def sign_step(
@@ -342,7 +338,7 @@ class KernelInput(Input):
     ) -> None:
         pointers = (gradient.data_ptr(), x.data_ptr(), clean.data_ptr())
         results = (nan.data_ptr(), x.data_ptr(), out.data_ptr())
-        _check("step", self._kernel.step(len(x), _name(out.dtype), *pointers, alpha, eps, *results, *_how()))
+        check_status("step", self._kernel.step(len(x), name_of(out.dtype), *pointers, alpha, eps, *results, *_how()))
 
 
 def algorithm_of(geometry: Convolution) -> str:
@@ -357,26 +353,3 @@ def algorithm_of(geometry: Convolution) -> str:
         return "gemm"
     products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
     return "winograd4" if products[4] < products[2] else "winograd"
-
-
-def _sources(small: int, big: int) -> list[int]:
-    """Which of ``small`` rows each of ``big`` rows shows, by PyTorch itself."""
-    if small == big:
-        return list(range(small))
-    index = torch.arange(small, dtype=torch.float32).view(1, 1, small)
-    return torch.nn.functional.interpolate(index, size=big, mode="nearest").flatten().int().tolist()
-
-
-def _rows(y: Tensor) -> tuple[int, int]:
-    channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
-    return y.numel() // channels, channels
-
-
-def _window(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """images, channels, height, width, results' height and width, kernel, stride, padding (max-pooling only)."""
-    o = state.stage.options
-    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", ()))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

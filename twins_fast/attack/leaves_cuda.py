@@ -12,9 +12,23 @@ import torch
 from torch import Tensor
 
 from twins_fast import compiled
-from twins_fast.attack.leaves import Input, Leaves, Run, State, Tensors, TorchConvolution
-from twins_fast.attack.leaves_cpu import CpuLeaves, _name, _pointer, _rows, _sources, _window
-from twins_fast.attack.plan import Convolution
+from twins_fast.attack.leaves import (
+    Input,
+    Leaves,
+    Run,
+    State,
+    Tensors,
+    TorchConvolution,
+    bytes_of_bits,
+    check_status,
+    dense,
+    name_of,
+    pointer_of,
+    rows_of,
+    sources_of,
+    window_of,
+)
+from twins_fast.attack.plan import Convolution, Value
 from twins_fast.kernels import attack, tuning
 
 Way = attack.Product | None  # how a convolution runs; None: as PyTorch does
@@ -54,11 +68,13 @@ class CudaLeaves(Leaves):
     """Every step but convolutions in Triton or CUDA, ReLU masks of one bit."""
 
     name = "Triton"
-    mask_bytes = CpuLeaves.mask_bytes
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
         self._tables: dict[tuple, attack.Tables] = {}
+
+    def mask_bytes(self, value: Value) -> int:
+        return bytes_of_bits(value)
 
     def convolution(self, geometry: Convolution) -> CudaConvolution:
         return CudaConvolution(geometry, self.dtype, self.device)
@@ -70,7 +86,7 @@ class CudaLeaves(Leaves):
         if resized is not None:
             key = (shape, resized)
             if key not in self._tables:  # never during the capture of a graph, since a warm-up comes first
-                sources = (_sources(small, big) for small, big in zip(shape[1:], resized, strict=True))
+                sources = (sources_of(small, big) for small, big in zip(shape[1:], resized, strict=True))
                 self._tables[key] = attack.Tables.of(*sources, shape[1:], self.device)
             tables = self._tables[key]
         return KernelInput(program, shape, resized, tables, self.device)
@@ -90,38 +106,36 @@ class CudaLeaves(Leaves):
             if way is None:
                 library()
             else:
-                attack.product(x, convolution.weight[:, :, 0, 0], y, _rows(y), way, not backward, **epilogue)
+                attack.product(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
 
         return partial(launch, convolution.way(backward, launch))
 
     def affine(self, state: State, t: Tensors) -> Run:
         options = dict(scale=state.scale, shift=state.shift, other=t["other"], bits=t["mask"])
-        return partial(attack.pointwise, t["x"], t["y"], _rows(t["y"]), **options)
+        return partial(attack.pointwise, t["x"], t["y"], rows_of(t["y"]), **options)
 
     def affine_backward(self, state: State, t: Tensors) -> Run:
         options = dict(scale=state.scale, other=t["other"], mask=t["mask"])
-        return partial(attack.pointwise, t["g"], t["dx"], _rows(t["dx"]), **options)
+        return partial(attack.pointwise, t["g"], t["dx"], rows_of(t["dx"]), **options)
 
     def max_pool(self, state: State, t: Tensors) -> Run:
-        return partial(attack.pool, t["x"], t["y"], _window(state, t["x"], t["y"]), t["argmax"])
+        return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), t["argmax"])
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
         return self._pool_backward(state, t, t["argmax"])
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        return partial(attack.pool, t["x"], t["y"], _window(state, t["x"], t["y"]), None)
+        return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), None)
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
         return self._pool_backward(state, t, None)
 
     def _pool_backward(self, state: State, t: Tensors, argmax: Tensor | None) -> Run:
-        window = _window(state, t["dx"], t["g"])
+        window = window_of(state, t["dx"], t["g"])
         return partial(attack.pool_backward, t["g"], t["dx"], window, argmax, t["other"], t["mask"])
 
     def _finish(self, v, bias, other, mask, kept, y) -> None:
-        # Where height or width is 1, cuDNN's result may have other strides, but is in this order.
-        v = v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
-        attack.pointwise(v, y, _rows(y), shift=bias, other=other, mask=mask, bits=kept)
+        attack.pointwise(dense(v), y, rows_of(y), shift=bias, other=other, mask=mask, bits=kept)
 
 
 class KernelInput(Input):
@@ -173,10 +187,9 @@ class KernelInput(Input):
         tables = self._tables
         status = compiled._C.pixels_cuda(
             len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
-            _pointer(tables and tables.row_start), _pointer(tables and tables.column_start),
-            self._codes, self._values.data_ptr(), _name((out if gradient is None else gradient).dtype),
-            x.data_ptr(), *(_pointer(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
+            pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
+            self._codes, self._values.data_ptr(), name_of((out if gradient is None else gradient).dtype),
+            x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
             torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"pixels: {status}")
+        check_status("pixels", status)

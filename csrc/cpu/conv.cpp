@@ -70,12 +70,29 @@ template <class T>
 using ComputeOf = Singles;
 #endif
 
+// Fetches memory that is read soon, in equal parts, while something else is computed.
+class Ahead {
+ public:
+  Ahead(const void* begin, const void* end, int64_t parts)
+      : at_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)),
+        step_((end_ - at_) / (64 * std::max<int64_t>(parts, 1)) + 1) {}
+
+  void fetch() {
+    for (int64_t i = 0; i < step_ && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t step_;
+};
+
 // One tile, whose lines are `stride` apart, times one panel of kVectors vectors: results [rows, kPanel].
 template <class Compute, int kVectors, int kRows>
-void multiply(const float* a, int64_t stride, const float* b, int64_t steps, float* result) {
+void multiply(const float* a, int64_t stride, const float* b, int64_t steps, float* result, Ahead& ahead) {
   Floats sums[kRows][kVectors] = {};
   for (int64_t left = steps; left > 0; left -= kLine, a += stride) {
     const float* end = a + std::min<int64_t>(left, kLine);
+    ahead.fetch();
     for (const float* p = a; p < end; ++p, b += kVectors * kLanes) {
       Floats columns[kVectors];
 #pragma GCC unroll 2
@@ -94,9 +111,9 @@ void multiply(const float* a, int64_t stride, const float* b, int64_t steps, flo
 
 template <class Compute, int kVectors, int... i>
 void multiply_rows(std::integer_sequence<int, i...>, int rows, const float* a, int64_t stride, const float* b,
-                   int64_t steps, float* result) {
+                   int64_t steps, float* result, Ahead& ahead) {
   static constexpr decltype(&multiply<Compute, kVectors, 1>) kFunctions[] = {multiply<Compute, kVectors, i + 1>...};
-  kFunctions[rows - 1](a, stride, b, steps, result);
+  kFunctions[rows - 1](a, stride, b, steps, result, ahead);
 }
 
 // The packed weight of one product.
@@ -111,11 +128,20 @@ struct Right {
   int vectors_of(int64_t panel) const { return static_cast<int>(std::min<int64_t>(vectors - 2 * panel, 2)); }
   int64_t offset(int64_t panel) const { return panel * kPanel * steps; }
 
+  int64_t floats_of(int64_t panel) const { return steps * vectors_of(panel) * kLanes; }
+
+  // Of a panel before `end`: the first of `products` that follow each other.
+  Ahead ahead(const float* packed, int64_t panel, int64_t end, int64_t products, int64_t parts) const {
+    const float* from = packed + products * offset(panel);
+    return {from, panel < end ? from + floats_of(panel) : from, parts};
+  }
+
   template <class Compute>
-  void multiply(const float* a, int64_t stride, const float* b, int64_t panel, int rows, float* result) const {
+  void multiply(const float* a, int64_t stride, const float* b, int64_t panel, int rows, float* result,
+                Ahead& ahead) const {
     constexpr std::make_integer_sequence<int, kTile> counts;
-    if (vectors_of(panel) == 2) multiply_rows<Compute, 2>(counts, rows, a, stride, b, steps, result);
-    else multiply_rows<Compute, 1>(counts, rows, a, stride, b, steps, result);
+    if (vectors_of(panel) == 2) multiply_rows<Compute, 2>(counts, rows, a, stride, b, steps, result, ahead);
+    else multiply_rows<Compute, 1>(counts, rows, a, stride, b, steps, result, ahead);
   }
 };
 
@@ -181,23 +207,13 @@ struct Epilogue {
   }
 };
 
-// Fetches what the next block reads, in equal parts, while this one is multiplied.
-class Ahead {
- public:
-  // Values [begin, end) of `all`, which are spread evenly over `size` bytes.
-  Ahead(const void* from, int64_t size, Range next, int64_t all, int64_t parts)
-      : at_(static_cast<const char*>(from) + size * next.begin / all),
-        end_(static_cast<const char*>(from) + size * next.end / all),
-        step_((end_ - at_) / (64 * std::max<int64_t>(parts, 1)) + 1) {}
-
-  void fetch() {
-    for (int64_t i = 0; i < step_ && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const char *at_, *end_;
-  int64_t step_;
-};
+// Of rows `next` of `all`, which are spread evenly over the inputs.
+template <class T>
+Ahead inputs_ahead(const ConvPlan& plan, const ConvRun& args, Range next, int64_t all, int64_t parts) {
+  const char* x = static_cast<const char*>(args.x);
+  const int64_t size = args.images * plan.in_h * plan.in_w * plan.in_channels * sizeof(T);
+  return {x + size * next.begin / all, x + size * next.end / all, parts};
+}
 
 // The left side holds all inputs of an output pixel.
 template <class T>
@@ -261,21 +277,27 @@ struct Gemm {
     const int64_t tiles = tiles_of_block(matrix), floats_of_tile = matrix.lines() * kTile * kLine;
     int64_t pixels[kMostTiles * kTile];
     alignas(64) float results[kTile * kPanel];
+    const int64_t all = args.images * phase.rows * phase.columns;
     for (int64_t begin = rows.begin; begin < rows.end; begin += tiles * kTile) {
-      const int64_t end = std::min(begin + tiles * kTile, rows.end);
-      for (int64_t r = begin; r < end; r += kTile)
+      const int64_t end = std::min(begin + tiles * kTile, rows.end), used = ceil_div(end - begin, kTile);
+      const int64_t far = begin == rows.begin ? panels.end : 0;  // later blocks find the weights in a cache
+      Ahead weights = matrix.ahead(packed, panels.begin, far, 1, used);
+      for (int64_t r = begin; r < end; r += kTile) {
+        weights.fetch();
         gather(args, phase, r, static_cast<int>(std::min<int64_t>(end - r, kTile)),
                block + (r - begin) / kTile * floats_of_tile, pixels + r - begin);
+      }
       const Range next{end, std::min(end + tiles * kTile, rows.end)};
-      Ahead ahead(args.x, args.images * plan.in_h * plan.in_w * plan.in_channels * sizeof(T), next,
-                  args.images * phase.rows * phase.columns, panels.size() * ceil_div(end - begin, kTile));
-      for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      Ahead inputs = inputs_ahead<T>(plan, args, next, all, panels.size() * used);
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        weights = matrix.ahead(packed, panel + 1, far, 1, used * matrix.lines());
         for (int64_t r = begin; r < end; r += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(end - r, kTile));
           const float* tile = block + (r - begin) / kTile * floats_of_tile;
-          ahead.fetch();
+          inputs.fetch();
           for (int k = 0; k < count; ++k) epilogue.prefetch(pixels[r - begin + k], panel * kPanel);
-          matrix.template multiply<Compute>(tile, kTile * kLine, packed + matrix.offset(panel), panel, count, results);
+          matrix.template multiply<Compute>(tile, kTile * kLine, packed + matrix.offset(panel), panel, count, results,
+                                            weights);
           for (int v = 0; v < matrix.vectors_of(panel); ++v) {
             const int64_t c = panel * kPanel + v * kLanes;
             epilogue.with_vector(c, [&, epilogue](auto n, Floats bias) {
@@ -284,6 +306,7 @@ struct Gemm {
             });
           }
         }
+      }
     }
   }
 
@@ -468,31 +491,39 @@ struct Winograd {
     in_parallel(threads, [&](int thread, int team) {
       const int64_t all = args.images * down * across;
       const auto [tiles, panels] = divide(all, matrix.panels(), thread, team);
+      const float* packed = static_cast<const float*>(args.packed);
       float* inputs = workspace + thread * floats_per_thread();
       float* products = inputs + groups * group_floats;
       for (int64_t begin = tiles.begin; begin < tiles.end; begin += groups * kTile) {
         const Range block{begin, std::min(begin + groups * kTile, tiles.end)};
+        const int64_t far = begin == tiles.begin ? panels.end : 0;  // later blocks find the weights in a cache
+        matrix.ahead(packed, panels.begin, far, kProducts, 1).fetch();
         transform_inputs(static_cast<const T*>(args.x), block, inputs);
         const Range next{block.end, std::min(block.end + groups * kTile, tiles.end)};
-        Ahead ahead(args.x, args.images * plan.in_h * plan.in_w * plan.in_channels * sizeof(T), next, all,
-                    panels.size() * kProducts * ceil_div(block.size(), groups_at_once * kTile));
+        Ahead ahead = inputs_ahead<T>(plan, args, next, all,
+                                      panels.size() * kProducts * ceil_div(block.size(), groups_at_once * kTile));
         for (int64_t panel = panels.begin; panel < panels.end; ++panel)
           for (int64_t t = block.begin; t < block.end; t += groups_at_once * kTile) {
             const Range part{t, std::min(t + groups_at_once * kTile, block.end)};
-            multiply_tiles(args, inputs + (t - begin) / kTile * group_floats, panel, part, products, epilogue, ahead);
+            multiply_tiles(inputs + (t - begin) / kTile * group_floats, packed, panel, far, part, products, epilogue,
+                           ahead);
             transform_products(part, panel, products, epilogue);
           }
       }
     });
   }
 
-  void multiply_tiles(const ConvRun& args, const float* inputs, int64_t panel, Range tiles, float* products,
-                      const Epilogue<T>& epilogue, Ahead& ahead) const {
-    const float* b = static_cast<const float*>(args.packed) + kProducts * matrix.offset(panel);
+  void multiply_tiles(const float* inputs, const float* packed, int64_t panel, int64_t far, Range tiles,
+                      float* products, const Epilogue<T>& epilogue, Ahead& ahead) const {
+    const float* b = packed + kProducts * matrix.offset(panel);
+    const int64_t size = matrix.floats_of(panel);
+    const int64_t parts = ceil_div(tiles.size(), kTile) * matrix.lines();
     Place at = place(tiles.begin);
     int64_t fetched = 0, row = 0, pixel = pixel_of(at);  // rows of results, and the next one
-    for (int p = 0; p < kProducts; ++p, b += matrix.steps * matrix.vectors_of(panel) * kLanes) {
+    for (int p = 0; p < kProducts; ++p, b += size) {
       ahead.fetch();
+      Ahead weights = p + 1 == kProducts ? matrix.ahead(packed, panel + 1, far, kProducts, parts)
+                                         : Ahead(b + size, b + (panel < far ? 2 : 1) * size, parts);
       for (const int64_t end = ceil_div(tiles.size() * kSize * (p + 1), kProducts); fetched < end; ++fetched) {
         for (int j = 0; j < kSize; ++j) epilogue.prefetch(pixel + j, panel * kPanel);
         pixel += plan.out_w;
@@ -504,7 +535,8 @@ struct Winograd {
       for (int64_t t = 0; t < tiles.size(); t += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(tiles.size() - t, kTile));
         matrix.template multiply<Compute>(inputs + t / kTile * group_floats + p * (kTile * kLine), kLineFloats, b,
-                                          panel, count, products + t / kTile * kProductFloats + p * (kTile * kPanel));
+                                          panel, count, products + t / kTile * kProductFloats + p * (kTile * kPanel),
+                                          weights);
       }
     }
   }

@@ -28,6 +28,8 @@ from twins_fast.attack.leaves import (
 from twins_fast.attack.plan import Convolution, Value, axis_backward, axis_forward
 
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
+LANES = 16
+GATHERING = 0.8  # of the time of one vector's products, measured
 FEWEST_CHANNELS = 16  # for Winograd's transforms to pay
 
 _C = compiled._C
@@ -91,7 +93,8 @@ class _ImageGradient:
     def __init__(self, geometry: Convolution, dtype: torch.dtype, workspace: Workspace):
         g = self._geometry = geometry
         axes = zip(g.kernel, g.stride, g.padding, g.dilation, strict=True)
-        (by, my, tops, rows), (bx, mx, lefts, cols) = (_blocked(*numbers) for numbers in axes)
+        candidates = product(*([_blocked(n, *numbers) for n in (1, 2)] for numbers in axes))
+        (by, my, tops, rows), (bx, mx, lefts, cols) = min(candidates, key=lambda axes: _time(axes, g.in_channels))
         self._block = by, bx
         self._size = tuple(-(-size // b) for size, b in zip(g.in_size, self._block, strict=True))
         taps = [(dy, dx, [(iy, ix)]) for (iy, dy), (ix, dx) in product(enumerate(tops), enumerate(lefts))]
@@ -136,14 +139,22 @@ class _ImageGradient:
         return run
 
 
-def _blocked(kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, list[int], list[list]]:
+def _blocked(
+    times: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[int, int, list[int], list[list]]:
     """Along one axis: pixels in a block, outputs per block, offsets of the outputs that a block sees, and for each
     pixel the kernel index that leads to each of them, or None."""
-    block = stride if stride > 1 else 2
+    block = times * (stride if stride > 1 else 2)
     _, _, phases = axis_backward(kernel, stride, padding, dilation, 1)
     seen = [{tap + pixel // stride: ks[0] for tap, ks in phases[pixel % stride]} for pixel in range(block)]
     offsets = sorted(set().union(*seen))
     return block, block // stride, offsets, [[pixel.get(offset) for offset in offsets] for pixel in seen]
+
+
+def _time(axes: tuple[tuple, tuple], channels: int) -> float:
+    """Per pixel, relative: every input of a block is gathered and takes part in some vectors of products."""
+    (by, _, tops, _), (bx, _, lefts, _) = axes
+    return len(tops) * len(lefts) * (GATHERING + -(-by * bx * channels // LANES)) / (by * bx)
 
 
 class KernelConvolution:

@@ -8,7 +8,7 @@ train: install
 	$(BIN)/twins-fast train --recipe mini
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

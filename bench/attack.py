@@ -34,7 +34,7 @@ SCALING, PRECISION, LAYERS = "attack_scaling", "attack_precision", "attack_layer
 ROUNDS, STEPS = 2, 10
 ROUNDING = 1e-6  # of a pixel at the edge of the ball
 CHAOS = 3  # times what roundoff alone changes in the loss is allowed, up to MOST_CHAOS
-ROUNDOFF = 1e-7  # of a pixel
+ROUNDOFF, MOVED = 1e-7, 3  # of a pixel, and how often the start is moved by it
 MOST_CHAOS = 1e-3
 COPIED = 1 << 24  # float32 values of the copy that shows the bandwidth
 MEMORY_STEPS = 2  # an attack's memory does not grow after its second step
@@ -63,11 +63,11 @@ def _reference(attack: Attack, given: Inputs, start: Tensor) -> tuple[float, flo
     kept = given.references.get(id(start))
     if kept is None:
         rows, losses = given.rows(), []
-        moved = (
-            start + ROUNDOFF * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
-        ).clamp(0, 1)
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(start.shape, generator=generator).to(start) for _ in range(MOVED)]
+        moved = [(given.model, (start + ROUNDOFF * n).clamp(0, 1)) for n in noise]
         last = own_copy(given.model, torch.channels_last)
-        for model, first in ((given.model, start), (last, start), (given.model, moved)):
+        for model, first in ((given.model, start), (last, start), *moved):
             x = published_attack(model, given.images[rows], given.labels[rows], first[rows], attack.steps)
             losses.append(_loss(given, x, rows))
         kept = given.references[id(start)] = losses[0], max(abs(loss / losses[0] - 1) for loss in losses[1:])

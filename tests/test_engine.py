@@ -683,6 +683,20 @@ def test_threads_take_turns():
             assert torch.equal(made, alone)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    x, y = data(6)
+    attack = PGD(small(), engine="plan", amp_dtype=dtype, random_start=False)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(attack(x, y))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
 def test_forgetting_frees_the_plans():
     attack = PGD(small(), engine="plan", **STEP)
     program = weakref.ref(program_of(attack, data()[0]))

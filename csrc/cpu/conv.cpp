@@ -370,7 +370,7 @@ struct Gemm {
   }
 
   static inline __attribute__((always_inline)) void put_some(Element* to, const T* from, int count) {
-    if (std::is_same_v<T, Element> && from && count == kLineElements) std::memcpy(to, from, count * sizeof(T));
+    if constexpr (std::is_same_v<T, Element>) copy_bytes(to, from, count * sizeof(T));
     else for_vectors(0, count, [=](int64_t i, int n) { store(to + i, from ? load(from + i, n) : Floats{}, n); });
   }
 };

@@ -271,6 +271,17 @@ inline float sum(Floats v) {
   return total;
 }
 
+// At most 64 bytes; zeros where `from` is null.
+inline void copy_bytes(void* to, const void* from, int count) {
+#if defined(__AVX512BW__)
+  const __mmask64 mask = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  _mm512_mask_storeu_epi8(to, mask, from ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512());
+#else
+  if (from) std::memcpy(to, from, count);
+  else std::memset(to, 0, count);
+#endif
+}
+
 // Calls f(start, count) for [begin, end) in steps of one vector; only the last count may be short.
 template <class F>
 inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t end, F&& f) {

@@ -97,7 +97,7 @@ def autocast(attack, given):
     return _autocast(attack, given, own_copy(given.model, torch.channels_last))
 
 
-COMPILED = ("resnet18-32",)
+COMPILED = ("resnet50-224", "resnet18-32")
 
 
 @peer(ATTACK, "compile")

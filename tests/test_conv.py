@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twins_fast import compiled
+from twins_fast.attack.plan import Convolution
 
 if compiled._C is None:
     pytest.skip(f"no compiled kernels: {compiled.missing}", allow_module_level=True)
+
+from twins_fast.attack.leaves_cpu import KernelConvolution, Workspace  # noqa: E402  it needs the compiled kernels
 
 ISAS = list(compiled._C.cpu_isas)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
@@ -456,3 +459,40 @@ def test_bad_arguments_are_refused():
     assert layer.conv.run(1, 0, packed, 0, 0, 0, packed, 0, False, packed, 2)
     assert layer.conv.run(1, packed, packed, 0, 0, 0, packed, 0, False, packed, 0)
     assert layer.conv.run(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 2) == ""  # no images: nothing to do
+
+
+@pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "with sum and mask"])
+@pytest.mark.parametrize(
+    "channels, size, kernel, stride, padding, dilation",
+    [
+        (3, (24, 32), (7, 7), (2, 2), (3, 3), (1, 1)),
+        (3, (31, 26), (7, 7), (2, 2), (3, 3), (1, 1)),
+        (1, (13, 10), (5, 3), (1, 2), (0, 1), (1, 1)),
+        (4, (9, 12), (3, 3), (1, 1), (1, 1), (1, 1)),
+        (2, (17, 17), (3, 3), (2, 1), (2, 0), (1, 3)),
+        (3, (32, 48), (16, 16), (16, 16), (0, 0), (1, 1)),
+        (3, (41, 36), (11, 11), (4, 4), (2, 2), (1, 1)),
+        (3, (11, 11), (1, 1), (3, 3), (0, 0), (1, 1)),
+    ],
+)
+def test_gradient_of_an_image(channels, size, kernel, stride, padding, dilation, epilogue):
+    geometry = [channels, size, 20, None, kernel, stride, padding, dilation]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, channels, *kernel, generator=generator)
+    scale = torch.rand(20, generator=generator) + 0.5
+    x = torch.zeros(3, channels, *size, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, (weight * scale.view(-1, 1, 1, 1)).double(), None, stride, padding, dilation)
+    geometry[3] = tuple(y.shape[2:])
+    g = torch.randn(y.shape, generator=generator)
+    (want,) = torch.autograd.grad(y, x, g.double())
+    convolution = KernelConvolution(Convolution(*geometry), torch.float32, Workspace(), "gemm")
+    convolution.fold(weight, scale)
+    g, dx = (v.contiguous(memory_format=torch.channels_last) for v in (g, torch.full(x.shape, float("nan"))))
+    other = mask = None
+    if epilogue:
+        other = torch.randn(x.shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        bits = torch.randint(0, 2**channels, (3, *size), dtype=torch.uint8, generator=generator)
+        passes = torch.stack([bits >> c & 1 for c in range(channels)], 1)
+        want, mask = (want + other) * passes, bits.flatten()
+    convolution.bind_backward(g, other, mask, dx)()
+    torch.testing.assert_close(dx, want.float(), rtol=0, atol=1e-5 * want.abs().max().item())

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from bench import networks
-from twins_fast import PGD, convert_twin_bn, fuse_twin_bn, wings
+from twins_fast import PGD, compiled, convert_twin_bn, fuse_twin_bn, wings
 from twins_fast.attack import engine
 from twins_fast.attack.engine import Program
 from twins_fast.attack.leaves import Leaves
@@ -134,6 +134,22 @@ def test_architecture_takes_the_plan_and_equals_eager(name):
     assert report.engine == "plan"
     found = {layer["op"] for layer in report.layers if "not planned" in layer["runs"]}
     assert left is None or found == left
+
+
+@pytest.mark.skipif(compiled._C is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", ["resnet50", "cifar_resnet18", "resnet50 of enlarged images"])
+def test_convolutions_of_a_matrix_unit(name, monkeypatch):
+    """On a CPU that has one they are oneDNN's; here with vectors, and in float32, to compare them."""
+    monkeypatch.setattr("twins_fast.attack.leaves_cpu.has_matrix_unit", lambda dtype: True)
+    build, size, _ = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = lively(build(), size=size)
+    x, y = data(2, size)
+    assert_same_step(model, x, y)
+    runs = {layer["op"].split(" + ")[0]: layer["runs"] for layer in PGD(model).explain(x).layers}
+    inner = {op: run for op, run in runs.items() if op[0] in "13" and not op.endswith("->10")}
+    first = "3x3 3->64"
+    assert len(inner) > 5 and all(run == ("C++ gemm" if op == first else "oneDNN") for op, run in inner.items())
 
 
 def test_a_robust_network_on_real_images():

@@ -30,7 +30,7 @@ from twins_fast.attack.plan import Convolution, Value, axis_backward, axis_forwa
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
 LANES = 16
 GATHERING = 0.8  # of the time of one vector's products, measured
-FEWEST_CHANNELS = 16  # for Winograd's transforms to pay
+FEWEST_CHANNELS = 16  # for Winograd's transforms, or a matrix unit, to pay
 
 _C = compiled._C
 
@@ -239,7 +239,7 @@ class LibraryConvolution(TorchConvolution):
 
 
 class CpuLeaves(Leaves):
-    """Every step in C++; convolutions in groups by oneDNN."""
+    """Every step in C++; convolutions in groups, or where the CPU has a matrix unit, by oneDNN."""
 
     name = "C++"
 
@@ -252,7 +252,7 @@ class CpuLeaves(Leaves):
         return bytes_of_bits(value)
 
     def convolution(self, geometry: Convolution) -> TorchConvolution | KernelConvolution:
-        algorithm = algorithm_of(geometry)
+        algorithm = algorithm_of(geometry, self.dtype)
         if algorithm == "library":
             return LibraryConvolution(geometry, self.dtype, self.device)
         return KernelConvolution(geometry, self.dtype, self._workspace, algorithm)
@@ -352,15 +352,22 @@ class KernelInput(Input):
         check_status("step", self._kernel.step(len(x), name_of(out.dtype), *pointers, alpha, eps, *results, *_how()))
 
 
-def algorithm_of(geometry: Convolution) -> str:
+def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
     """``winograd4``, ``winograd``, ``gemm`` or ``library``: what was measured to be fastest, as a rule, so that runs
     repeat."""
     g = geometry
-    if g.groups > 1:
+    few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
+    if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
         return "library"
     ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     height, width = g.out_size
-    if not ordinary or min(g.in_channels, g.out_channels) < FEWEST_CHANNELS or height * width == 1:
+    if not ordinary or few or height * width == 1:
         return "gemm"
     products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
     return "winograd4" if products[4] < products[2] else "winograd"
+
+
+def has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies the type by tiles (AMX), which oneDNN uses and the kernels here do not."""
+    found = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return dtype in found and found[dtype]()

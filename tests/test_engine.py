@@ -681,6 +681,28 @@ def test_a_model_that_merges_weights_in_eval_mode():
     assert (first == PGD(model, engine="eager", **STEP)(x, y)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
+def test_wrappers_are_looked_through(wrap):
+    model = small()
+    x, y = data(4)
+    attack = PGD(wrap(model), engine="plan", **STEP)
+    assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+    double_weights(model)
+    assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+    attack.model.register_forward_hook(lambda module, inputs, logits: -logits)
+    assert "hooks" in PGD(attack.model).explain(x).reason
+
+
+def test_distributed_processes_stay_in_eager():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(small())
+        assert "attack its .module" in PGD(model).explain(data()[0]).reason
+        assert PGD(model.module).explain(data()[0]).engine == "plan"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_another_model_of_the_same_attack():
     x, y = data(4)
     attack = PGD(small(), engine="plan", **STEP)

@@ -445,12 +445,30 @@ _GLOBAL_HOOKS = (
 _KNOWN = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers that do nothing on one device but call it."""
+    while not _hooked(model):
+        if type(model) is nn.DataParallel and len(model.device_ids) <= 1:
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            break
+    return model
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
 def _obstacle(model: nn.Module, images: Tensor) -> str:
     """What keeps a model or its images from being planned, if anything."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "its processes exchange buffers in every forward; attack its .module"
     if images.dtype != torch.float32:
         return f"the images are {images.dtype}"
     for name, module in model.named_modules():
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if _hooked(module):
             return f"{name or 'the model'} has hooks"
     if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
         return "there are hooks on all modules"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attack import objectives
-from twins_fast.attack.engine import Engine, Program
+from twins_fast.attack.engine import Engine, Program, unwrapped
 from twins_fast.attack.explain import Explanation, explain
 from twins_fast.modes import in_mode
 from twins_fast.validation import (
@@ -166,7 +166,7 @@ class PGD:
         check_images(images, self.model)
         with self._engine.lock, in_mode(self.model, training=False):
             program = self._program(images.detach())
-            return explain(program, self.model, images.detach() if timed else None)
+            return explain(program, unwrapped(self.model), images.detach() if timed else None)
 
     def forget(self) -> None:
         """Drop what was captured of the model, and the memory of it.
@@ -186,18 +186,18 @@ class PGD:
             return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
         kind = images.device.type
         ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        program = self._engine.program(self.model, images, self.amp_dtype or ambient)
+        program = self._engine.program(unwrapped(self.model), images, self.amp_dtype or ambient)
         if self.engine == "plan" and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
         return program
 
     def _planned(self, program: Program, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
-        classes = program.classes
+        model, classes = unwrapped(self.model), program.classes
         if largest_label >= classes:
             raise ValueError(f"labels hold class {largest_label}, but the model has {classes} classes")
 
         def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            program.fold(self.model)
+            program.fold(model)
             per_sample, reference = self._per_sample(labels, lambda: program.logits(images))
             sign = -1 if self.targeted else 1
 
@@ -222,7 +222,7 @@ class PGD:
 
         options = (self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            found, nan = program.graphed(options, self.model, attack, (images, labels, x))
+            found, nan = program.graphed(options, model, attack, (images, labels, x))
             self._nan_gradients = nan.sum()
         return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
 

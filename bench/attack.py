@@ -43,10 +43,10 @@ TRAINED = ("resnet18-32", "resnet50-224")
 SCALED = "resnet18-32"
 SCALING_PEERS = ("autocast", "plan-bf16")
 AXES = {  # what is varied -> the rest, and its values
-    "batch": ("steps=1", (1, 8, 32, 128, 512)),
-    "steps": ("batch=4", (1, 2, 5, 10, 20)),
-    "side": ("batch=8:steps=1", (16, 32, 64, 96)),
-    "width": ("batch=8:steps=1", (16, 32, 64, 128)),
+    "batch": ("steps=10", (1, 8, 32, 128, 256)),
+    "steps": ("batch=8", (1, 2, 5, 10, 20)),
+    "side": ("batch=8:steps=10", (16, 32, 64, 96)),
+    "width": ("batch=8:steps=10", (16, 32, 64, 128)),
 }
 
 

@@ -687,6 +687,7 @@ struct Pack {
         const int64_t begin = i % parts * channels_at_once;
         pack(i / parts, {begin, std::min(begin + channels_at_once, plan.in_channels)}, columns);
       }
+      publish();
     });
   }
 
@@ -744,7 +745,7 @@ struct Pack {
           };
           const int64_t k = t * plan.in_channels + c;
           if (plan.in_channels % Compute::kDepth == 0) {
-            store(to + k / Compute::kDepth * stride, Compute::step(value(c), value(c + Compute::kDepth - 1)));
+            stream(to + k / Compute::kDepth * stride, Compute::step(value(c), value(c + Compute::kDepth - 1)));
             continue;
           }
           // Pairs that span two taps, which may be other threads': each writes its half.
@@ -775,9 +776,9 @@ struct Pack {
       for (int64_t d = 0; d < Compute::kDepth && c + d < channels.end; ++d)
         transform<kSize>(columns + (c + d - channels.begin) * slices * kLanes, scale(vector, c + d), products[d]);
       for (int p = 0; p < kProducts; ++p)
-        store(to + (p * matrix.steps + c / Compute::kDepth) * stride,
-              Compute::step(products[0][p / kReach][p % kReach],
-                            products[Compute::kDepth - 1][p / kReach][p % kReach]));
+        stream(to + (p * matrix.steps + c / Compute::kDepth) * stride,
+               Compute::step(products[0][p / kReach][p % kReach],
+                             products[Compute::kDepth - 1][p / kReach][p % kReach]));
     }
   }
 

@@ -271,6 +271,20 @@ inline float sum(Floats v) {
   return total;
 }
 
+// To whole cache lines that are not read soon: past the caches. Other threads see it after publish().
+inline void stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store(p, v);
+}
+
+inline void publish() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // At most 64 bytes; zeros where `from` is null.
 inline void copy_bytes(void* to, const void* from, int count) {
 #if defined(__AVX512BW__)

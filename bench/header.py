@@ -34,7 +34,7 @@ def header() -> dict:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "twins-fast": twins_fast.__version__,
-        "commit": _first_line("git", "describe", "--always", "--dirty") or "unknown",
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -57,6 +57,12 @@ def device_kind(device: str) -> str:
     """``cpu``, or the name of the GPU as a part of a file name."""
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     return "-".join(name.lower().split())
+
+
+def _commit() -> str:
+    """Marked where anything but results differs from it."""
+    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return (_first_line("git", "describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def _first_line(*command: str, containing: str = "") -> str | None:

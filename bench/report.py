@@ -185,35 +185,38 @@ def attack_scaling() -> str:
 
 
 def draw_scaling(target: Path = SCALING_PLOT) -> None:
-    """A panel for each size: milliseconds per step (lines) and memory (dashed)."""
+    """A column for each size: milliseconds per step above, memory below."""
     import matplotlib  # slow to import, and only needed here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    beside = [panel.twinx() for panel in panels]
+    figure, panels = plt.subplots(2, 4, figsize=(14, 5.6), sharex="col", layout="constrained")
     for kept in map(_read, measurements(bench_attack.SCALING)):
         axes = list(dict.fromkeys(row["axis"] for row in kept["workloads"]))
-        for axis, panel, memory in zip(axes, panels, beside, strict=True):
+        for axis, column in zip(axes, panels.T, strict=True):
             rows = [row for row in kept["workloads"] if row["axis"] == axis]
-            for colour, name in enumerate(rows[0]["peers"]):
+            for name in rows[0]["peers"]:
                 timed = [row for row in rows if "times" in row["peers"][name]]
-                values = [row["value"] for row in timed]
-                style = {"color": f"C{colour}", "marker": "o", "markersize": 3}
-                label = f"{name}, {kept['device']}"
-                panel.loglog(values, [_milliseconds(row, name) for row in timed], label=label, **style)
-                megabytes = [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed]
-                memory.loglog(values, megabytes, linestyle="--", alpha=0.6, **style)
+                found = {
+                    "ms per attack step": [_milliseconds(row, name) for row in timed],
+                    "memory, MB": [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed],
+                }
+                for panel, (label, values) in zip(column, found.items(), strict=True):
+                    panel.loglog([row["value"] for row in timed], values, marker="o", label=f"{name}, {kept['device']}")
+                    panels[list(found).index(label)][0].set_ylabel(label)
             values = [row["value"] for row in rows]
-            panel.set_xticks(values, map(str, values))
-            panel.minorticks_off()
-            panel.set(xlabel=axis, title=f"{bench_attack.SCALED}, {bench_attack.AXES[axis][0].replace(':', ', ')}")
-            panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms per attack step")
-    beside[-1].set_ylabel("memory, MB (dashed)")
-    panels[0].legend()
-    figure.savefig(target, dpi=110, metadata={"Software": None})
+            for panel in column:
+                panel.set_xticks(values, map(str, values))
+                low, high = panel.get_ylim()
+                ticks = [n * 10**e for e in range(-2, 6) for n in (1, 2, 5) if low <= n * 10**e <= high]
+                panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+                panel.minorticks_off()
+                panel.grid(alpha=0.3)
+            column[0].set_title(f"{bench_attack.SCALED}, {bench_attack.AXES[axis][0].replace(':', ', ')}")
+            column[1].set_xlabel({"side": "side of the images, pixels"}.get(axis, axis))
+    panels[0][0].legend()
+    figure.savefig(target, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 

@@ -198,13 +198,12 @@ def draw_scaling(target: Path = SCALING_PLOT) -> None:
             rows = [row for row in kept["workloads"] if row["axis"] == axis]
             for name in rows[0]["peers"]:
                 timed = [row for row in rows if "times" in row["peers"][name]]
-                found = {
-                    "ms per attack step": [_milliseconds(row, name) for row in timed],
-                    "memory, MB": [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed],
-                }
-                for panel, (label, values) in zip(column, found.items(), strict=True):
+                found = (
+                    [_milliseconds(row, name) for row in timed],
+                    [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed],
+                )
+                for panel, values in zip(column, found, strict=True):
                     panel.loglog([row["value"] for row in timed], values, marker="o", label=f"{name}, {kept['device']}")
-                    panels[list(found).index(label)][0].set_ylabel(label)
             values = [row["value"] for row in rows]
             for panel in column:
                 panel.set_xticks(values, map(str, values))
@@ -216,6 +215,8 @@ def draw_scaling(target: Path = SCALING_PLOT) -> None:
             column[0].set_title(f"{bench_attack.SCALED}, {bench_attack.AXES[axis][0].replace(':', ', ')}")
             column[1].set_xlabel({"side": "side of the images, pixels"}.get(axis, axis))
     panels[0][0].legend()
+    panels[0][0].set_ylabel("ms per attack step")
+    panels[1][0].set_ylabel("memory, MB")
     figure.savefig(target, dpi=100, metadata={"Software": None})
     plt.close(figure)
 

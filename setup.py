@@ -18,7 +18,7 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-NOTE = "_build_failed.txt"  # read by twins_fast.compiled
+NOTE = "_build_failed.txt"  # read by twins_fast.ops.native
 CUDA_ARCHITECTURES = ("80", "90", "100")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 X86_FLAGS = {

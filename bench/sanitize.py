@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from bench.twin_bn import Inputs, Layer, check, inputs, runner, twins_fast
-from twins_fast import backend
+from twins_fast.ops import backend
 
 # Below, at and above a vector, a warp and a block; the last has several slices per channel.
 SHAPES = [(2, 1, 1, 2), (3, 3, 7, 1), (2, 129, 1, 1), (5, 7, 3, 31), (4, 31, 7, 7), (3, 64, 8, 8), (6, 40, 29, 31)]

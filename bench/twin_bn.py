@@ -30,7 +30,8 @@ from bench.harness import (
     table,
 )
 from bench.header import ROOT
-from twins_fast import backend, ops, reference
+from twins_fast import ops
+from twins_fast.ops import backend, reference
 
 NAME = "twin_bn"
 RESOLUTIONS = (224, 32)

@@ -2,7 +2,7 @@
 
 Storage is float32, bfloat16 or float16, arithmetic float32; ReLU masks are bits: [pixels, ceil(C / 8)] uint8, where
 bit k of byte b is channel 8 b + k and what is left over is 0. A program has a tile of pixels and channels. The
-functions write to tensors that are given; :mod:`twins_fast.attack.leaves` says what.
+functions write to tensors that are given; :mod:`twins_fast.attacks.engine.executors.torch` says what.
 """
 
 from __future__ import annotations

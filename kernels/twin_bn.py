@@ -8,7 +8,7 @@ and a tile BLOCK_V of them; in contiguous memory a unit is 8 neighbouring pixels
 single channel. Arithmetic is float32. There are no atomics and every sum has a fixed order, so that results are the
 same from run to run for a given choice of block sizes (see tuning.py).
 
-The functions have the signatures of :mod:`twins_fast.phases`; formulas are those of csrc/cpu/twin_bn.cpp.
+The functions have the signatures of :mod:`twins_fast.ops.phases`; formulas are those of csrc/cpu/twin_bn.cpp.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twins_fast import layout
 from twins_fast.kernels import tuning
 from twins_fast.kernels.tuning import Config
+from twins_fast.ops import layout
 
 _MAX_SLABS = 128  # partial results per channel, which every program of the second launch reads
 _MAX_PROGRAMS = 2**15  # per tile, less than CUDA's limit

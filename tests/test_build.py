@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import kernels
-from twins_fast import compiled
+from twins_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -59,9 +59,9 @@ def test_finding_nvcc(description, monkeypatch, tmp_path):
     assert description.find_nvcc() is None
 
 
-@pytest.mark.skipif(compiled._C is None, reason="no compiled module")
+@pytest.mark.skipif(native._C is None, reason="no compiled module")
 def test_the_module_needs_no_cuda_library():
-    assert not re.search(rb"libcudart\.so", Path(compiled._C.__file__).read_bytes())
+    assert not re.search(rb"libcudart\.so", Path(native._C.__file__).read_bytes())
 
 
 @needs_nvcc

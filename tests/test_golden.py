@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from twins_fast import PGD, adversarial_loss, backend, compiled, convert_twin_bn
+from twins_fast import PGD, adversarial_loss, convert_twin_bn
 from twins_fast.models import CifarResNet
+from twins_fast.ops import backend, native
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
@@ -108,7 +109,7 @@ def test_plain_backend_reproduces_the_trajectory(replay):
     np.testing.assert_allclose(adversarial.numpy(), replay.recorded["eval_adv"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(compiled._C is None, reason="the compiled CPU kernels are not installed")
+@pytest.mark.skipif(native._C is None, reason="the compiled CPU kernels are not installed")
 @pytest.mark.parametrize("engine", ["eager", "plan"])
 def test_cpp_backend_reproduces_the_losses(replay, engine):
     replay.attack.engine = engine

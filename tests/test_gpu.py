@@ -5,13 +5,14 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from two_wing import EPS, FORMATS, MOMENTUM, Case
 
-from twins_fast import backend, compiled, ops, reference
-from twins_fast.attack import PGD
+from tests.ops.cases import EPS, FORMATS, MOMENTUM, Case
+from twins_fast import ops
+from twins_fast.attacks import PGD
 from twins_fast.models import CifarResNet
+from twins_fast.ops import backend, native, reference
 
-with_cuda = pytest.mark.skipif(not getattr(compiled._C, "has_cuda", False), reason="built without nvcc")
+with_cuda = pytest.mark.skipif(not getattr(native._C, "has_cuda", False), reason="built without nvcc")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

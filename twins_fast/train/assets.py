@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from twins_fast.train.checkpoints import write_atomically
+from twins_fast.checkpoints import write_atomically
 
 FOLDER = Path(__file__).parent.parent / "assets"
 NETWORK = FOLDER / "mini-source.safetensors"

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from twins_fast.nn import convert_twin_bn
-from twins_fast.train import assets, data
-from twins_fast.train.checkpoints import (
+from twins_fast.checkpoints import (
     CheckpointError,
     convert_checkpoint,
     load_checkpoint,
     load_state,
     read_state_dict,
 )
-from twins_fast.train.evaluation import evaluate
+from twins_fast.evaluation import evaluate
+from twins_fast.nn import convert_twin_bn
+from twins_fast.train import assets, data
 from twins_fast.train.info import print_info
 from twins_fast.train.pretrain import pretrain
 from twins_fast.train.recipes import RECIPES, Recipe, RecipeError, get_recipe

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import twins_fast
-from twins_fast import backend
+from twins_fast.ops import backend
 
 
 def print_info() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from twins_fast.checkpoints import load_checkpoint, save_checkpoint
+from twins_fast.evaluation import evaluate
 from twins_fast.models import build_model
 from twins_fast.train import assets, data
-from twins_fast.train.checkpoints import load_checkpoint, save_checkpoint
-from twins_fast.train.evaluation import evaluate
 from twins_fast.train.recipes import TARGET_CLASSES, Recipe
 from twins_fast.train.run import Run
 from twins_fast.train.trainer import eval_attack, run_recipe

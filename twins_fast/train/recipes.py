@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from twins_fast.attack.pgd import ADVERSARIES, ENGINES, NORMS
-from twins_fast.losses import METHODS
+from twins_fast.attacks.pgd import ADVERSARIES, ENGINES, NORMS
+from twins_fast.methods.losses import METHODS
 from twins_fast.models import ARCHITECTURES
 from twins_fast.validation import check_choice, check_not_negative
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from twins_fast.train.checkpoints import write_atomically
+from twins_fast.checkpoints import write_atomically
 from twins_fast.train.recipes import Recipe
 
 

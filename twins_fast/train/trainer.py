@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from twins_fast.attack import PGD, named_attack
-from twins_fast.fuse import fuse_twin_bn
-from twins_fast.losses import adversarial_loss
-from twins_fast.models import build_model
-from twins_fast.nn import convert_twin_bn, is_twin
-from twins_fast.train import assets, data
-from twins_fast.train.checkpoints import (
+from twins_fast.attacks import PGD, named_attack
+from twins_fast.checkpoints import (
     load_checkpoint,
     load_pretrained,
     load_state,
@@ -26,7 +21,12 @@ from twins_fast.train.checkpoints import (
     save_checkpoint,
     write_atomically,
 )
-from twins_fast.train.evaluation import Accuracy, evaluate
+from twins_fast.evaluation import Accuracy, evaluate
+from twins_fast.methods.losses import adversarial_loss
+from twins_fast.models import build_model
+from twins_fast.nn.fuse import fuse_twin_bn
+from twins_fast.nn.layers import convert_twin_bn, is_twin
+from twins_fast.train import assets, data
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipes import Recipe
 from twins_fast.train.run import Run

@@ -1,0 +1,498 @@
+"""The compiled convolutions against float64, called as the attack engine calls them: with pointers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twins_fast.attacks.engine.plan import Convolution
+from twins_fast.ops import native
+
+if native._C is None:
+    pytest.skip(f"no compiled kernels: {native.missing}", allow_module_level=True)
+
+from twins_fast.attacks.engine.executors.cpu import KernelConvolution, Workspace  # noqa: E402  it needs the compiled kernels
+
+ISAS = list(native._C.cpu_isas)
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = list(UNIT)
+ALGORITHMS = ["gemm", "winograd", "winograd4"]
+GUARD = 64  # sentinel bytes on both sides of a result
+
+TILES = {"winograd": 2, "winograd4": 4}  # F(2x2, 3x3) and F(4x4, 3x3)
+
+
+def cook_toom(points):
+    """The matrices for the points and infinity, in float64."""
+    others = [[q for q in points if q != p] for p in points]
+    output = [[p**j for p in points] + [j == len(points) - 2] for j in range(len(points) - 1)]
+    kernel = [[p**j / math.prod(p - q for q in rest) for j in range(3)] for p, rest in zip(points, others, strict=True)]
+    monic = [polynomial(rest) + [0] for rest in others] + [polynomial(points)]
+    return [torch.tensor(rows, dtype=torch.float64) for rows in (monic, [*kernel, [0, 0, 1]], output)]
+
+
+def polynomial(roots):
+    """The coefficients of the product of x - root, lowest first."""
+    coefficients = [1.0]
+    for root in roots:
+        raised, scaled = [0.0, *coefficients], [root * c for c in coefficients] + [0.0]
+        coefficients = [a - b for a, b in zip(raised, scaled, strict=True)]
+    return coefficients
+
+
+MATRICES = {  # of a tile's size: B^T, G and A^T
+    2: [
+        torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).double(),
+        torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]).double() / 2,
+        torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]]).double(),
+    ],
+    4: cook_toom([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2]),
+}
+
+
+def pointer(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def guarded(shape, dtype):
+    """A tensor of bytes 0xff, NaN in every float type, within a longer one of the same bytes."""
+    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    memory = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8)
+    return memory[GUARD : GUARD + size].view(dtype).view(shape), memory
+
+
+def untouched(memory):
+    return bool((memory[:GUARD] == 0xFF).all() and (memory[-GUARD:] == 0xFF).all())
+
+
+def forward_phases(kernel, padding, dilation):
+    offsets = [(k * dilation - padding, k) for k in range(kernel)]
+    return [(0, 0, [(dy, dx, [(ky, kx)]) for dy, ky in offsets for dx, kx in offsets])]
+
+
+def gradient_phases(kernel, stride, padding, dilation):
+    """Input pixel i gets weight k from output pixel (i + padding - k * dilation) / stride, where that is whole."""
+
+    def taps(residue):
+        positions = [(residue + padding - k * dilation, k) for k in range(kernel)]
+        return [(p // stride, k) for p, k in positions if p % stride == 0]
+
+    return [
+        (oy, ox, [(dy, dx, [(ky, kx)]) for dy, ky in taps(oy) for dx, kx in taps(ox)])
+        for oy in range(stride)
+        for ox in range(stride)
+    ]
+
+
+def winograd(x, weight, size, of=lambda matrix: matrix):
+    """The convolution of ``x`` as the kernels compute it, with ``of`` each matrix."""
+    inputs, kernel, output = (of(matrix) for matrix in MATRICES[size])
+    height, width = x.shape[2:]
+    down, across = -(-height // size), -(-width // size)
+    padded = F.pad(x, (1, size * across + 1 - width, 1, size * down + 1 - height))
+    tiles = padded.unfold(2, size + 2, size).unfold(3, size + 2, size)
+    tiles = torch.einsum("ij,ncyxjk,lk->ncyxil", inputs, tiles, inputs)
+    weight = torch.einsum("ij,ocjk,lk->ocil", kernel, weight, kernel)
+    products = torch.einsum("ncyxil,ocil->noyxil", tiles, weight)
+    results = torch.einsum("pi,noyxil,ql->noypxq", output, products, output)
+    return results.reshape(*results.shape[:2], size * down, size * across)[:, :, :height, :width]
+
+
+@pytest.mark.parametrize("size", MATRICES)
+def test_matrices(size):
+    x, weight = torch.randn(2, 3, 7, 9).double(), torch.randn(5, 3, 3, 3).double()
+    torch.testing.assert_close(winograd(x, weight, size), F.conv2d(x, weight, padding=1))
+
+
+class Layer:
+    """A convolution or its input gradient, packed, with the float64 results of random inputs."""
+
+    def __init__(self, size, channels, outputs, kernel=3, stride=1, padding=None, dilation=1, images=2, **options):
+        padding = kernel // 2 * dilation if padding is None else padding
+        self.geometry = dict(stride=stride, padding=padding, dilation=dilation)
+        self.gradient, self.dtype = options.get("gradient", False), options.get("dtype", torch.float32)
+        self.algorithm, self.isa = options.get("algorithm", "gemm"), options.get("isa", "")
+        self.seed = options.get("seed", 0)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
+        self.scale = torch.randn(outputs, generator=generator) if options.get("scale") else None
+        out, *steps_and_phases = self.plan(size)
+        ends = (size, channels, out, outputs), (out, outputs, size, channels)
+        self.in_size, self.inputs, self.out_size, self.outputs = ends[self.gradient]
+        self.x = torch.randn(images, self.inputs, *self.in_size, generator=generator).to(self.dtype)
+        self.products = kernel * kernel * self.inputs
+        shapes = self.in_size, self.inputs, self.out_size, self.outputs
+        self.conv = native._C.Conv(self.algorithm, NAMES[self.dtype], *shapes, *steps_and_phases, self.isa)
+        self.prepare(options.get("pack_threads", 2))
+
+    def __repr__(self):  # what hypothesis prints of a failing case
+        return str({name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)})
+
+    def plan(self, size):
+        kernel = self.weight.shape[2]
+        stride, padding, dilation = (self.geometry[name] for name in ("stride", "padding", "dilation"))
+        out = tuple((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size)
+        if self.gradient:
+            return out, (1, 1), (stride, stride), gradient_phases(kernel, stride, padding, dilation)
+        return out, (stride, stride), (1, 1), forward_phases(kernel, padding, dilation)
+
+    def prepare(self, threads):
+        self.packed, memory = guarded((self.conv.packed_bytes,), torch.uint8)
+        arguments = pointer(self.weight), tuple(self.weight.shape), pointer(self.scale), self.gradient
+        assert self.conv.pack(*arguments, pointer(self.packed), threads) == ""
+        assert untouched(memory)
+
+    def exact(self, x, weight):
+        """In float64; ``x`` and ``weight`` may be magnitudes."""
+        if self.gradient:
+            padding, stride, dilation = (self.geometry[name] for name in ("padding", "stride", "dilation"))
+            full = [(n - 1) * stride - 2 * padding + dilation * (weight.shape[2] - 1) + 1 for n in self.in_size]
+            rest = [want - n for want, n in zip(self.out_size, full, strict=True)]
+            return F.conv_transpose2d(x, weight, None, stride, padding, rest, 1, dilation)
+        return F.conv2d(x, weight, None, **self.geometry)
+
+    def run(self, x=None, threads=2, bias=None, other=None, mask=None, relu=False, want_bits=False, in_place=False):
+        x = (self.x if x is None else x).permute(0, 2, 3, 1).contiguous()
+        shape = len(x), *self.out_size, self.outputs
+        y, memory = guarded(shape, self.dtype)
+        bits, bits_memory = guarded((*shape[:3], (self.outputs + 7) // 8), torch.uint8) if want_bits else (None, None)
+        if other is not None:
+            other = other.permute(0, 2, 3, 1).contiguous()
+        if in_place:
+            y.copy_(other)
+            other = y
+        workspace, workspace_memory = guarded((self.conv.workspace_bytes(threads),), torch.uint8)
+        pointers = [pointer(t) for t in (x, self.packed, bias, other, mask, y, bits)]
+        assert self.conv.run(len(x), *pointers, relu, pointer(workspace), threads) == ""
+        assert untouched(memory) and untouched(workspace_memory) and (bits is None or untouched(bits_memory))
+        y = y.permute(0, 3, 1, 2)
+        return (y, bits) if want_bits else y
+
+    def magnitudes(self, x, weight):
+        """Sums of the magnitudes that each result is made of."""
+        x, weight = x.double().abs(), weight.abs()
+        if self.algorithm == "gemm":
+            return self.exact(x, weight)
+        # All of Winograd's transforms, of magnitudes: differences that cancel were rounded nevertheless.
+        if self.gradient:
+            weight = weight.transpose(0, 1).flip(2, 3)
+        return winograd(x, weight, TILES[self.algorithm], torch.abs)
+
+    def limit(self, x=None, added=0):
+        """How far from exact results may be, to first order; ``added`` are the magnitudes of what the epilogue adds.
+
+        Each of the roundings of a float32 sum is at most 2^-24 of the magnitudes: one per product, and a few in
+        the transforms, of their coefficients too, and in the epilogue. In bfloat16 the two sides of a product may
+        be rounded (the weight, and Winograd's inputs) by the unit roundoff each, and the result is rounded in its
+        own type. What Winograd's transforms do to such errors is in the magnitudes.
+        """
+        magnitudes = self.magnitudes(self.x if x is None else x, self.scaled())
+        unit, sides = UNIT[self.dtype], 2.02 * (self.dtype == torch.bfloat16)
+        tiny = 2.0**-24 if self.dtype == torch.float16 else 2.0**-100  # subnormal numbers
+        sums = (magnitudes + added) * 2.0**-24 * (self.products + 32)
+        return sums + unit * (sides * magnitudes + 1.02 * (magnitudes + added)) + tiny
+
+    def scaled(self):
+        weight = self.weight.double()
+        return weight if self.scale is None else weight * self.scale.double()[:, None, None, None]
+
+    def want(self, x=None):
+        return self.exact((self.x if x is None else x).double(), self.scaled())
+
+    def check(self, y):
+        assert ((y.double() - self.want()).abs() <= self.limit()).all()
+
+
+SIZES = st.sampled_from([*range(1, 10), 17, 31])
+CHANNELS = st.sampled_from([1, 3, 5, 8, 17, 33, 64])
+
+
+@st.composite
+def layers(draw, algorithm, isa, dtype):
+    options = dict(algorithm=algorithm, isa=isa, dtype=dtype)
+    options |= dict(gradient=draw(st.booleans()), scale=draw(st.booleans()), seed=draw(st.integers(0, 9)))
+    options |= dict(images=draw(st.sampled_from([1, 2, 5])), pack_threads=draw(st.integers(1, 3)))
+    if algorithm == "gemm":
+        kernel, dilation = draw(st.sampled_from([1, 3, 5, 7])), draw(st.integers(1, 2))
+        options |= dict(kernel=kernel, dilation=dilation, stride=draw(st.integers(1, 3)))
+        reach = dilation * (kernel - 1) + 1
+        options["padding"] = draw(st.sampled_from(sorted({0, reach // 2})))
+        sizes = SIZES.map(lambda size: max(size, reach - 2 * options["padding"]))
+    else:
+        sizes = SIZES
+    return Layer((draw(sizes), draw(sizes)), draw(CHANNELS), draw(CHANNELS), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_random_layers(algorithm, isa, dtype):
+    @settings(max_examples=20, deadline=None)
+    @given(layers(algorithm, isa, dtype), st.integers(1, 3))
+    def check(layer, threads):
+        layer.check(layer.run(threads=threads))
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("algorithm", "size", "channels", "outputs", "options"),
+    [
+        ("winograd", (33, 31), 64, 40, {}),  # several blocks
+        ("winograd4", (65, 63), 64, 40, {}),
+        ("winograd", (4, 4), 520, 100, {}),  # a weight that several groups of tiles share
+        ("winograd4", (12, 13), 270, 100, {}),
+        ("winograd4", (12, 13), 600, 70, {}),  # inputs larger than the cache
+        ("gemm", (1, 1), 600, 130, dict(kernel=1, images=7)),  # a linear layer
+        ("gemm", (30, 29), 48, 70, dict(kernel=1)),
+        ("gemm", (16, 16), 64, 96, dict(stride=2, gradient=True)),
+        ("gemm", (9, 9), 700, 33, dict(stride=2)),
+        ("gemm", (64, 64), 3, 20, dict(kernel=16, stride=16, padding=0)),
+        ("gemm", (40, 40), 3, 20, dict(kernel=33, padding=0)),
+    ],
+)
+def test_large_layers(dtype, algorithm, size, channels, outputs, options):
+    for isa in ISAS:
+        layer = Layer(size, channels, outputs, algorithm=algorithm, isa=isa, dtype=dtype, **options)
+        layer.check(layer.run())
+
+
+def unpacked(bits, channels):
+    """The bits as booleans [images, channels, height, width], and whether those past the channels are 0."""
+    all_bits = (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(3).bool()
+    return all_bits[..., :channels].permute(0, 3, 1, 2), not all_bits[..., channels:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_epilogue(algorithm, isa, dtype):
+    # Every combination for a panel and a part of one; a few for less than a vector.
+    for outputs, gradient, every in (37, False, 1), (5, True, 7):
+        layer = Layer((3, 4), outputs, outputs, algorithm=algorithm, isa=isa, dtype=dtype, gradient=gradient)
+        plain, plain_want = layer.run(threads=1), layer.want()
+        bias, other = torch.randn(outputs), torch.randn(plain.shape).to(dtype)
+        mask = torch.randint(0, 256, (len(plain), *layer.out_size, (outputs + 7) // 8), dtype=torch.uint8)
+        kept, _ = unpacked(mask, outputs)
+        limit = layer.limit(added=bias.abs()[:, None, None] + other.double().abs())
+        choices = [None, bias], [None, "apart", "in place"], [None, mask], [None, "relu", "with bits"]
+        for bias_, other_, mask_, relu in list(itertools.product(*choices))[::every]:
+            arguments = dict(bias=bias_, other=None if other_ is None else other, mask=mask_, relu=relu is not None)
+            y = layer.run(threads=1, **arguments, in_place=other_ == "in place", want_bits=relu == "with bits")
+            want, exact = plain_want, plain  # float32 sums are known, and so are its results
+            for term in (None if bias_ is None else bias_[:, None, None], other if other_ else None):
+                if term is not None:
+                    want, exact = want + term, exact + term
+            if relu == "with bits":
+                y, bits = y
+                passes, padding_is_zero = unpacked(bits, outputs)
+                assert padding_is_zero and (passes == (want > 0))[want.abs() > limit].all()
+                assert dtype != torch.float32 or torch.equal(passes, exact > 0)
+            if relu:
+                want, exact = want.relu(), exact.relu()
+            if mask_ is not None:
+                want, exact = want * kept, exact * kept
+                assert (y[~kept] == 0).all()
+            assert ((y.double() - want).abs() <= limit).all()
+            assert dtype != torch.float32 or torch.equal(y, exact)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_bits_and_values_of_nan(algorithm, isa, dtype):
+    layer = Layer((7, 8), 5, 17, algorithm=algorithm, isa=isa, dtype=dtype)
+    clean = layer.run(relu=True)
+    x = layer.x.clone()
+    x[1, 3, 3, 4] = math.nan
+    y, bits = layer.run(x, relu=True, want_bits=True)
+    rows, columns = torch.arange(7)[:, None], torch.arange(8)
+    if algorithm == "gemm":
+        reached = ((rows - 3).abs() <= 1) & ((columns - 4).abs() <= 1)
+    else:  # tiles whose inputs, one more pixel on each side, hold it
+        size = TILES[algorithm]
+        top, left = rows // size * size, columns // size * size
+        reached = (top - 1 <= 3) & (top + size >= 3) & (left - 1 <= 4) & (left + size >= 4)
+    reached = torch.stack([torch.zeros_like(reached), reached])[:, None].expand_as(y)
+    assert y.isfinite()[~reached].all() and torch.equal(y[~reached], clean[~reached])
+    passes = unpacked(bits, 17)[0]
+    assert passes[y.isnan()].all()
+    if algorithm == "gemm":
+        assert y[reached].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("algorithm", "size", "options"),
+    [
+        ("winograd", (9, 9), {}),
+        ("winograd", (4, 4), {}),
+        ("winograd4", (9, 9), {}),
+        ("winograd4", (4, 4), {}),
+        ("gemm", (9, 9), dict(stride=2)),
+        ("gemm", (9, 9), dict(stride=2, gradient=True)),
+        ("gemm", (1, 1), dict(kernel=1)),
+    ],
+)
+def test_deterministic(dtype, algorithm, size, options):
+    layer = Layer(size, 40, 100, algorithm=algorithm, dtype=dtype, images=9, **options)
+    want = layer.run(threads=1)
+    for threads in 2, 3, 8:
+        packed = layer.packed.clone()
+        layer.prepare(threads=threads)
+        assert torch.equal(layer.packed, packed)
+        assert torch.equal(layer.run(threads=threads), want)
+    order = torch.tensor([8, 3, 5, 0])
+    assert torch.equal(layer.run(layer.x[order]), want[order])
+
+
+class Stem(Layer):
+    """A convolution of an image enlarged ``factor`` times, without the enlarged image."""
+
+    def __init__(self, size, factor, kernel, stride, **options):
+        self.factor = factor
+        super().__init__(size, 3, 20, kernel, stride, **options)
+
+    def plan(self, size):
+        kernel, stride, padding = self.weight.shape[2], self.geometry["stride"], self.geometry["padding"]
+        period = math.lcm(self.factor, stride)
+        out = [(n * self.factor + 2 * padding - kernel) // stride + 1 for n in size]
+        reads, writes = period // self.factor, period // stride  # pixels of the image and of the result in a period
+        if self.gradient:
+            reads, writes = writes, reads
+
+        def taps(residue):
+            found = {}
+            for k in range(kernel):
+                if not self.gradient:
+                    found.setdefault((residue * stride - padding + k) // self.factor, []).append(k)
+                    continue
+                for enlarged in range(residue * self.factor, (residue + 1) * self.factor):
+                    if (enlarged + padding - k) % stride == 0:
+                        found.setdefault((enlarged + padding - k) // stride, []).append(k)
+            return found.items()
+
+        phases = [
+            (oy, ox, [(dy, dx, list(itertools.product(ky, kx))) for dy, ky in taps(oy) for dx, kx in taps(ox)])
+            for oy in range(writes)
+            for ox in range(writes)
+        ]
+        return tuple(out), (reads, reads), (writes, writes), phases
+
+    def exact(self, x, weight):
+        if not self.gradient:
+            return F.conv2d(F.interpolate(x, scale_factor=self.factor, mode="nearest"), weight, None, **self.geometry)
+        image = torch.zeros(len(x), self.outputs, *self.out_size, dtype=x.dtype, requires_grad=True)
+        enlarged = F.interpolate(image, scale_factor=self.factor, mode="nearest")
+        return torch.autograd.grad(F.conv2d(enlarged, weight, None, **self.geometry), image, x)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("factor", "kernel", "stride"), [(7, 7, 2), (2, 3, 1), (4, 7, 2), (3, 5, 3)])
+def test_collapsed_stem(dtype, gradient, factor, kernel, stride):
+    for isa in ISAS:
+        layer = Stem((5, 6), factor, kernel, stride, isa=isa, dtype=dtype, gradient=gradient)
+        layer.products = factor**2 * kernel**2 * layer.inputs
+        layer.check(layer.run())
+
+
+def conv(**changes):
+    taps = [(y - 1, x - 1, [(y, x)]) for y in range(3) for x in range(3)]
+    arguments = dict(algorithm="gemm", dtype="float32", in_size=(5, 5), in_channels=2, out_size=(5, 5))
+    arguments |= dict(out_channels=3, in_step=(1, 1), out_step=(1, 1), phases=[(0, 0, taps)])
+    return native._C.Conv(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(algorithm="fft"), "no algorithm fft"),
+        (dict(dtype="int8"), "int8"),
+        (dict(isa="none"), "instruction set"),
+        (dict(in_size=(0, 5)), "sizes"),
+        (dict(in_channels=0), "sizes"),
+        (dict(out_channels=-1), "sizes"),
+        (dict(out_size=(5, 2**40)), "sizes"),
+        (dict(in_step=(0, 1)), "steps"),
+        (dict(out_step=(1, 0)), "steps"),
+        (dict(phases=[]), "no phase writes"),
+        (dict(out_step=(2, 1)), "no phase writes"),
+        (dict(phases=[(0, 0, []), (1, 1, [])]), "two phases"),
+        (dict(phases=[(-1, 0, [])]), "inside"),
+        (dict(phases=[(0, 0, [(2**40, 0, [(0, 0)])])]), "far"),
+        (dict(phases=[(0, 0, [(-(2**63), 0, [(0, 0)])])]), "far"),
+        (dict(phases=[(0, 0, [(0, 0, [(-1, 0)])])]), "slices"),
+        *[
+            (dict(algorithm=algorithm) | changes, "winograd needs")
+            for algorithm in TILES
+            for changes in (
+                dict(in_size=(6, 5)),
+                dict(in_step=(2, 2)),
+                dict(phases=[(0, 0, [(0, 0, [(0, 0)])])]),
+                dict(phases=[(0, 0, [(y, x, [(0, 0)]) for y in range(3) for x in range(3)])]),
+            )
+        ],
+    ],
+)
+def test_impossible_geometry(changes, message):
+    conv()
+    with pytest.raises(ValueError, match=message):
+        conv(**changes)
+
+
+def test_bad_arguments_are_refused():
+    layer = Layer((5, 5), 4, 6)
+    weight, packed = pointer(layer.weight), pointer(layer.packed)
+    for kernel in (6, 5, 3, 3), (5, 4, 3, 3), (6, 4, 2, 3), (6, 4, 3, 2), (6, 4, 0, 3), (6, 4, 3, 2**40):
+        assert layer.conv.pack(weight, kernel, 0, False, packed, 2)
+    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, True, packed, 2)
+    assert layer.conv.pack(0, (6, 4, 3, 3), 0, False, packed, 2)
+    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, False, packed, 0)
+    assert layer.conv.run(-1, packed, packed, 0, 0, 0, packed, 0, False, packed, 2)
+    assert layer.conv.run(1, 0, packed, 0, 0, 0, packed, 0, False, packed, 2)
+    assert layer.conv.run(1, packed, packed, 0, 0, 0, packed, 0, False, packed, 0)
+    assert layer.conv.run(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 2) == ""  # no images: nothing to do
+
+
+@pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "with sum and mask"])
+@pytest.mark.parametrize(
+    "channels, size, kernel, stride, padding, dilation",
+    [
+        (3, (24, 32), (7, 7), (2, 2), (3, 3), (1, 1)),
+        (3, (31, 26), (7, 7), (2, 2), (3, 3), (1, 1)),
+        (1, (13, 10), (5, 3), (1, 2), (0, 1), (1, 1)),
+        (4, (9, 12), (3, 3), (1, 1), (1, 1), (1, 1)),
+        (2, (17, 17), (3, 3), (2, 1), (2, 0), (1, 3)),
+        (3, (32, 48), (16, 16), (16, 16), (0, 0), (1, 1)),
+        (3, (41, 36), (11, 11), (4, 4), (2, 2), (1, 1)),
+        (3, (11, 11), (1, 1), (3, 3), (0, 0), (1, 1)),
+    ],
+)
+def test_gradient_of_an_image(channels, size, kernel, stride, padding, dilation, epilogue):
+    geometry = [channels, size, 20, None, kernel, stride, padding, dilation]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, channels, *kernel, generator=generator)
+    scale = torch.rand(20, generator=generator) + 0.5
+    x = torch.zeros(3, channels, *size, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, (weight * scale.view(-1, 1, 1, 1)).double(), None, stride, padding, dilation)
+    geometry[3] = tuple(y.shape[2:])
+    g = torch.randn(y.shape, generator=generator)
+    (want,) = torch.autograd.grad(y, x, g.double())
+    convolution = KernelConvolution(Convolution(*geometry), torch.float32, Workspace(), "gemm")
+    convolution.fold(weight, scale)
+    g, dx = (v.contiguous(memory_format=torch.channels_last) for v in (g, torch.full(x.shape, float("nan"))))
+    other = mask = None
+    if epilogue:
+        other = torch.randn(x.shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        bits = torch.randint(0, 2**channels, (3, *size), dtype=torch.uint8, generator=generator)
+        passes = torch.stack([bits >> c & 1 for c in range(channels)], 1)
+        want, mask = (want + other) * passes, bits.flatten()
+    convolution.bind_backward(g, other, mask, dx)()
+    torch.testing.assert_close(dx, want.float(), rtol=0, atol=1e-5 * want.abs().max().item())

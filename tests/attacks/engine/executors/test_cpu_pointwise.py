@@ -1,0 +1,324 @@
+"""Passes over channels-last images that are not convolutions, against float64 and PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ops.cases import DTYPES, UNIT
+from twins_fast.ops.native import _C
+
+pytestmark = pytest.mark.skipif(_C is None, reason="no compiled module")
+ISAS = getattr(_C, "cpu_isas", [])
+CHANNELS = [1, 3, 5, 8, 17, 33, 64, 200]
+MARGIN = 64  # bytes around a result that must stay as they are
+
+
+class Result:
+    """Memory for a result, full of NaN, between margins that must not change."""
+
+    def __init__(self, shape, dtype):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self.memory = torch.full((size + 2 * MARGIN,), 0xFF, dtype=torch.uint8)
+        self.tensor = self.memory[MARGIN : MARGIN + size].view(dtype).view(shape)
+
+    def get(self):
+        assert (self.memory[:MARGIN] == 0xFF).all() and (self.memory[-MARGIN:] == 0xFF).all()
+        return self.tensor
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+class Pointer(int):
+    """An address that keeps its tensor alive."""
+
+    def __new__(cls, tensor):
+        self = super().__new__(cls, 0 if tensor is None else tensor.data_ptr())
+        self.tensor = tensor
+        return self
+
+
+def pointers(*tensors):
+    return [Pointer(t) for t in tensors]
+
+
+def run(function, *arguments, threads=1, isa=""):
+    assert getattr(_C, f"{function}_cpu")(*arguments, threads, isa) == ""
+
+
+def pack(mask):
+    """[pixels, channels] booleans as bits."""
+    padded = F.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).int()
+    return (padded << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+def unpack(bits, channels):
+    return ((bits[:, :, None].int() >> torch.arange(8)) & 1).bool().flatten(1)[:, :channels]
+
+
+def close(got, want, size, dtype):
+    """Rounding to dtype once, and float32 sums of a few terms whose magnitudes add up to ``size``."""
+    smallest = torch.finfo(dtype).smallest_normal
+    allowed = UNIT[dtype] * want.abs() + 32 * UNIT[torch.float32] * size + smallest
+    assert ((got.double() - want).abs() <= allowed).all()
+
+
+def integers(*shape, most=4):
+    """Exact in every dtype, as are their sums and products."""
+    return torch.randint(-most, most + 1, shape).float()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_finish(channels, dtype, isa):
+    torch.manual_seed(channels)
+    for pixels in (0, 7, 300):
+        x, other = (integers(pixels, channels).to(dtype) for _ in range(2))
+        if pixels:
+            x[0, 0] = torch.nan
+        bias, keep = integers(channels), torch.rand(pixels, channels) < 0.7
+        for flags in range(16):
+            use_bias, use_other, use_mask, relu = (bool(flags & 1 << i) for i in range(4))
+            y = Result((pixels, channels), dtype)
+            bits = Result((pixels, (channels + 7) // 8), torch.uint8)
+            b, o, m = bias if use_bias else None, other if use_other else None, pack(keep) if use_mask else None
+            arguments = (*pointers(x, b, o, m), relu, *pointers(y.tensor, bits.tensor if relu else None))
+            run("finish", pixels, channels, name(dtype), *arguments, threads=flags % 3 + 1, isa=isa)
+            want = x.float() + (b if use_bias else 0) + (o.float() if use_other else 0)
+            passes = ~(want <= 0)
+            want = want.where(passes, 0) if relu else want
+            want = want.where(keep, 0) if use_mask else want
+            assert torch.equal(y.get().float().nan_to_num(99), want.nan_to_num(99))
+            if relu:
+                assert torch.equal(bits.get(), pack(passes))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_affine_and_its_gradient(channels, dtype, isa):
+    torch.manual_seed(channels)
+    pixels = 301
+    x, other = (torch.randn(pixels, channels).to(dtype) for _ in range(2))
+    scale, shift, keep = torch.randn(channels), torch.randn(channels), torch.rand(pixels, channels) < 0.5
+    y, bits = Result(x.shape, dtype), Result((pixels, (channels + 7) // 8), torch.uint8)
+    size = x.double().abs() * scale.double().abs() + shift.double().abs() + other.double().abs()
+    shape = (pixels, channels, name(dtype))
+    for relu in (True, False):
+        arguments = (*pointers(x, scale, shift), relu, *pointers(y.tensor, bits.tensor if relu else None))
+        run("affine", *shape, *arguments, threads=2, isa=isa)
+        want = x.double() * scale.double() + shift.double()
+        close(y.get(), want.relu() if relu else want, size, dtype)
+    passes = unpack(bits.get(), channels)
+    assert torch.equal(pack(passes), bits.tensor)
+    sure = want.abs() > 1e-5 * size
+    assert torch.equal(passes[sure], (want > 0)[sure])
+    for flags in range(8):
+        use_bits, use_other, use_mask = (bool(flags & 1 << i) for i in range(3))
+        dx = Result(x.shape, dtype)
+        given = (
+            bits.tensor if use_bits else None,
+            scale,
+            other if use_other else None,
+            pack(keep) if use_mask else None,
+        )
+        run("affine_backward", *shape, *pointers(x, *given, dx.tensor), threads=2, isa=isa)
+        want = x.double().where(passes, 0) if use_bits else x.double()
+        want = want * scale.double() + (other.double() if use_other else 0)
+        close(dx.get(), want.where(keep, 0) if use_mask else want, size, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 24, 64])
+def test_in_place_and_the_number_of_threads(channels, dtype, isa):
+    torch.manual_seed(0)
+    pixels = 5000
+    x, other, bias = (
+        torch.randn(pixels, channels).to(dtype),
+        torch.randn(pixels, channels).to(dtype),
+        torch.randn(channels),
+    )
+    bits, wanted, y = torch.empty(pixels, (channels + 7) // 8, dtype=torch.uint8), None, torch.empty_like(x)
+    for target in (None, x, other):
+        for threads in (1, 2, 3):
+            a, b = x.clone(), other.clone()
+            result = y if target is None else a if target is x else b
+            arguments = (*pointers(a, bias, b, None), True, *pointers(result, bits))
+            run("finish", pixels, channels, name(dtype), *arguments, threads=threads, isa=isa)
+            wanted = result.clone() if wanted is None else wanted
+            assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_past_the_caches(dtype, isa):
+    pixels, channels = 160000, 32
+    x, bias = integers(1, channels).expand(pixels, -1).to(dtype).contiguous(), integers(channels)
+    y = torch.full_like(x, torch.nan)
+    run(
+        "finish",
+        pixels,
+        channels,
+        name(dtype),
+        *pointers(x, bias, None, None),
+        False,
+        *pointers(y, None),
+        threads=2,
+        isa=isa,
+    )
+    assert torch.equal(y.float(), x.float() + bias)
+
+
+GEOMETRIES = [  # size, kernel, stride, padding
+    ((7, 9), (3, 3), (2, 2), (1, 1)),
+    ((6, 6), (2, 2), (2, 2), (0, 0)),
+    ((5, 8), (3, 2), (1, 1), (1, 0)),
+    ((4, 7), (4, 7), (4, 7), (0, 0)),
+    ((9, 5), (5, 3), (3, 2), (2, 1)),
+    ((8, 7), (1, 2), (3, 3), (0, 1)),
+]
+
+
+def sizes(size, kernel, stride, pad):
+    return tuple((s + 2 * p - k) // t + 1 for s, k, t, p in zip(size, kernel, stride, pad, strict=True))
+
+
+def last(images):
+    """[images, channels, height, width] as the kernels see it."""
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def first(images):
+    return images.permute(0, 3, 1, 2)
+
+
+def max_pool(x, geometry, threads=1, isa=""):
+    size, kernel, stride, pad = geometry
+    images, channels = x.shape[0], x.shape[3]
+    out = sizes(*geometry)
+    shape = (images, channels, *size, *out, *kernel, *stride, *pad, name(x.dtype))
+    y, argmax = Result((images, *out, channels), x.dtype), Result((images, *out, channels), torch.uint8)
+    run("max_pool", *shape, *pointers(x, y.tensor, argmax.tensor), threads=threads, isa=isa)
+    return shape, y.get(), argmax.get()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 17, 33, 64, 72])
+def test_max_pool(channels, dtype, isa):
+    torch.manual_seed(channels)
+    for geometry in GEOMETRIES:
+        size, kernel, stride, pad = geometry
+        x = integers(3, channels, *size).to(dtype)  # with many equal maxima
+        x[1, 0, 0] = torch.nan
+        x[2, 0] = -torch.inf
+        x[0, 0] = torch.tensor([0.0, -0.0]).repeat(size[0] * size[1])[: size[0] * size[1]].view(size)
+        wide = x.float()
+        want, index = F.max_pool2d(wide, kernel, stride, pad, return_indices=True)
+        shape, y, argmax = max_pool(last(x), geometry, threads=2, isa=isa)
+        assert torch.equal(first(y).float().nan_to_num(99), want.nan_to_num(99))
+        assert torch.equal(first(y).signbit() & ~first(y).isnan(), want.signbit() & ~want.isnan())
+        out_y, out_x = (torch.arange(n) for n in want.shape[2:])
+        row, column = index // size[1], index % size[1]
+        place = (row - (out_y * stride[0] - pad[0])[:, None]) * kernel[1] + column - (out_x * stride[1] - pad[1])
+        assert torch.equal(first(argmax).long(), place)
+
+        g, other = integers(*y.shape).to(dtype), integers(3, *size, channels).to(dtype)
+        keep = torch.rand(3 * size[0] * size[1], channels) < 0.7
+        leaf = wide.clone().requires_grad_()
+        (want,) = torch.autograd.grad(F.max_pool2d(leaf, kernel, stride, pad), leaf, first(g).float())
+        for use in (False, True):
+            dx = Result(other.shape, dtype)
+            given = (other, pack(keep)) if use else (None, None)
+            run("max_pool_backward", *shape, *pointers(g, argmax, *given, dx.tensor), threads=2, isa=isa)
+            both = (last(want) + other.float()).where(keep.view(other.shape), 0)
+            assert torch.equal(dx.get().float(), both if use else last(want))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 17, 33, 64, 72])
+def test_avg_pool(channels, dtype, isa):
+    torch.manual_seed(channels)
+    for size, kernel, stride, _ in [*GEOMETRIES, ((70, 60), (70, 60), (1, 1), (0, 0))]:
+        x = last(torch.randn(2, channels, *size).to(dtype))
+        out = sizes(size, kernel, stride, (0, 0))
+        shape = (2, channels, *size, *out, *kernel, *stride, name(dtype))
+        y = Result((2, *out, channels), dtype)
+        run("avg_pool", *shape, *pointers(x, y.tensor), threads=2, isa=isa)
+        leaf = first(x).double().requires_grad_()
+        want = F.avg_pool2d(leaf, kernel, stride)
+        magnitude = F.avg_pool2d(leaf.abs(), kernel, stride)
+        close(first(y.get()), want, magnitude * (kernel[0] + kernel[1]) / 16, dtype)
+
+        g, other = torch.randn(y.tensor.shape).to(dtype), torch.randn(x.shape).to(dtype)
+        keep = torch.rand(x.numel() // channels, channels) < 0.7
+        grad, magnitude = (
+            last(torch.autograd.grad(want, leaf, first(t).double(), retain_graph=True)[0]) for t in (g, g.abs())
+        )
+        for use in (False, True):
+            dx = other.clone()  # in place of other
+            given = (dx, pack(keep)) if use else (None, None)
+            run("avg_pool_backward", *shape, *pointers(g, *given, dx), threads=2, isa=isa)
+            both = (grad + other.double()).where(keep.view(x.shape), 0)
+            close(dx, both if use else grad, magnitude + other.double().abs(), dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_pooling(data):
+    def pair(low, high):
+        return tuple(data.draw(st.integers(low, high)) for _ in range(2))
+
+    kernel, stride = pair(1, 5), pair(1, 4)
+    pad = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    size = tuple(k + data.draw(st.integers(0, 6)) for k in kernel)
+    geometry, channels = (size, kernel, stride, pad), data.draw(st.integers(1, 40))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    x = integers(2, channels, *size)
+    leaf = x.clone().requires_grad_()
+    want = F.max_pool2d(leaf, kernel, stride, pad)
+    g = integers(*want.shape)
+    (grad,) = torch.autograd.grad(want, leaf, g)
+    for threads in (1, 2, 3):
+        shape, y, argmax = max_pool(last(x), geometry, threads)
+        dx = Result((2, *size, channels), torch.float32)
+        run("max_pool_backward", *shape, *pointers(last(g), argmax, None, None, dx.tensor), threads=threads)
+        assert torch.equal(first(y), want) and torch.equal(first(dx.get()), grad)
+
+
+def test_ceil_mode_and_absent_argmax():
+    x = torch.randn(1, 4, 6, 6)
+    want = F.max_pool2d(x, 3, 2, ceil_mode=True)
+    y = torch.empty(1, 3, 3, 4)
+    run("max_pool", 1, 4, 6, 6, 3, 3, 3, 3, 2, 2, 0, 0, "float32", *pointers(last(x), y, None))
+    assert torch.equal(first(y), want)
+
+
+def test_what_is_refused():
+    x, y = torch.zeros(64), torch.zeros(64)
+    refused = "argument out of range"
+
+    def max_pool(*shape, target=y):
+        return _C.max_pool_cpu(*shape, "float32", *pointers(x, target, None), 1, "")
+
+    assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
+    assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0, target=x) == refused  # windows may overlap
+    assert max_pool(1, 1, 4, 4, 4, 2, 2, 2, 2, 2, 0, 0) == refused  # a window outside the image
+    assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 2, 0) == refused  # a window of padding
+    assert max_pool(1, 1, 16, 16, 1, 1, 16, 16, 1, 1, 0, 0) == refused  # 256 places
+    assert max_pool(0, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
+    shape = (1, 1, 4, 4, 2, 2, 2, 2, 2, 2)
+    assert _C.max_pool_backward_cpu(*shape, 0, 0, "float32", *pointers(x, None, None, None, y), 1, "") == refused
+    assert _C.avg_pool_cpu(1, 1, 4, 4, 2, 2, 3, 3, 2, 2, "float32", *pointers(x, y), 1, "") == refused
+    assert _C.finish_cpu(8, 8, "float32", *pointers(x, None, None, None), False, *pointers(y, y), 1, "") == refused
+    assert _C.finish_cpu(8, 0, "float32", *pointers(x, None, None, None), False, *pointers(y, None), 1, "") == refused
+    assert _C.finish_cpu(8, 8, "float32", *pointers(x, None, None, None), False, *pointers(y, None), 0, "") == refused
+    assert "instruction set" in _C.affine_cpu(8, 8, "float32", *pointers(x, x, x), False, *pointers(y, None), 1, "mmx")
+    with pytest.raises(ValueError, match="dtype"):
+        _C.finish_cpu(8, 8, "float64", *pointers(x, None, None, None), False, *pointers(y, None), 1, "")

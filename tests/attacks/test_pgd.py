@@ -1,0 +1,221 @@
+"""PGD: what it computes, what it leaves alone, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from twins_fast import PGD, convert_twin_bn
+from twins_fast.attacks import named_attack, objectives
+
+
+def state_of(model):
+    flags = [module.training for module in model.modules()]
+    gradients = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    return flags, gradients, copy.deepcopy(model.state_dict())
+
+
+def assert_untouched(model, before):
+    flags, gradients, entries = state_of(model)
+    assert flags == before[0] and gradients == before[1]
+    assert all(torch.equal(entries[name], before[2][name]) for name in entries)
+
+
+def loss_of(model, x, y):
+    model.eval()
+    with torch.no_grad():
+        return F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l2-sign"])
+@pytest.mark.parametrize("random_start", [True, False, "normal"])
+def test_stays_in_the_ball_and_raises_the_loss(tiny_model, batch, norm, random_start):
+    images, labels = batch
+    eps = 0.05 if norm == "linf" else 0.6
+    attack = PGD(tiny_model, eps=eps, alpha=eps / 4, norm=norm, random_start=random_start)
+    adversarial = attack(images, labels)
+    offset = (adversarial - images).flatten(1)
+    length = offset.abs().amax(1) if norm == "linf" else offset.norm(dim=1)
+    assert (length <= eps + 1e-6).all() and (length > 0).all()
+    assert adversarial.min() >= 0 and adversarial.max() <= 1 and not adversarial.requires_grad
+    assert loss_of(tiny_model, adversarial, labels) > loss_of(tiny_model, images, labels)
+
+
+def test_one_linf_step_by_hand(tiny_model, batch):
+    images, labels = batch
+    tiny_model.eval()
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(tiny_model(x), labels), x)
+    expected = (images + 0.01 * gradient.sign()).clamp(0, 1)
+    made = PGD(tiny_model, eps=0.03, alpha=0.01, steps=1, random_start=False)(images, labels)
+    assert torch.equal(made, expected)
+
+
+def test_l2_step_has_length_alpha(tiny_model, batch):
+    images, labels = batch[0] * 0.5 + 0.25, batch[1]
+    made = PGD(tiny_model, eps=1.0, alpha=0.1, steps=1, random_start=False, norm="l2")(images, labels)
+    torch.testing.assert_close((made - images).flatten(1).norm(dim=1), torch.full((8,), 0.1))
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_targeted_moves_towards_the_target(tiny_model, batch, loss):
+    images, labels = batch
+    target = (labels + 1) % 3
+    made = PGD(tiny_model, eps=0.1, alpha=0.02, loss=loss, targeted=True)(images, target)
+    assert loss_of(tiny_model, made, target) < loss_of(tiny_model, images, target)
+
+
+def test_kl_moves_away_from_the_clean_prediction(tiny_model, batch):
+    images, labels = batch
+    made = named_attack("trades", tiny_model, eps=0.1, alpha=0.02)(images, labels)
+    with torch.no_grad():
+        clean = F.softmax(tiny_model.eval()(images), 1)
+        assert (objectives.kl_divergence(tiny_model(made), clean) > 1e-4).all()
+
+
+def test_dlr_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 0.5, 0.0], [0.0, 2.0, 5.0, 1.0]])
+    value = objectives.difference_of_logits_ratio(logits, torch.tensor([0, 1]))
+    torch.testing.assert_close(value, torch.tensor([-(3 - 1) / (3 - 0.5), -(2 - 5) / (5 - 1.0)]))
+    with pytest.raises(ValueError, match="at least 3 classes"):
+        objectives.difference_of_logits_ratio(logits[:, :2], torch.tensor([0, 1]))
+
+
+def test_generator_and_x_init_decide_the_start(tiny_model, batch):
+    images, labels = batch
+    runs = [PGD(tiny_model, steps=0, generator=torch.Generator().manual_seed(s))(images, labels) for s in (5, 5, 6)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    start = (images + 0.01).clamp(0, 1)
+    made = PGD(tiny_model, steps=0)(images, labels, x_init=start)
+    assert torch.equal(made, start) and made.data_ptr() != start.data_ptr()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_comes_back_exactly(tiny_model, batch, fails):
+    model = convert_twin_bn(tiny_model).train()
+    model.layers[0].eval()
+    model.conv1.weight.requires_grad_(False)
+    images, labels = batch
+    model(images).sum().backward()
+    before = state_of(model)
+    if fails:
+        handle = model.fc_downstream.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            PGD(model, steps=2)(images, labels)
+        handle.remove()
+    else:
+        PGD(model, steps=2)(images, labels)
+    assert_untouched(model, before)
+
+
+def test_bn_mode_train_updates_running_statistics(tiny_model, batch):
+    before = tiny_model.bn1.running_mean.clone()
+    PGD(tiny_model, steps=2, bn_mode="train")(*batch)
+    assert not torch.equal(tiny_model.bn1.running_mean, before)
+
+
+def test_works_under_no_grad_and_with_autocast(tiny_model, batch):
+    images, labels = batch
+    with torch.no_grad():
+        plain = PGD(tiny_model, random_start=False)(images, labels)
+    half = PGD(tiny_model, random_start=False, amp_dtype=torch.bfloat16)(images, labels)
+    assert half.dtype == torch.float32
+    assert (half - images).abs().max() <= 8 / 255 + 1e-6
+    assert loss_of(tiny_model, half, labels) > 0.97 * loss_of(tiny_model, plain, labels)
+
+
+def test_empty_batch(tiny_model):
+    made = PGD(tiny_model)(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
+    assert made.shape == (0, 3, 8, 8)
+
+
+def test_channels_last_is_kept(tiny_model, batch):
+    images = batch[0].contiguous(memory_format=torch.channels_last)
+    made = PGD(tiny_model, steps=1)(images, batch[1])
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def spoiled(images, value):
+    images = images.clone()
+    images[0, 0, 0, 0] = value
+    return images
+
+
+BAD_BATCHES = {
+    "above one": (lambda x, y: (spoiled(x, 1.5), y), ValueError, r"\[0, 1\].*1\.5"),
+    "negative": (lambda x, y: (spoiled(x, -0.25), y), ValueError, r"\[0, 1\].*-0\.25"),
+    "nan": (lambda x, y: (spoiled(x, float("nan")), y), ValueError, "images hold 1 NaN"),
+    "integer images": (lambda x, y: ((x * 255).to(torch.uint8), y), TypeError, "images.*uint8"),
+    "three dimensions": (lambda x, y: (x[0], y), ValueError, r"images.*\[N, C, H, W\]"),
+    "labels too few": (lambda x, y: (x, y[:5]), ValueError, r"labels.*\[8\].*\[5\]"),
+    "label dtype": (lambda x, y: (x, y.float()), TypeError, "labels.*float32"),
+    "label range": (lambda x, y: (x, y + 2), ValueError, "labels hold class 4.*3 classes"),
+    "negative label": (lambda x, y: (x, y - 1), ValueError, "negative.*-1"),
+    "another device": (lambda x, y: (x.to("meta"), y.to("meta")), ValueError, "images are on meta.*model is on cpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_batches_are_refused(tiny_model, batch, name):
+    spoil, error, message = BAD_BATCHES[name]
+    labels = batch[1].clone()
+    labels[:3] = torch.arange(3)
+    before = state_of(tiny_model)
+    with pytest.raises(error, match=message):
+        PGD(tiny_model)(*spoil(batch[0], labels))
+    assert_untouched(tiny_model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": -0.1}, "eps.*-0.1"),
+        ({"alpha": -1}, "alpha.*-1"),
+        ({"steps": -2}, "steps.*-2"),
+        ({"steps": 1.5}, "steps.*1.5"),
+        ({"eps": float("nan")}, "eps.*nan"),
+        ({"norm": "l1"}, "norm.*'l1'"),
+        ({"loss": "mse"}, "loss.*'mse'"),
+        ({"bn_mode": "off"}, "bn_mode.*'off'"),
+        ({"amp_dtype": torch.float64}, "amp_dtype"),
+        ({"loss": "kl", "targeted": True}, "targeted"),
+    ],
+)
+def test_bad_options_are_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        PGD(tiny_model, **options)
+
+
+def test_batch_norm_without_statistics_is_refused(batch):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="'1' has none"):
+        PGD(model)(*batch)
+
+
+def test_a_falsy_random_start_starts_at_the_image(tiny_model, batch):
+    assert torch.equal(PGD(tiny_model, random_start=0, steps=0)(*batch), batch[0])
+
+
+def test_without_steps_the_start_is_still_put_into_the_ball(tiny_model, batch):
+    made = PGD(tiny_model, eps=0.1, steps=0)(*batch, x_init=batch[0] + 5)
+    assert (made - batch[0]).abs().max() <= 0.1 + 1e-6 and made.max() <= 1
+
+
+def test_a_model_that_returns_no_tensor_and_inference_mode_are_refused(tiny_model, batch):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return tiny_model(x), x
+
+    with pytest.raises(TypeError, match="tensor of logits, got tuple"):
+        PGD(Pair())(*batch)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        PGD(tiny_model)(*batch)
+
+
+def test_bad_x_init_is_refused(tiny_model, batch):
+    with pytest.raises(ValueError, match="x_init"):
+        PGD(tiny_model)(*batch, x_init=batch[0][:4])
+    with pytest.raises(ValueError, match="not finite"):
+        PGD(tiny_model)(*batch, x_init=batch[0] / 0)

@@ -1,0 +1,500 @@
+"""An attack's leaves in Triton: in the interpreter, or on a GPU where there is one; their compilation; CUDA graphs.
+
+As in test_triton.py the tests of results run in a process of their own without a GPU.
+"""
+
+import warnings
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from tests.kernels.test_twin_bn import DEVICE, RELEASES, host, results, subprocess_of_python
+from twins_fast.attacks import PGD
+from twins_fast.attacks.engine import program as engine
+from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
+from twins_fast.attacks.engine.executors.torch import Input, Leaves, State
+from twins_fast.attacks.engine.plan import Convolution, Stage
+from twins_fast.models import CifarResNet
+from twins_fast.ops import native
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 3, 3), (3, 17, 4, 2), (2, 64, 3, 2)]
+FENCE = 64
+
+
+def leaves_cuda():
+    from twins_fast.attacks.engine.executors import cuda as leaves_cuda  # imports Triton
+
+    return leaves_cuda
+
+
+@host
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU")
+@pytest.mark.skipif(
+    RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4), reason="Triton's interpreter is too old for NumPy"
+)
+def test_in_the_interpreter():
+    run = subprocess_of_python("-m", "pytest", "-q", "-rf", __file__, TRITON_INTERPRET="1", TWINS_FAST_BACKEND="")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(exact):
+    pass
+
+
+class Memory:
+    """Tensors between fences, results full of NaN, and what both leaves make of the same inputs."""
+
+    def __init__(self, dtype, seed=0):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+        self.fenced = []
+
+    def guarded(self, count, dtype):
+        fence, poison = (77, 255) if dtype == torch.uint8 else (77.0, torch.nan)
+        buffer = torch.full((count + 2 * FENCE,), fence, dtype=dtype, device=DEVICE)
+        inner = buffer[FENCE:-FENCE].fill_(poison)
+        self.fenced.append(buffer)
+        return inner
+
+    def empty(self, shape):
+        images, channels, height, width = shape
+        flat = self.guarded(images * channels * height * width, self.dtype)
+        return flat.view(images, height, width, channels).permute(0, 3, 1, 2)
+
+    def values(self, shape, special=()):
+        x = self.empty(shape)
+        x.copy_(torch.randn(shape, generator=self.generator))
+        flat = x.permute(0, 2, 3, 1).reshape(-1)
+        for place, value in enumerate(special[: flat.numel()]):
+            flat[place * 7 % flat.numel()] = value
+        x.permute(0, 2, 3, 1).copy_(flat.view(x.permute(0, 2, 3, 1).shape))
+        return x
+
+    def bits(self, shape):
+        """A random mask as bytes and as bits."""
+        images, channels, height, width = shape
+        mask = torch.rand(images * height * width, channels, generator=self.generator) < 0.5
+        return mask.to(torch.uint8).flatten().to(DEVICE), packed(mask).to(DEVICE)
+
+    def empty_bits(self, shape):
+        images, channels, height, width = shape
+        return self.guarded(images * height * width * ((channels + 7) // 8), torch.uint8)
+
+    def check_fences(self):
+        for buffer in self.fenced:
+            assert (buffer[:FENCE] == 77).all() and (buffer[-FENCE:] == 77).all()
+
+
+def packed(mask):
+    """Bits [pixels, ceil(C / 8)] of a mask [pixels, C]."""
+    mask = nn.functional.pad(mask.int(), (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
+    return (mask << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8).flatten()
+
+
+def both(dtype):
+    return Leaves(dtype, torch.device(DEVICE)), leaves_cuda().CudaLeaves(dtype, torch.device(DEVICE))
+
+
+def close(got, want, dtype):
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+
+
+def stage_of(**options):
+    return State(Stage("", "", [], [], options=options))
+
+
+SPECIAL = (torch.nan, 0.0, -0.0, torch.inf, -torch.inf)
+
+
+def with_dtypes(*cases):
+    """Each case with one dtype in turn, since the interpreter is slow."""
+    return [(*case, DTYPES[i % 3]) for i, case in enumerate(cases)]
+
+
+@results
+@pytest.mark.parametrize("shape, dtype", with_dtypes(*((shape,) for shape in SHAPES)), ids=str)
+def test_finish_and_affine(shape, dtype):
+    memory = Memory(dtype)
+    truth, ours = both(dtype)
+    x, other, g = memory.values(shape, SPECIAL), memory.values(shape), memory.values(shape)
+    state = stage_of()
+    state.scale, state.shift = (torch.randn(shape[1], generator=memory.generator).to(DEVICE) for _ in range(2))
+    bytes_, bits = memory.bits(shape)
+    for summand in (None, other):
+        # A sum with ReLU, then a batch norm with ReLU.
+        for step in ("pointwise", "affine"):
+            want, want_mask = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.uint8, device=DEVICE)
+            got, got_bits = memory.empty(shape), memory.empty_bits(shape)
+            getattr(truth, step)(state, {"x": x, "other": summand, "mask": want_mask, "y": want})()
+            getattr(ours, step)(state, {"x": x, "other": summand, "mask": got_bits, "y": got})()
+            close(got, want, dtype)
+            if step == "pointwise":
+                assert torch.equal(got, want) or got.isnan().any()
+                assert torch.equal(got_bits, packed(want_mask.view(-1, shape[1])))
+        for step, mask in (("finish", True), ("affine_backward", True), ("affine_backward", False)):
+            want, got = torch.empty_like(x), memory.empty(shape)
+            role, result = ("x", "y") if step == "finish" else ("g", "dx")
+            getattr(truth, step)(state, {role: g, "other": summand, "mask": bytes_ if mask else None, result: want})()
+            getattr(ours, step)(state, {role: g, "other": summand, "mask": bits if mask else None, result: got})()
+            close(got, want, dtype)
+    in_place = g.clone(memory_format=torch.preserve_format)
+    ours.finish(state, {"x": in_place, "other": other, "mask": bits, "y": in_place})()
+    truth.finish(state, {"x": g, "other": other, "mask": bytes_, "y": want})()
+    assert torch.equal(in_place, want)
+    memory.check_fences()
+
+
+@results
+def test_affine_of_a_gated_gradient():
+    memory, shape = Memory(torch.float32), (2, 11, 3, 5)
+    g, other, (bytes_, bits) = memory.values(shape), memory.values(shape), memory.bits(shape)
+    scale, got = torch.randn(11, device=DEVICE), memory.empty(shape)
+    leaves_cuda().attack.pointwise(g, got, (30, 11), gate=bits, scale=scale, other=other)
+    gate = bytes_.view(2, 3, 5, 11).permute(0, 3, 1, 2)
+    close(got, g * gate * scale.view(-1, 1, 1) + other, torch.float32)
+
+
+WINDOWS = [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (0, 1)), ((2, 2), (2, 2), (0, 0)), ((1, 2), (3, 1), (0, 0))]
+
+
+@results
+@pytest.mark.parametrize("kernel, stride, padding, dtype", with_dtypes(*WINDOWS), ids=str)
+def test_max_pool(kernel, stride, padding, dtype):
+    memory, shape = Memory(dtype), (2, 9, 7, 6)
+    truth, ours = both(dtype)
+    x = memory.values(shape, (*SPECIAL, torch.nan, torch.nan))
+    x[:, 3] = x[:, 3].round()  # equal maxima
+    if DEVICE == "cpu":
+        x[0, 4] = -torch.inf  # on a GPU PyTorch gives the image's first pixel then
+    state = stage_of(kernel=kernel, stride=stride, padding=padding)
+    small = (2, 9, *(((n + 2 * p - k) // s + 1) for n, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True)))
+    want, want_index = torch.empty_like(memory.empty(small)), torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    got, index = memory.empty(small), memory.guarded(want.numel(), torch.uint8)
+    truth.max_pool(state, {"x": x, "y": want, "argmax": want_index})()
+    ours.max_pool(state, {"x": x, "y": got, "argmax": index})()
+    close(got, want, dtype)
+    found = want_index.index.permute(0, 2, 3, 1)  # in the image; ours is in the window
+    rows, columns = (torch.arange(n, device=DEVICE) * s - p for n, s, p in zip(small[2:], stride, padding, strict=True))
+    place = index.view(found.shape).long()
+    row, column = rows[:, None, None] + place // kernel[1], columns[:, None] + place % kernel[1]
+    assert torch.equal(row * shape[3] + column, found)
+
+    g, other, (bytes_, bits) = memory.values(small), memory.values(shape), memory.bits(shape)
+    for summand, mask in ((None, False), (other, True)):
+        want, got = torch.empty_like(x), memory.empty(shape)
+        tensors = {"g": g, "other": summand}
+        truth.max_pool_backward(
+            state, {**tensors, "argmax": want_index, "mask": bytes_ if mask else None, "dx": want}
+        )()
+        ours.max_pool_backward(state, {**tensors, "argmax": index, "mask": bits if mask else None, "dx": got})()
+        torch.testing.assert_close(got, want, rtol=4 * TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])
+    memory.check_fences()
+
+
+@results
+@pytest.mark.parametrize(
+    "kernel, stride, dtype", with_dtypes(((7, 6), (7, 6)), ((2, 2), (2, 2)), ((3, 2), (2, 1))), ids=str
+)
+def test_avg_pool(kernel, stride, dtype):
+    memory, shape = Memory(dtype), (2, 13, 7, 6)
+    truth, ours = both(dtype)
+    x, state = memory.values(shape, SPECIAL[:1]), stage_of(kernel=kernel, stride=stride)
+    small = (2, 13, *(((n - k) // s + 1) for n, k, s in zip(shape[2:], kernel, stride, strict=True)))
+    want, got = torch.empty_like(memory.empty(small)), memory.empty(small)
+    truth.avg_pool(state, {"x": x, "y": want})()
+    ours.avg_pool(state, {"x": x, "y": got})()
+    close(got, want, dtype)
+    g, other, (bytes_, bits) = memory.values(small), memory.values(shape), memory.bits(shape)
+    for summand, mask in ((None, False), (other, True)):
+        want, got = torch.empty_like(x), memory.empty(shape)
+        truth.avg_pool_backward(state, {"g": g, "other": summand, "mask": bytes_ if mask else None, "dx": want})()
+        ours.avg_pool_backward(state, {"g": g, "other": summand, "mask": bits if mask else None, "dx": got})()
+        close(got, want, dtype)
+    memory.check_fences()
+
+
+@results
+@pytest.mark.parametrize("inner, channels, dtype", with_dtypes((3, 5), (16, 24), (40, 33)))
+def test_product(inner, channels, dtype):
+    memory, size = Memory(dtype), (3, 5)
+    truth, ours = both(dtype)
+    geometry = Convolution(inner, size, channels, size)
+    weight = torch.randn(channels, inner, 1, 1, generator=memory.generator).to(DEVICE)
+    want_state, state = stage_of(), stage_of()
+    want_state.convolution, state.convolution = truth.convolution(geometry), ours.convolution(geometry)
+    for each in (want_state, state):
+        each.convolution.fold(weight, None)
+        each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
+    way = leaves_cuda().attack.INTERPRETER_PRODUCT
+    state.convolution.way = lambda backward, launch: way
+    for images in (1, 5):
+        before, after = (images, inner, *size), (images, channels, *size)
+        x, other, g, share = (memory.values(shape) for shape in (before, after, after, before))
+        want, want_mask = torch.empty_like(other), torch.empty(other.numel(), dtype=torch.uint8, device=DEVICE)
+        got, bits = memory.empty(after), memory.empty_bits(after)
+        truth.conv(want_state, {"x": x, "other": other, "mask": want_mask, "y": want})()
+        ours.conv(state, {"x": x, "other": other, "mask": bits, "y": got})()
+        # PyTorch rounds the product to the dtype before it goes on.
+        torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
+        assert torch.equal(bits, packed((got > 0).permute(0, 2, 3, 1).reshape(-1, channels)))
+        bytes_, bits = memory.bits(before)
+        want, got = torch.empty_like(x), memory.empty(before)
+        truth.conv_backward(want_state, {"g": g, "other": share, "mask": bytes_, "dx": want})()
+        ours.conv_backward(state, {"g": g, "other": share, "mask": bits, "dx": got})()
+        torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
+    memory.check_fences()
+
+
+@results
+def test_64_bit_offsets(monkeypatch):
+    monkeypatch.setattr(leaves_cuda().attack, "_WIDE", 0)
+    test_finish_and_affine(SHAPES[1], torch.bfloat16)
+    test_max_pool(*WINDOWS[2], torch.float32)
+    test_avg_pool((3, 2), (2, 1), torch.float32)
+    test_product(16, 24, torch.float16)
+
+
+PROGRAMS = {
+    "none": [],
+    "normalise": [("sub", (0.485, 0.456, 0.406)), ("div", (0.229, 0.224, 0.225))],
+    "all": [("clamp", 0.1, 0.8, 1), ("mul", 2.0), ("add", (0.1, -0.2, 0.3)), ("clamp", 0.3, 1.5, 0), ("div", -3.0)],
+}
+
+
+PIXELS = with_dtypes(*product(PROGRAMS, (None, (10, 21), (7, 5), (3, 11))))
+
+
+@results
+@pytest.mark.parametrize("program, resized, dtype", PIXELS, ids=str)
+def test_pixels(program, resized, dtype):
+    check_pixels(program, resized, dtype)
+    if DEVICE == "cuda" and native._C is not None and native._C.has_cuda:
+        check_pixels(program, resized, dtype, native=True)
+
+
+def check_pixels(program, resized, dtype, native=False):
+    """``native``: the CUDA kernel instead of Triton's."""
+    memory, size = Memory(dtype), (5, 7)
+    steps = [
+        (kind, *(torch.tensor(a, device=DEVICE) if isinstance(a, tuple) else a for a in arguments))
+        for kind, *arguments in PROGRAMS[program]
+    ]
+    shape = (3, *size)
+    truth = Input(steps, shape, resized)
+    ours = leaves_cuda().CudaLeaves(dtype, torch.device(DEVICE)).input(steps, shape, resized)
+    ours.bind(native)
+    clean = torch.rand(3, *shape, generator=memory.generator)
+    x = (clean + 0.1 * torch.randn(clean.shape, generator=memory.generator)).clamp(0, 1)
+    x[0, 0, 0] = 0.1  # at a bound
+    clean, x = clean.to(DEVICE), x.to(DEVICE)
+    network = (3, 3, *(resized or size))
+    want, got = torch.empty_like(memory.empty(network)), memory.empty(network)
+    truth.prepare(x, want)
+    ours.prepare(x, got)
+    same = (lambda a, b: torch.equal(a, b)) if DEVICE == "cpu" else torch.allclose  # on a GPU PyTorch divides otherwise
+    assert same(got, want)
+    g = memory.values(network, (torch.nan, 0.0, -0.0, *[torch.nan] * 6))
+    if resized is None:
+        assert torch.allclose(ours.gradient(x, g), truth.gradient(x, g), rtol=1e-6, equal_nan=True)
+    else:
+        torch.testing.assert_close(ours.gradient(x, g), truth.gradient(x, g), rtol=1e-5, atol=1e-5, equal_nan=True)
+    for alpha in (0.03, 2 / 255):
+        want_x, got_x = x.clone(), memory.guarded(x.numel(), torch.float32).view(x.shape).copy_(x)
+        want_nan, nan = (torch.full((3,), 5, device=DEVICE) for _ in range(2))
+        truth.sign_step(want_x, clean, g, alpha, 8 / 255, want_nan, want)
+        ours.sign_step(got_x, clean, g, alpha, 8 / 255, nan, got.fill_(torch.nan))
+        # On a GPU the sums over copies may differ in the last bit, and so their signs if they are nearly 0.
+        assert same(got_x, want_x) and same(got, want)
+        assert torch.equal(nan, want_nan) and nan.sum() > 15
+    memory.check_fences()
+
+
+@results
+def test_inputs_that_have_no_kernel():
+    ours = leaves_cuda().CudaLeaves(torch.float32, torch.device(DEVICE))
+    assert type(ours.input([], (5, 4, 4), None)) is Input
+    assert type(ours.input([("add", 1.0)] * 9, (3, 4, 4), None)) is Input
+
+
+class Network(nn.Module):
+    """All kinds of stages: an enlarged normalised image, both poolings, batch norm by itself, sums, a segment."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.first = nn.Conv2d(3, 9, 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(9)
+        self.block = nn.Sequential(nn.Conv2d(9, 9, 1), nn.BatchNorm2d(9))
+        self.last = nn.Linear(9, 4)
+
+    def forward(self, x):
+        x = nn.functional.interpolate((x - self.mean) / 0.25, size=(15, 13))
+        x = nn.functional.max_pool2d(self.norm(self.first(x)).relu(), 3, 2, 1)
+        x = (self.block(x) + x).relu()
+        x = nn.functional.avg_pool2d(nn.functional.silu(x), 2, 1)
+        return self.last(x.mean((2, 3)))
+
+
+def networks():
+    torch.manual_seed(0)
+    models = [CifarResNet(num_classes=4, width=4, blocks=(1, 1)), Network()]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    return models
+
+
+@results
+@pytest.mark.parametrize("number, dtype", with_dtypes((0,), (1,), (1,)))
+def test_whole_plans(number, dtype, monkeypatch):
+    model = networks()[number].to(DEVICE).eval()
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(2, 3, 8, 8, generator=generator).to(DEVICE), torch.tensor([0, 3], device=DEVICE)
+    found, amp = [], None if dtype == torch.float32 else dtype
+    for leaves in (Leaves, leaves_cuda().CudaLeaves):
+        monkeypatch.setattr(engine, "leaves_for", leaves)
+        program = engine.Engine().program(model, images, dtype)
+        program.fold(model)
+        with torch.no_grad():
+            logits, bound = program.logits(images), program.bound(2)
+            program.input.prepare(images, bound.image)
+            engine._run(bound.forward)
+            bound.logits_gradient.copy_(torch.linspace(-1, 1, 8).view(2, 4))
+            engine._run(bound.backward)
+            gradient = program.input.gradient(images, bound.image_gradient)
+            program._release()
+        found.append((logits, gradient))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).norm() <= (16 * TOLERANCE[dtype] + 1e-5) * want.norm()
+    made = PGD(model, steps=1, random_start=False, engine="plan", amp_dtype=amp)(images, labels)
+    assert (made - images).abs().max() <= 8 / 255 + 1e-6 and not torch.equal(made, images)
+
+
+class Device:
+    """Stands in for torch.cuda: a graph's replay runs the function again, on the same tensors."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.replays, self.fails, self.recording = 0, 0, False, None
+        outer = self
+
+        class Graph:
+            def replay(self):
+                outer.replays += 1
+                for ours, new in zip(self.results, self.attack(*self.given), strict=True):
+                    ours.copy_(new)
+
+        class Nothing:
+            def __init__(self, *_, **__):
+                pass
+
+            wait_stream = wait_event = record = __init__
+
+            def __enter__(self):
+                pass
+
+            def __exit__(self, *_):
+                pass
+
+        class Capture(Nothing):
+            def __init__(self, graph, **_):
+                outer.captures, outer.recording = outer.captures + 1, graph
+
+            def __enter__(self):
+                if outer.fails:
+                    raise RuntimeError("operation not permitted")
+
+        for name in ("Stream", "Event", "stream", "device", "current_stream", "set_stream", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, Nothing)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+
+    def recorded(self, attack):
+        """``attack``, which tells a graph under capture what it consists of."""
+
+        def recorded(*given):
+            results = attack(*given)
+            if self.recording is not None:
+                graph, self.recording = self.recording, None
+                graph.attack, graph.given, graph.results = attack, given, results
+            return results
+
+        return recorded
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Attacks on the CPU go through graphs."""
+    device = Device(monkeypatch)
+    init, graphed = engine.Program.__init__, engine.Program.graphed
+
+    def program(self, *arguments):
+        init(self, *arguments)
+        self._graphs = GraphedAttack(torch.device("cuda"))
+
+    monkeypatch.setattr(engine, "leaves_for", Leaves)
+    monkeypatch.setattr(engine.Program, "__init__", program)
+    monkeypatch.setattr(
+        engine.Program, "graphed", lambda self, o, m, attack, given: graphed(self, o, m, device.recorded(attack), given)
+    )
+    return device
+
+
+@host
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_graphs_replay_with_what_is_new(device, loss, tiny_model, batch):
+    attack, plain = (PGD(tiny_model, steps=2, loss=loss, engine=kind) for kind in ("plan", "eager"))
+
+    def check(images, labels):
+        start = 0.98 * images  # where KL has a gradient
+        found = attack(images, labels, start)
+        assert (found - plain(images, labels, start)).abs().max() < 1e-6
+        return found
+
+    images, labels = batch
+    for i in range(3):
+        with torch.no_grad():
+            tiny_model.conv1.weight.mul_(1.1)
+        check(images.roll(i, 0), labels.roll(i))
+    assert (device.captures, device.replays) == (1, 3)
+    found = check(images[:3], labels[:3])
+    assert (device.captures, device.replays) == (2, 4)
+    kept = found.clone()
+    check(images[3:6], labels[3:6])
+    assert torch.equal(found, kept)
+    tiny_model.conv1.weight = nn.Parameter(-tiny_model.conv1.weight.detach())
+    check(images, labels)
+    attack.alpha = plain.alpha = 0.001
+    check(images, labels)
+    assert device.captures == 4
+
+
+@host
+def test_few_graphs_are_kept_and_none_outlives_its_memory(device, tiny_model, batch):
+    attack = PGD(tiny_model, steps=1, engine="plan")
+    attack(*batch)
+    program = attack._program(batch[0])
+    for rows in range(1, KEPT + 2):
+        attack(batch[0][:rows], batch[1][:rows])
+    assert len(program._graphs._captured) == KEPT and device.captures == KEPT + 2
+    program.free()
+    assert not program._graphs._captured
+
+
+@host
+def test_a_capture_that_fails_is_told_once(device, tiny_model, batch):
+    device.fails = True
+    attack = PGD(tiny_model, steps=2, random_start=False, engine="plan")
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
+        found = attack(*batch)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(attack(*batch), found)
+    assert device.captures == 1 and device.replays == 0
+    assert (found - PGD(tiny_model, steps=2, random_start=False, engine="eager")(*batch)).abs().max() < 1e-6

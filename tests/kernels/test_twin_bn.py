@@ -1,0 +1,374 @@
+"""The Triton kernels: in Triton's interpreter, or on a GPU where there is one; and what the compilers make of them.
+
+Whether kernels are interpreted is decided when Triton and they are imported, for the whole process. So without a GPU
+the tests of results run in a process of their own: test_in_the_interpreter runs this very file there.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from importlib.metadata import version
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.ops.cases import DTYPES, EPS, FORMATS, MOMENTUM, Case, check_phases, random_cases, splits
+from twins_fast import ops
+from twins_fast.kernels import tuning
+from twins_fast.ops import backend, layout, phases, reference
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
+skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
+
+
+def results(test):
+    """Runs in the interpreter or on a GPU."""
+    return skipped(test if INTERPRETED else pytest.mark.gpu(test))
+
+
+host = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+# One program per channel of contiguous memory, one tile of 32 channels else: what takes time in the interpreter.
+SHAPES = [(2, 1, 1, 2), (2, 129, 1, 1), (5, 3, 1, 31), (4, 7, 7, 7), (3, 9, 2, 1)]
+
+
+def kernels():
+    from twins_fast.kernels import twin_bn  # not on top: see above
+
+    return twin_bn
+
+
+def subprocess_of_python(*arguments, **environment):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=900)
+
+
+@host
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU")
+@pytest.mark.skipif(
+    RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4), reason="Triton's interpreter is too old for NumPy"
+)
+def test_in_the_interpreter():
+    # A backend that this process was told to use would be used in there, too.
+    run = subprocess_of_python("-m", "pytest", "-q", "-rf", __file__, TRITON_INTERPRET="1", TWINS_FAST_BACKEND="")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@results
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, memory_format):
+    for i, split in enumerate(splits(shape)):
+        case = Case(shape, split, DTYPES[i % 3], memory_format, i % 2 == 0, i < 3, DEVICE)
+        with backend.use_backend("triton"):
+            got = case.run()
+        case.check(got, "triton")
+        assert got[0].is_contiguous(memory_format=memory_format)
+        if split == shape[0]:
+            assert all(torch.equal(a, b) for a, b in zip(got[7:], case.adaptive[:2], strict=True))
+
+
+@results
+@settings(max_examples=60, deadline=None)
+@given(case=random_cases(most_channels=9, most_pixels=6))
+def test_phases_of_any_call(case):
+    check_phases(kernels(), case.to(DEVICE))
+
+
+@results
+@settings(max_examples=15, deadline=None)
+@given(case=random_cases(most_channels=9, most_pixels=6))
+def test_any_call(case):
+    case = case.to(DEVICE)
+    with backend.use_backend("triton"):
+        case.check(case.run(), "triton")
+
+
+@results
+@pytest.mark.parametrize("config", [(64, 8, 1, 12), (1024, 128, 8, 1), (128, 16, 2, 3)], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_any_block_sizes(config, memory_format, monkeypatch):
+    monkeypatch.setattr(tuning, "choose", lambda *_: tuning.Config(*config))
+    case = Case(
+        (4, 4 if memory_format == FORMATS[0] else 70, 5, 9), 2, torch.float32, memory_format, True, True, DEVICE
+    )
+    check_phases(kernels(), case)
+    with backend.use_backend("triton"):
+        case.check(case.run(), "triton")
+
+
+@results
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_64_bit_offsets(memory_format, monkeypatch):
+    monkeypatch.setattr(kernels(), "_WIDE", 0)
+    case = Case((3, 5, 7, 5), 1, torch.float32, memory_format, True, True, DEVICE)
+    check_phases(kernels(), case)
+    with backend.use_backend("triton"):
+        case.check(case.run(), "triton")
+
+
+@results
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_writes_all_of_its_results_and_nothing_else(dtype, memory_format, monkeypatch):
+    guards = []
+
+    def guarded(t):
+        poison, fence = (255, 77) if t.dtype == torch.uint8 else (torch.nan, 77.0)
+        buffer = torch.full((t.numel() + 64,), fence, dtype=t.dtype, device=t.device)
+        inner = buffer[32 : 32 + t.numel()]
+        inner.fill_(poison)
+        guards.append((buffer, inner))
+        return inner.as_strided(t.shape, t.stride(), inner.storage_offset())
+
+    def guard(module, name, each):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: each(function(*a)))
+
+    def several(tensors):
+        return [guarded(t) for t in tensors]
+
+    guard(layout, "forward_results", several)
+    guard(layout, "backward_results", several)
+    guard(kernels(), "_empty_partial", guarded)
+    for split in (0, 1, 3):
+        case = Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE)
+        with backend.use_backend("triton"):
+            case.check(case.run(), "triton")
+    guard(layout, "empty_stats", guarded)  # also part of forward_results
+    for split in (0, 3):
+        check_phases(kernels(), Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE))
+    assert guards
+    for buffer, inner in guards:
+        assert (buffer[:32] == 77).all() and (buffer[32 + inner.numel() :] == 77).all()
+
+
+@results
+@pytest.mark.parametrize("split", [0, 2, 4])
+def test_only_wanted_gradients(split):
+    case = Case((4, 5, 3, 3), split, torch.float32, torch.channels_last, True, True, DEVICE)
+    twin_bn, (fm, fv, fw, _), (rm, rv, w, b) = kernels(), case.frozen, case.adaptive
+    y, bits, stats = twin_bn.forward(case.x, case.residual, split, case.frozen, (rm, rv, w, b), 0.1, EPS, True, True)
+    assert (split < 4) or (stats == 0).all()
+    arguments = (case.dy, case.x, bits, split, fm, fv, fw, w, stats, EPS)
+    every = twin_bn.backward(*arguments, [True] * 6)
+    for i in range(6):
+        wanted = [i == j for j in range(6)]
+        got = twin_bn.backward(*arguments, wanted)
+        assert torch.equal(got[i], every[i]) and [t.numel() > 0 for t in got] == wanted
+    assert all(t.numel() == 0 for t in twin_bn.backward(*arguments, [False] * 6))
+    if split == 0:
+        assert all((t == 0).all() for t in every[2:4])
+    if split == 4:
+        assert all((t == 0).all() for t in every[4:])
+    # What nobody asks for is not read: these would turn everything into NaN.
+    nan = torch.full_like(case.x, torch.nan)
+    (got,) = [t for t in twin_bn.backward(case.dy, nan, *arguments[2:], [False, True, *[False] * 4]) if t.numel()]
+    assert torch.equal(got, every[1])
+
+
+@results
+def test_without_weights_and_running_statistics():
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False, DEVICE)
+    x, frozen = case.x.clone().requires_grad_(), (*case.frozen[:2], None, None)
+    with backend.use_backend("triton"):
+        y = ops.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+        (dx,) = torch.autograd.grad(y, x, case.dy)
+    want = reference.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+    (want_dx,) = torch.autograd.grad(want, x, case.dy)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-5)
+
+
+@results
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_constant_channel_with_a_large_mean(memory_format):
+    x = torch.full((4, 3, 13, 17), 300.0, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=memory_format)
+    x[:, 1] = -7.3
+    one = torch.ones(3, device=DEVICE)
+    adaptive = (one * 0, one.clone(), one, one * 0.5)
+    with backend.use_backend("triton"):
+        y = ops.twin_batch_norm(x, 0, (None,) * 4, adaptive, 1.0, EPS)
+    assert (y.double() - 0.5).abs().max() <= 0.008  # as in test_ops.py
+    torch.testing.assert_close(adaptive[0], x[0, :, 0, 0].float())
+    assert adaptive[1].abs().max() <= 1e-4  # of 300^2
+
+
+@results
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_variance_about_an_outlier(memory_format):
+    # The first value is far from the others: squares about it alone would cancel.
+    x = torch.randn(6, 2, 24, 24, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    x[0, :, 0, 0] = 1e4
+    want = phases.moments(x.double(), 0)
+    got = kernels().moments(x.to(DEVICE), 0).cpu().double()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@results
+def test_nan_stays_in_its_channel():
+    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, False, True, DEVICE)
+    case.x[3, 2, 1, 1] = torch.nan
+    case.x[0, 4, 1, 1] = torch.nan
+    with backend.use_backend("triton"):
+        y = case.run()[0]
+    assert y[2:, 2].isnan().all() and y[0, 4, 1, 1].isnan()
+    assert y.isnan().sum() == 2 * 9 + 1
+
+
+@results
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_deterministic(memory_format):
+    case = Case((4, 5, 9, 9), 2, torch.bfloat16, memory_format, True, True, DEVICE)
+    with backend.use_backend("triton"):
+        first, second = case.run(), case.run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@results
+def test_autograd_sees_the_running_statistics_change():
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.channels_last, False, False, DEVICE)
+    leaf = torch.ones(3, requires_grad=True, device=DEVICE)
+    product = leaf * case.adaptive[0]  # saves it
+    with backend.use_backend("triton"):
+        ops.twin_batch_norm(case.x, 2, case.frozen, case.adaptive, MOMENTUM, EPS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINS_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return tmp_path / "cache"
+
+
+CONFIGS = tuning.CANDIDATES["apply"]
+
+
+@host
+def test_choices_survive_the_process(folder):
+    assert tuning.load("NVIDIA H200") == {}
+    tuning.save("NVIDIA H200", {"a": CONFIGS[1]})
+    tuning.save("NVIDIA H200", {"b": CONFIGS[2]})  # as another process would, which had not read the first one
+    assert tuning.load("NVIDIA H200") == {"a": CONFIGS[1], "b": CONFIGS[2]}
+    assert [file.name for file in folder.iterdir()] == ["triton-NVIDIA-H200.json"]
+    assert tuning.load("NVIDIA A100") == {}
+
+
+@host
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, 2, 3, 4]}', "\udcff"])
+def test_foreign_and_corrupt_files_are_ignored(folder, text):
+    file = tuning.path("GPU")
+    file.parent.mkdir()
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert tuning.load("GPU") == {}
+    tuning.save("GPU", {"b": CONFIGS[0]})
+    assert tuning.load("GPU") == {"b": CONFIGS[0]}
+
+
+@host
+def test_an_unwritable_folder_is_ignored(folder):
+    folder.write_text("a file where the folder should be")
+    tuning.save("GPU", {"a": CONFIGS[0]})
+    assert tuning.load("GPU") == {}
+
+
+@host
+def test_files_are_never_seen_half_written(folder):
+    configs = {f"problem {i}": CONFIGS[i % 2] for i in range(200)}
+    tuning.save("GPU", configs)
+    threads = [threading.Thread(target=tuning.save, args=("GPU", configs)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert tuning.load("GPU") == configs
+    assert len(list(folder.iterdir())) == 1
+
+
+@host
+def test_the_fastest_candidate_is_chosen():
+    def seconds(launch, config):
+        launch(config)
+        return config.values
+
+    def launch(config):
+        if config == CONFIGS[2]:
+            raise RuntimeError("out of resources")
+
+    assert min(CONFIGS, key=lambda config: config.values) == CONFIGS[2]
+    assert tuning.fastest(CONFIGS, launch, seconds) == CONFIGS[0]
+
+
+class Fake:
+    """A CUDA tensor, as far as tuning looks at it."""
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, numel):
+        self.numel = lambda: numel
+
+
+@pytest.fixture
+def device(monkeypatch, folder):
+    state = {"capturing": False, "measured": []}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+
+    def seconds(launch, config):
+        state["measured"].append(config)
+        return -len(state["measured"])  # the last one is the fastest
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    return state
+
+
+@host
+def test_measures_once(device, monkeypatch):
+    walk = kernels().Walk.of(torch.empty(8, 64, 56, 56, device="meta"), 4)
+    large, small = Fake(2**20), Fake(2**10)
+    assert tuning.choose("apply", walk, small, None) == CONFIGS[0]
+    device["capturing"] = True
+    assert tuning.choose("apply", walk, large, None) == CONFIGS[0]
+    device["capturing"] = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tuning.choose("apply", walk, large, None) == CONFIGS[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not device["measured"]
+    for _ in range(2):
+        assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+    device["capturing"] = True  # what is known is used
+    assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+    device["capturing"] = False
+    tuning._chosen.clear()  # another process reads the file
+    assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+    assert device["measured"] == CONFIGS
+    tuning.choose("apply", walk._replace(channels=300), large, None)
+    assert len(device["measured"]) == 2 * len(CONFIGS)
+
+
+@results
+def test_measuring_leaves_the_running_statistics_alone(monkeypatch):
+    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, True, True, DEVICE)
+    with backend.use_backend("triton"):
+        want = case.run()
+
+    def choose(phase, walk, x, launch):
+        for values in (256, 64, 128):
+            launch(tuning.Config(values, 8, 4, 6))
+        return tuning.INTERPRETER
+
+    monkeypatch.setattr(tuning, "default", lambda *_: tuning.INTERPRETER)
+    monkeypatch.setattr(tuning, "choose", choose)
+    with backend.use_backend("triton"):
+        got = case.run()
+    case.check(got, "triton")
+    if DEVICE == "cpu":  # where the same configuration was used before
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,0 +1,5 @@
+"""The attack engine."""
+
+from twins_fast.attacks.pgd import PGD, named_attack
+
+__all__ = ["PGD", "named_attack"]

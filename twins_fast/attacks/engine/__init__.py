@@ -1,0 +1,1 @@
+"""The attack engine: a model's evaluation forward as an explicit program, and what runs its steps."""

@@ -1,0 +1,1 @@
+"""What runs the steps of a plan: PyTorch (the reference), the C++ kernels, the Triton and CUDA kernels."""

@@ -1,0 +1,373 @@
+"""Leaves of the C++ kernels: convolutions with everything around them in one pass, ReLU masks of one bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from twins_fast.attacks.engine.executors.torch import (
+    Input,
+    Leaves,
+    Run,
+    State,
+    Tensors,
+    TorchConvolution,
+    bytes_of_bits,
+    check_status,
+    dense,
+    name_of,
+    pointer_of,
+    rows_of,
+    sources_of,
+    window_of,
+)
+from twins_fast.attacks.engine.plan import Convolution, Value, axis_backward, axis_forward
+from twins_fast.ops import native
+
+FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
+LANES = 16
+GATHERING = 0.8  # of the time of one vector's products, measured
+FEWEST_CHANNELS = 16  # for Winograd's transforms, or a matrix unit, to pay
+
+_C = native._C
+
+
+def _how() -> tuple[int, str]:
+    return torch.get_num_threads(), native.cpu_isa
+
+
+class Workspace:
+    """Working memory of the convolutions of one plan, which run one after the other."""
+
+    def __init__(self):
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def pointer(self, size: int) -> int:
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory.data_ptr()
+
+
+class _Kernel:
+    """One direction of a convolution: packed weights and the call that uses them."""
+
+    def __init__(self, algorithm: str, dtype: torch.dtype, ends: tuple, phases: list, workspace: Workspace):
+        self._conv = _C.Conv(algorithm, name_of(dtype), *ends, phases, native.cpu_isa)
+        self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8)
+        self._workspace = workspace
+
+    def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
+        pointers = (weight.data_ptr(), tuple(weight.shape), pointer_of(scale), transposed, self._packed.data_ptr())
+        check_status("pack", self._conv.pack(*pointers, torch.get_num_threads()))
+
+    def bind(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        other: Tensor | None,
+        mask: Tensor | None,
+        y: Tensor,
+        bits: Tensor | None,
+    ) -> Run:
+        conv, workspace = self._conv, self._workspace
+        before = (len(x), x.data_ptr(), self._packed.data_ptr(), pointer_of(bias), pointer_of(other), pointer_of(mask))
+        after = (y.data_ptr(), pointer_of(bits), bits is not None)
+
+        def run():
+            threads = torch.get_num_threads()
+            pointer = workspace.pointer(conv.workspace_bytes(threads))
+            check_status("convolution", conv.run(*before, *after, pointer, threads))
+
+        return run
+
+
+class _ImageGradient:
+    """The gradient of an image of few channels, a block of pixels at a time, so that a vector's lanes are all used.
+
+    The pixels of a block become channels of one convolution; where a pixel does not see a tap its weight is zero.
+    """
+
+    def __init__(self, geometry: Convolution, dtype: torch.dtype, workspace: Workspace):
+        g = self._geometry = geometry
+        axes = zip(g.kernel, g.stride, g.padding, g.dilation, strict=True)
+        candidates = product(*([_blocked(n, *numbers) for n in (1, 2)] for numbers in axes))
+        (by, my, tops, rows), (bx, mx, lefts, cols) = min(candidates, key=lambda axes: _time(axes, g.in_channels))
+        self._block = by, bx
+        self._size = tuple(-(-size // b) for size, b in zip(g.in_size, self._block, strict=True))
+        taps = [(dy, dx, [(iy, ix)]) for (iy, dy), (ix, dx) in product(enumerate(tops), enumerate(lefts))]
+        ends = (g.out_size, g.out_channels, self._size, by * bx * g.in_channels, (my, mx), (1, 1))
+        self._kernel = _Kernel("gemm", dtype, ends, [(0, 0, taps)], workspace)
+        # Kernel positions [pixels of a block, taps], one past the last where there is none.
+        nowhere = g.kernel[0] * g.kernel[1]
+        found = [
+            [nowhere if ky is None or kx is None else ky * g.kernel[1] + kx for ky, kx in product(row, col)]
+            for row, col in product(rows, cols)
+        ]
+        self._positions = torch.tensor(found)
+        self._kernel_size = (len(tops), len(lefts))
+
+    def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
+        outputs, inputs = weight.shape[:2]
+        padded = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)
+        blocked = padded[:, :, self._positions].transpose(1, 2)  # [O, pixels, I, taps]
+        self._kernel.pack(blocked.reshape(outputs, -1, *self._kernel_size), scale, transposed)
+
+    def bind(self, g: Tensor, bias: None, other: Tensor | None, mask: Tensor | None, dx: Tensor, bits: None) -> Run:
+        channels = self._geometry.in_channels
+        (height, width), (by, bx) = self._size, self._block
+        blocks = torch.empty(len(g), height, width, by, bx, channels, dtype=g.dtype)
+        run_blocks = self._kernel.bind(g, None, None, None, blocks, None)
+        finish = None if other is None and mask is None else _bind_finish(dx, other, mask, dx, None)
+        exact = (height * by, width * bx) == self._geometry.in_size
+        pixels = blocks.permute(0, 1, 3, 2, 4, 5)
+        if exact:
+            dx_blocks = dx.permute(0, 2, 3, 1).view(len(g), height, by, width, bx, channels)
+
+        def run():
+            run_blocks()
+            if exact:
+                dx_blocks.copy_(pixels)
+            else:
+                whole = pixels.reshape(len(g), height * by, width * bx, channels).permute(0, 3, 1, 2)
+                dx.copy_(whole[:, :, : dx.shape[2], : dx.shape[3]])
+            if finish is not None:
+                finish()
+
+        return run
+
+
+def _blocked(
+    times: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[int, int, list[int], list[list]]:
+    """Along one axis: pixels in a block, outputs per block, offsets of the outputs that a block sees, and for each
+    pixel the kernel index that leads to each of them, or None."""
+    block = times * (stride if stride > 1 else 2)
+    _, _, phases = axis_backward(kernel, stride, padding, dilation, 1)
+    seen = [{tap + pixel // stride: ks[0] for tap, ks in phases[pixel % stride]} for pixel in range(block)]
+    offsets = sorted(set().union(*seen))
+    return block, block // stride, offsets, [[pixel.get(offset) for offset in offsets] for pixel in seen]
+
+
+def _time(axes: tuple[tuple, tuple], channels: int) -> float:
+    """Per pixel, relative: every input of a block is gathered and takes part in some vectors of products."""
+    (by, _, tops, _), (bx, _, lefts, _) = axes
+    return len(tops) * len(lefts) * (GATHERING + -(-by * bx * channels // LANES)) / (by * bx)
+
+
+class KernelConvolution:
+    """A convolution by the C++ kernels, both directions; weights are packed by :meth:`fold`."""
+
+    def __init__(self, geometry: Convolution, dtype: torch.dtype, workspace: Workspace, algorithm: str):
+        g = geometry
+        self.runs = f"C++ {algorithm}"
+        axes = list(zip(g.kernel, g.stride, g.padding, g.dilation, g.upsample, strict=True))
+        inner, outer = (g.in_size, g.in_channels), (g.out_size, g.out_channels)
+        self._forward = _phased(axis_forward, axes, (*inner, *outer), algorithm, dtype, workspace)
+        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1):
+            self._backward = _ImageGradient(g, dtype, workspace)
+        else:
+            self._backward = _phased(axis_backward, axes, (*outer, *inner), algorithm, dtype, workspace)
+
+    def fold(self, weight: Tensor, scale: Tensor | None) -> None:
+        self._forward.pack(weight, scale, transposed=False)
+        self._backward.pack(weight, scale, transposed=True)
+
+    def bind_forward(self, x: Tensor, bias: Tensor | None, other: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
+        return self._forward.bind(x, bias, other, None, y, bits)
+
+    def bind_backward(self, g: Tensor, other: Tensor | None, mask: Tensor | None, dx: Tensor) -> Run:
+        return self._backward.bind(g, None, other, mask, dx, None)
+
+
+def _phased(
+    axis: Callable, axes: list[tuple], ends: tuple, algorithm: str, dtype: torch.dtype, workspace: Workspace
+) -> _Kernel:
+    (in_y, out_y, rows), (in_x, out_x, cols) = (axis(*numbers) for numbers in axes)
+    phases = [
+        (y, x, [(dy, dx, list(product(ky, kx))) for (dy, ky), (dx, kx) in product(rows[y], cols[x])])
+        for y, x in product(range(out_y), range(out_x))
+    ]
+    return _Kernel(algorithm, dtype, (*ends, (in_y, in_x), (out_y, out_x)), phases, workspace)
+
+
+class LibraryConvolution(TorchConvolution):
+    """A convolution by oneDNN, weights in its own order."""
+
+    runs = "oneDNN"
+
+    def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
+        super().__init__(geometry, dtype, device)
+        g = geometry
+        self._turned = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.kernel, g.padding, strict=True)]
+        self._plain = g.stride == (1, 1) and min(self._turned) >= 0
+
+    def fold(self, weight: Tensor, scale: Tensor | None) -> None:
+        super().fold(weight, scale)
+        g = self.geometry
+        self._forward = self._reordered(self.weight, g.padding, (4, g.in_channels, *g.in_size))
+        if self._plain:
+            # The input gradient is a convolution with the weights turned round and transposed within each group.
+            grouped = self.weight.view(g.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flip(3, 4)
+            self._backward = self._reordered(
+                grouped.reshape(g.in_channels, -1, *g.kernel), self._turned, (4, g.out_channels, *g.out_size)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.geometry
+        return self._run(x, self._forward, g.padding)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if not self._plain:
+            return super().backward(gradient)
+        return self._run(gradient, self._backward, self._turned)
+
+    def _reordered(self, weight: Tensor, padding, shape) -> Tensor:
+        g = self.geometry
+        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        return reorder(
+            weight.contiguous().to_mkldnn(), list(padding), list(g.stride), list(g.dilation), g.groups, shape
+        )
+
+    def _run(self, x: Tensor, weight: Tensor, padding) -> Tensor:
+        g = self.geometry
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, None, list(padding), list(g.stride), list(g.dilation), g.groups, "none", [], ""
+        )
+
+
+class CpuLeaves(Leaves):
+    """Every step in C++; convolutions in groups, or where the CPU has a matrix unit, by oneDNN."""
+
+    name = "C++"
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        super().__init__(dtype, device)
+        self._workspace = Workspace()
+        self._name = name_of(dtype)
+
+    def mask_bytes(self, value: Value) -> int:
+        return bytes_of_bits(value)
+
+    def convolution(self, geometry: Convolution) -> TorchConvolution | KernelConvolution:
+        algorithm = algorithm_of(geometry, self.dtype)
+        if algorithm == "library":
+            return LibraryConvolution(geometry, self.dtype, self.device)
+        return KernelConvolution(geometry, self.dtype, self._workspace, algorithm)
+
+    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> KernelInput:
+        return KernelInput(program, shape, resized)
+
+    def conv(self, state: State, t: Tensors) -> Run:
+        if isinstance(state.convolution, TorchConvolution):
+            return super().conv(state, t)
+        return state.convolution.bind_forward(t["x"], state.shift, t["other"], t["y"], t["mask"])
+
+    def conv_backward(self, state: State, t: Tensors) -> Run:
+        if isinstance(state.convolution, TorchConvolution):
+            return super().conv_backward(state, t)
+        return state.convolution.bind_backward(t["g"], t["other"], t["mask"], t["dx"])
+
+    def affine(self, state: State, t: Tensors) -> Run:
+        y, mask = t["y"], t["mask"]
+        return _bind("affine", *rows_of(y), self._name, t["x"], state.scale, state.shift, mask is not None, y, mask)
+
+    def affine_backward(self, state: State, t: Tensors) -> Run:
+        dx = t["dx"]
+        return _bind("affine_backward", *rows_of(dx), self._name, t["g"], None, state.scale, t["other"], t["mask"], dx)
+
+    def max_pool(self, state: State, t: Tensors) -> Run:
+        return _bind("max_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"], t["argmax"])
+
+    def max_pool_backward(self, state: State, t: Tensors) -> Run:
+        sizes = window_of(state, t["dx"], t["g"])
+        return _bind("max_pool_backward", *sizes, self._name, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
+
+    def avg_pool(self, state: State, t: Tensors) -> Run:
+        return _bind("avg_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"])
+
+    def avg_pool_backward(self, state: State, t: Tensors) -> Run:
+        sizes = window_of(state, t["dx"], t["g"])
+        return _bind("avg_pool_backward", *sizes, self._name, t["g"], t["other"], t["mask"], t["dx"])
+
+    def pointwise(self, state: State, t: Tensors) -> Run:
+        return _bind_finish(t["x"], t["other"], None, t["y"], t["mask"])
+
+    def finish(self, state: State, t: Tensors) -> Run:
+        return _bind_finish(t["x"], t.get("other"), t["mask"], t["y"], None)
+
+    def _finish(self, v, bias, other, mask, kept, y) -> None:
+        _bind("finish", *rows_of(y), name_of(y.dtype), dense(v), bias, other, mask, kept is not None, y, kept)()
+
+
+def _bind_finish(x: Tensor, other: Tensor | None, mask: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
+    return _bind("finish", *rows_of(y), name_of(y.dtype), x, None, other, mask, bits is not None, y, bits)
+
+
+def _bind(name: str, *arguments) -> Run:
+    """The call of a C++ function, its tensors as pointers."""
+    function = getattr(_C, f"{name}_cpu")
+    held = [a for a in arguments if isinstance(a, Tensor)]
+    plain = tuple(pointer_of(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
+
+    def run(held=held):
+        check_status(name, function(*plain, *_how()))
+
+    return run
+
+
+class KernelInput(Input):
+    """The pixels in one pass."""
+
+    def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
+        super().__init__(program, shape, resized)
+        self._channels, size = shape[0], shape[1:]
+        rows, cols = (sources_of(small, big) for small, big in zip(size, resized or size, strict=True))
+        self._kernel = _C.InputProgram([self._listed(step) for step in program], shape[0], tuple(size), rows, cols)
+
+    def _listed(self, step: tuple) -> tuple:
+        kind, *arguments = step
+        if kind == "clamp":
+            return step
+        other = torch.as_tensor(arguments[0], dtype=torch.float32).flatten().expand(self._channels)
+        return kind, other.tolist()
+
+    def prepare(self, x: Tensor, out: Tensor) -> None:
+        pointers = (x.data_ptr(), out.data_ptr())
+        check_status("prepare", self._kernel.prepare(len(x), name_of(out.dtype), *pointers, *_how()))
+
+    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        d = torch.empty_like(x)
+        pointers = (gradient.data_ptr(), x.data_ptr(), d.data_ptr())
+        check_status("gradient", self._kernel.gradient(len(x), name_of(gradient.dtype), *pointers, *_how()))
+        return d
+
+    def sign_step(
+        self, x: Tensor, clean: Tensor, gradient: Tensor, alpha: float, eps: float, nan: Tensor, out: Tensor
+    ) -> None:
+        pointers = (gradient.data_ptr(), x.data_ptr(), clean.data_ptr())
+        results = (nan.data_ptr(), x.data_ptr(), out.data_ptr())
+        check_status("step", self._kernel.step(len(x), name_of(out.dtype), *pointers, alpha, eps, *results, *_how()))
+
+
+def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
+    """``winograd4``, ``winograd``, ``gemm`` or ``library``: what was measured to be fastest, as a rule, so that runs
+    repeat."""
+    g = geometry
+    few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
+    if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
+        return "library"
+    ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    height, width = g.out_size
+    if not ordinary or few or height * width == 1:
+        return "gemm"
+    products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
+    return "winograd4" if products[4] < products[2] else "winograd"
+
+
+def has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies the type by tiles (AMX), which oneDNN uses and the kernels here do not."""
+    found = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return dtype in found and found[dtype]()

@@ -1,0 +1,195 @@
+"""Leaves of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
+
+In Triton's interpreter they also run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from twins_fast.attacks.engine.executors.torch import (
+    Input,
+    Leaves,
+    Run,
+    State,
+    Tensors,
+    TorchConvolution,
+    bytes_of_bits,
+    check_status,
+    dense,
+    name_of,
+    pointer_of,
+    rows_of,
+    sources_of,
+    window_of,
+)
+from twins_fast.attacks.engine.plan import Convolution, Value
+from twins_fast.kernels import attack, tuning
+from twins_fast.ops import native
+
+Way = attack.Product | None  # how a convolution runs; None: as PyTorch does
+
+_ways: dict[tuple, Way] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
+
+
+class CudaConvolution(TorchConvolution):
+    """A convolution by cuDNN, or one of single pixels by our product with all around it, whatever is faster."""
+
+    def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
+        super().__init__(geometry, dtype, device)
+        g = geometry
+        of_pixels = (g.kernel, g.stride, g.padding, g.groups, g.upsample) == ((1, 1), (1, 1), (0, 0), 1, (1, 1))
+        # Float32 would go without tensor cores, and channels that fill no vector without room in the registers.
+        self.is_product = of_pixels and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
+        self.device = device
+        self._way: list[Way] = [None, None]
+
+    @property
+    def runs(self) -> str:
+        library = "cuDNN" if self.device.type == "cuda" else "PyTorch"
+        return ", ".join(dict.fromkeys("Triton product" if way else library for way in self._way))
+
+    def way(self, backward: bool, launch: Callable[[Way], object]) -> Way:
+        """The fastest way, measured with ``launch`` where it is not known yet."""
+        if self.is_product and self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
+            if key not in _ways and not torch.cuda.is_current_stream_capturing():
+                with torch.cuda.device(self.device):
+                    _ways[key] = tuning.fastest([None, *attack.PRODUCTS], launch, tuning._seconds)
+            self._way[backward] = _ways.get(key)
+        return self._way[backward]
+
+
+class CudaLeaves(Leaves):
+    """Every step but convolutions in Triton or CUDA, ReLU masks of one bit."""
+
+    name = "Triton"
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        super().__init__(dtype, device)
+        self._tables: dict[tuple, attack.Tables] = {}
+
+    def mask_bytes(self, value: Value) -> int:
+        return bytes_of_bits(value)
+
+    def convolution(self, geometry: Convolution) -> CudaConvolution:
+        return CudaConvolution(geometry, self.dtype, self.device)
+
+    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        if len(program) > attack.MOST_STEPS or shape[0] > attack.MOST_CHANNELS:
+            return Input(program, shape, resized)
+        tables = None
+        if resized is not None:
+            key = (shape, resized)
+            if key not in self._tables:  # never during the capture of a graph, since a warm-up comes first
+                sources = (sources_of(small, big) for small, big in zip(shape[1:], resized, strict=True))
+                self._tables[key] = attack.Tables.of(*sources, shape[1:], self.device)
+            tables = self._tables[key]
+        return KernelInput(program, shape, resized, tables, self.device)
+
+    def conv(self, state: State, t: Tensors) -> Run:
+        epilogue = dict(shift=state.shift, other=t["other"], bits=t["mask"])
+        return self._convolve(state.convolution, False, t["x"], t["y"], super().conv(state, t), epilogue)
+
+    def conv_backward(self, state: State, t: Tensors) -> Run:
+        epilogue = dict(other=t["other"], mask=t["mask"])
+        return self._convolve(state.convolution, True, t["g"], t["dx"], super().conv_backward(state, t), epilogue)
+
+    def _convolve(
+        self, convolution: CudaConvolution, backward: bool, x: Tensor, y: Tensor, library: Run, epilogue: dict
+    ) -> Run:
+        def launch(way: Way) -> None:
+            if way is None:
+                library()
+            else:
+                attack.product(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
+
+        return partial(launch, convolution.way(backward, launch))
+
+    def affine(self, state: State, t: Tensors) -> Run:
+        options = dict(scale=state.scale, shift=state.shift, other=t["other"], bits=t["mask"])
+        return partial(attack.pointwise, t["x"], t["y"], rows_of(t["y"]), **options)
+
+    def affine_backward(self, state: State, t: Tensors) -> Run:
+        options = dict(scale=state.scale, other=t["other"], mask=t["mask"])
+        return partial(attack.pointwise, t["g"], t["dx"], rows_of(t["dx"]), **options)
+
+    def max_pool(self, state: State, t: Tensors) -> Run:
+        return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), t["argmax"])
+
+    def max_pool_backward(self, state: State, t: Tensors) -> Run:
+        return self._pool_backward(state, t, t["argmax"])
+
+    def avg_pool(self, state: State, t: Tensors) -> Run:
+        return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), None)
+
+    def avg_pool_backward(self, state: State, t: Tensors) -> Run:
+        return self._pool_backward(state, t, None)
+
+    def _pool_backward(self, state: State, t: Tensors, argmax: Tensor | None) -> Run:
+        window = window_of(state, t["dx"], t["g"])
+        return partial(attack.pool_backward, t["g"], t["dx"], window, argmax, t["other"], t["mask"])
+
+    def _finish(self, v, bias, other, mask, kept, y) -> None:
+        attack.pointwise(dense(v), y, rows_of(y), shift=bias, other=other, mask=mask, bits=kept)
+
+
+class KernelInput(Input):
+    """The pixels in one pass: by the CUDA kernel where it was built, else by Triton's."""
+
+    def __init__(
+        self,
+        program: list[tuple],
+        shape: tuple[int, ...],
+        resized: tuple[int, int] | None,
+        tables: attack.Tables | None,
+        device: torch.device,
+    ):
+        super().__init__(program, shape, resized)
+        self._tables = tables
+        self._values = torch.zeros(attack.MOST_STEPS, attack.MOST_CHANNELS, device=device)
+        self._codes = []
+        for row, (kind, *arguments) in zip(self._values, program, strict=False):
+            self._codes.append(attack.KINDS.index(kind))
+            if kind == "clamp":
+                low, high, at_bounds = arguments
+                row[0].fill_(low), row[1].fill_(high)
+                self._codes[-1] += 8 * bool(at_bounds)
+            elif isinstance(arguments[0], Tensor):
+                row[: shape[0]].copy_(arguments[0].flatten())
+            else:
+                row.fill_(arguments[0])
+        self.bind(device.type == "cuda" and getattr(native._C, "has_cuda", False))
+
+    def bind(self, native: bool) -> None:
+        """Use the CUDA kernel, or Triton's."""
+        triton = partial(attack.pixels, values=self._values, codes=self._codes, tables=self._tables)
+        self._launch = self._cuda if native else triton
+
+    def prepare(self, x: Tensor, out: Tensor) -> None:
+        self._launch(x, out=out)
+
+    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        d = torch.empty_like(x)
+        self._launch(x, gradient=gradient, result=d)
+        return d
+
+    def sign_step(
+        self, x: Tensor, clean: Tensor, gradient: Tensor, alpha: float, eps: float, nan: Tensor, out: Tensor
+    ) -> None:
+        self._launch(x, gradient=gradient, clean=clean, alpha=alpha, eps=eps, nan=nan, result=x, out=out)
+
+    def _cuda(self, x, gradient=None, clean=None, nan=None, result=None, out=None, alpha=0.0, eps=0.0) -> None:
+        tables = self._tables
+        status = native._C.pixels_cuda(
+            len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
+            pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
+            self._codes, self._values.data_ptr(), name_of((out if gradient is None else gradient).dtype),
+            x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
+            torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
+        )  # fmt: skip
+        check_status("pixels", status)

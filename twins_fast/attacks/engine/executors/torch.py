@@ -1,0 +1,355 @@
+"""What runs the steps of a plan: each leaf binds tensors once and gives a function without arguments.
+
+:class:`Leaves` is plain PyTorch, for any device: the truth that the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twins_fast.attacks.engine.capture import Param, Ref, map_values
+from twins_fast.attacks.engine.plan import Convolution, Stage, Value
+
+Run = Callable[[], None]
+Tensors = dict[str, Any]  # role -> tensor, list of tensors or None; "rows" -> number of images
+
+
+@dataclass
+class State:
+    """A stage together with what an attack call filled in; the tensors keep their addresses between calls."""
+
+    stage: Stage
+    convolution: TorchConvolution | None = None
+    scale: Tensor | None = None  # [C] float32
+    shift: Tensor | None = None  # [C] float32: bias and folded batch norm
+    segment: Segment | None = None
+
+
+class TorchConvolution:
+    """A convolution by PyTorch.
+
+    Attributes:
+        runs: what runs, for people.
+    """
+
+    runs = "PyTorch"
+
+    def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
+        self.geometry = geometry
+        self.dtype = dtype
+        self.weight: Tensor | None = None
+
+    def fold(self, weight: Tensor, scale: Tensor | None) -> None:
+        """Take over ``weight`` [O, I / groups, kh, kw] float32, each output channel times ``scale`` [O]."""
+        folded = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+        folded = folded.to(self.dtype, memory_format=torch.channels_last)
+        if self.weight is None:
+            self.weight = torch.empty_like(folded)
+        self.weight.copy_(folded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.geometry
+        for axis, factor in enumerate(g.upsample):
+            x = x.repeat_interleave(factor, 2 + axis) if factor > 1 else x
+        return F.conv2d(x, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        g = self.geometry
+        sizes = zip(g.in_size, g.upsample, g.out_size, g.stride, g.padding, g.dilation, g.kernel, strict=True)
+        rest = [size * f - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, f, out, s, p, d, k in sizes]
+        dx = F.conv_transpose2d(gradient, self.weight, None, g.stride, g.padding, rest, g.groups, g.dilation)
+        if g.upsample != (1, 1):
+            dx = F.avg_pool2d(dx.float(), g.upsample) * (g.upsample[0] * g.upsample[1])
+        return dx.to(gradient.dtype)
+
+
+class Leaves:
+    """Plain PyTorch: masks of one byte per value."""
+
+    name = "PyTorch"
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype = dtype
+        self.device = device
+
+    def mask_bytes(self, value: Value) -> int:
+        """Bytes of a ReLU's mask, per image."""
+        return value.pixels * value.channels
+
+    def convolution(self, geometry: Convolution) -> TorchConvolution:
+        return TorchConvolution(geometry, self.dtype, self.device)
+
+    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        return Input(program, shape, resized)
+
+    def conv(self, state: State, t: Tensors) -> Run:
+        convolution = state.convolution
+
+        def run():
+            self._finish(convolution.forward(t["x"]), state.shift, t["other"], None, t["mask"], t["y"])
+
+        return run
+
+    def conv_backward(self, state: State, t: Tensors) -> Run:
+        convolution = state.convolution
+        return lambda: self._finish(convolution.backward(t["g"]), None, t["other"], t["mask"], None, t["dx"])
+
+    def affine(self, state: State, t: Tensors) -> Run:
+        def run():
+            y = t["x"] * state.scale.view(1, -1, 1, 1)
+            self._finish(y, state.shift, t["other"], None, t["mask"], t["y"])
+
+        return run
+
+    def affine_backward(self, state: State, t: Tensors) -> Run:
+        return lambda: self._finish(t["g"] * state.scale.view(1, -1, 1, 1), None, t["other"], t["mask"], None, t["dx"])
+
+    def pointwise(self, state: State, t: Tensors) -> Run:
+        return lambda: self._finish(t["x"], None, t["other"], None, t["mask"], t["y"])
+
+    def finish(self, state: State, t: Tensors) -> Run:
+        """A sum of gradients, masked."""
+        return lambda: self._finish(t["x"], None, t.get("other"), t["mask"], None, t["y"])
+
+    def max_pool(self, state: State, t: Tensors) -> Run:
+        o = state.stage.options
+        index = torch.empty(t["y"].shape, dtype=torch.int64, device=self.device, memory_format=torch.channels_last)
+
+        def run():
+            y, found = F.max_pool2d(t["x"], o["kernel"], o["stride"], o["padding"], return_indices=True)
+            t["y"].copy_(y)
+            index.copy_(found)
+
+        t["argmax"].index = index  # PyTorch's own form, which needs eight bytes
+        return run
+
+    def max_pool_backward(self, state: State, t: Tensors) -> Run:
+        o = state.stage.options
+
+        def run():
+            x = torch.empty_like(t["dx"])
+            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), False, t["argmax"].index)
+            dx = torch.ops.aten.max_pool2d_with_indices_backward(t["g"], x, *sizes)
+            self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
+
+        return run
+
+    def avg_pool(self, state: State, t: Tensors) -> Run:
+        o = state.stage.options
+        y = t["y"]
+        return lambda: y.copy_(F.avg_pool2d(t["x"].float(), o["kernel"], o["stride"]))
+
+    def avg_pool_backward(self, state: State, t: Tensors) -> Run:
+        o = state.stage.options
+
+        def run():
+            g, x = t["g"], t["dx"]
+            sizes = (o["kernel"], o["stride"], (0, 0), False, True, None)
+            dx = torch.ops.aten.avg_pool2d_backward(g.float().contiguous(), x.float().contiguous(), *sizes)
+            self._finish(dx, None, t["other"], t["mask"], None, x)
+
+        return run
+
+    def segment(self, state: State, t: Tensors) -> Run:
+        return lambda: state.segment.forward(t["rows"], t["inputs"], t["outputs"])
+
+    def segment_backward(self, state: State, t: Tensors) -> Run:
+        return lambda: state.segment.backward(t["gradients"], t["made"])
+
+    def _finish(
+        self,
+        v: Tensor,
+        bias: Tensor | None,
+        other: Tensor | None,
+        mask: Tensor | None,
+        kept: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        """y = v + bias + other, then ReLU with its mask into ``kept``, or times the ``mask`` of an earlier one."""
+        v = v.float().view(y.shape)
+        if bias is not None:
+            v = v + bias.view(1, -1, 1, 1)
+        if other is not None:
+            v = v + other.view(y.shape)
+        if kept is not None:
+            positive = ~(v <= 0)  # lets NaN pass
+            _like(kept, y).copy_(positive)
+            v = v.where(positive, 0)
+        if mask is not None:
+            v = v.where(_like(mask, y), 0)
+        y.copy_(v)
+
+
+def _like(mask: Tensor, y: Tensor) -> Tensor:
+    return mask.view(torch.bool).as_strided(y.shape, y.stride())
+
+
+def bytes_of_bits(value: Value) -> int:
+    """Of a mask of one bit per value, whole bytes per pixel, for one image."""
+    return value.pixels * ((value.channels + 7) // 8)
+
+
+def dense(v: Tensor) -> Tensor:
+    """In the order of the arena; where height or width is 1, a library's strides may only look different."""
+    return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
+
+
+def pointer_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check_status(name: str, status: str) -> None:
+    if status:
+        raise RuntimeError(f"{name}: {status}")
+
+
+def sources_of(small: int, big: int) -> list[int]:
+    """Which of ``small`` rows each of ``big`` rows shows, by PyTorch itself."""
+    if small == big:
+        return list(range(small))
+    index = torch.arange(small, dtype=torch.float32).view(1, 1, small)
+    return F.interpolate(index, size=big, mode="nearest").flatten().int().tolist()
+
+
+def rows_of(y: Tensor) -> tuple[int, int]:
+    channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
+    return y.numel() // channels, channels
+
+
+def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
+    """images, channels, height, width, results' height and width, kernel, stride, padding (max-pooling only)."""
+    o = state.stage.options
+    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", ()))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Input:
+    """The image's way into the network: arithmetic per channel, nearest-neighbour enlargement, cast, layout.
+
+    Args:
+        program: of ``("clamp", low, high, derivative at the bounds)`` and ``(add | sub | mul | div, number or [C])``.
+        shape: of one image.
+        resized: its size after enlargement, or None.
+    """
+
+    def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
+        self.steps = program
+        self.shape = shape
+        self.resized = resized
+
+    def prepare(self, x: Tensor, out: Tensor) -> None:
+        """Float32 images in [0, 1] -> what the first layer reads."""
+        out.copy_(self._apply(x))
+
+    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to ``x``, from that with respect to what :meth:`prepare` wrote."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self._apply(x), x, gradient.float())[0]
+
+    def sign_step(
+        self, x: Tensor, clean: Tensor, gradient: Tensor, alpha: float, eps: float, nan: Tensor, out: Tensor
+    ) -> None:
+        """One L-infinity step on ``x`` in place, and :meth:`prepare` into ``out``.
+
+        A pixel whose gradient is NaN stays as it is, and is counted in ``nan`` [N] int64.
+        """
+        d = self.gradient(x, gradient)
+        bad = d.isnan()
+        nan += bad.flatten(1).sum(1)
+        moved = (x + alpha * d.sign()).clamp(clean - eps, clean + eps).clamp_(0, 1)
+        x.copy_(torch.where(bad, x, moved))
+        self.prepare(x, out)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        for kind, *arguments in self.steps:
+            if kind == "clamp":
+                low, high, at_bounds = arguments
+                x = x.clamp(low, high) if at_bounds else F.hardtanh(x, low, high)
+            else:
+                other = arguments[0]
+                other = other.view(-1, 1, 1) if isinstance(other, Tensor) else other
+                x = getattr(torch, kind)(x, other)
+        return x if self.resized is None else F.interpolate(x, size=self.resized, mode="nearest")
+
+
+@dataclass
+class Segment:
+    """Operations that are not planned: run as they are, differentiated by PyTorch, under autocast in half precision.
+
+    Attributes:
+        parameters: name -> tensor, filled in by every attack call.
+        carried: results of this segment that later ones read outside autograd; shared by all segments of a plan.
+    """
+
+    stage: Stage
+    dtype: torch.dtype
+    device: torch.device
+    shapes: dict[int, tuple[int, ...]]  # of the nodes that it takes
+    carried: dict
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+    _given: list[Tensor] = field(default_factory=list)
+    _taken: list[Tensor] = field(default_factory=list)
+
+    def names(self) -> Iterable[str]:
+        """Of the parameters that it reads."""
+        found: dict[str, None] = {}
+        for _, node in self.stage.nodes:
+            map_values(
+                lambda v: found.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
+            )
+        return found
+
+    def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        stage = self.stage
+        half = self.dtype != torch.float32
+        autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        self.rows = rows
+        by_value = dict(zip(stage.inputs, inputs, strict=True))
+        with torch.enable_grad(), autocast:
+            # With .data each gets a version of its own: others write elsewhere in the arena until the backward pass.
+            leaves = {value: tensor.data.requires_grad_() for value, tensor in by_value.items()}
+            values: dict = dict(self.carried)
+            for index, value in stage.options["takes"].items():
+                if value is not None:
+                    values[index] = leaves[value].view(self.rows, *self.shapes[index])
+            for index, node in stage.nodes:
+                values[index] = self._call(node, values)
+        self._taken = list(leaves.values())
+        self._given = [values[index] for index in stage.options["gives"]]
+        for tensor, output in zip(self._given, outputs, strict=True):
+            output.copy_(tensor.detach())
+        self.carried.update((i, values[i]) for i in stage.options["keeps"])
+
+    def backward(self, gradients: list[Tensor], made: list[Tensor]) -> None:
+        pairs = [(t, g) for t, g in zip(self._given, gradients, strict=True) if g is not None and t.requires_grad]
+        given = [(t, g.view(t.shape).to(t.dtype)) for t, g in pairs]
+        found = torch.autograd.grad([t for t, _ in given], self._taken, [g for _, g in given], allow_unused=True)
+        for slot, gradient in zip(made, found, strict=True):
+            slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
+        self.release()
+
+    def release(self) -> None:
+        """Forget PyTorch's graph."""
+        self._given, self._taken = [], []
+
+    def _call(self, node, values: dict):
+        if node.op == "rows":
+            return self.rows
+
+        def real(v):
+            return values[v.index] if isinstance(v, Ref) else self.parameters[v.name]
+
+        target, arguments, keywords = node.call
+        return target(*map_values(real, arguments), **map_values(real, keywords))

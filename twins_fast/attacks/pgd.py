@@ -1,0 +1,351 @@
+"""Projected gradient descent on the input, with the model put back exactly as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twins_fast.attacks import objectives
+from twins_fast.attacks.engine.explain import Explanation, explain
+from twins_fast.attacks.engine.program import Engine, Program, unwrapped
+from twins_fast.nn.modes import in_mode
+from twins_fast.validation import (
+    check_choice,
+    check_images,
+    check_labels,
+    check_not_negative,
+    check_running_statistics,
+    checked_logits,
+)
+
+NORMS = ("linf", "l2", "l2-sign")
+LOSSES = ("ce", "kl", "dlr")
+BN_MODES = ("eval", "train")
+STARTS = (True, False, "normal")
+ENGINES = ("auto", "eager", "plan")
+_TINY = 1e-12
+
+
+class PGD:
+    """Projected gradient descent (Madry et al., arXiv 1706.06083) inside an eps-ball and [0, 1].
+
+    Args:
+        model: maps images [N, C, H, W] in [0, 1] to logits [N, classes]; any normalisation is inside.
+        eps: radius of the ball, in pixel units of [0, 1].
+        alpha: step size, in the same units.
+        steps: number of gradient steps.
+        random_start: True for uniform noise (in the cube for ``linf`` and ``l2-sign``, in the ball
+            for ``l2``), False for the image itself, ``"normal"`` for 0.001 * N(0, 1) as in TRADES.
+        norm: ``"linf"`` (sign steps), ``"l2"`` (normalised gradient steps) or ``"l2-sign"`` (sign
+            steps, L2 projection: the ``l2`` of the published TWINS code).
+        loss: ``"ce"``, ``"kl"`` (against the clean prediction) or ``"dlr"``.
+        bn_mode: ``"eval"`` attacks the network as it is evaluated; ``"train"`` attacks it in train
+            mode, which updates running statistics at every step.
+        amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast; None
+            follows the surrounding autocast state.
+        generator: of the random start; the noise is drawn on the generator's device (the CPU's
+            default generator if None) and moved.
+        targeted: labels are targets, and the loss towards them is minimised.
+        engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
+            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` plans what can be
+            planned, on a CPU. :meth:`explain` says what runs how, and why. Every call sees the model as it is then
+            (but see :meth:`forget`).
+
+    Attributes:
+        nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
+
+    Raises:
+        ValueError: an unknown name, a negative eps, alpha or steps, ``targeted`` with ``"kl"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool | str = True,
+        norm: str = "linf",
+        loss: str = "ce",
+        bn_mode: str = "eval",
+        amp_dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+        targeted: bool = False,
+        engine: str = "auto",
+    ):
+        check_not_negative(eps=eps, alpha=alpha, steps=steps)
+        if not isinstance(steps, Integral):
+            raise ValueError(f"steps must be an integer, got {steps!r}")
+        check_choice("norm", norm, NORMS)
+        check_choice("loss", loss, LOSSES)
+        check_choice("bn_mode", bn_mode, BN_MODES)
+        check_choice("random_start", random_start, STARTS)
+        check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+        check_choice("engine", engine, ENGINES)
+        if engine == "plan" and bn_mode == "train":
+            raise ValueError("engine='plan' needs bn_mode='eval': batch statistics cannot be folded")
+        if targeted and loss == "kl":
+            raise ValueError("targeted=True has no meaning with loss='kl', which uses no labels")
+        self.model = model
+        self.eps = eps
+        self.alpha = alpha
+        self.steps = steps
+        self.random_start = random_start if random_start == "normal" else bool(random_start)
+        self.norm = norm
+        self.loss = loss
+        self.bn_mode = bn_mode
+        self.amp_dtype = amp_dtype
+        self.generator = generator
+        self.targeted = targeted
+        self.engine = engine
+        self._engine = Engine()
+        self._nan_gradients: Tensor | int = 0
+
+    @property
+    def nan_gradients(self) -> int:
+        return int(self._nan_gradients)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _engine=Engine())
+
+    def __call__(self, images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Tensor:
+        """Attack ``images``.
+
+        Args:
+            images: [N, C, H, W] floating point in [0, 1].
+            labels: [N] int64, true classes (targets if ``targeted``).
+            x_init: where to start, instead of the random start; same shape, dtype and device as images.
+
+        Returns:
+            Adversarial images like ``images``, detached. Every module's train/eval flag and every
+            parameter's ``requires_grad`` is as before, also if the model raises.
+
+        Raises:
+            TypeError, ValueError: images outside [0, 1], not floating point or with NaN; labels of
+                the wrong length, dtype or range; a model on another device; a batch norm without
+                running statistics in eval mode.
+        """
+        check_images(images, self.model)
+        largest_label = check_labels(labels, images)
+        if self.bn_mode == "eval":
+            check_running_statistics(self.model)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("an attack needs gradients, which torch.inference_mode() rules out; use torch.no_grad()")
+        images = images.detach()
+        x = self._start(images) if x_init is None else _checked_start(x_init, images)
+        if images.shape[0] == 0:
+            return x
+        with self._engine.lock:
+            with in_mode(self.model, training=False):  # which may change parameters
+                program = self._program(images)
+                if isinstance(program, Program):
+                    x = self._planned(program, images, labels, largest_label, x)
+        if not isinstance(program, Program):
+            x = self._eager(images, labels, largest_label, x)
+        if images.device.type == "cpu" and self._nan_gradients:
+            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=2)
+        return x if self.steps else self._project(images, x)
+
+    def explain(self, images: Tensor, labels: Tensor | None = None, timed: bool = False) -> Explanation:
+        """What runs how for images like these, layer by layer, and why; ``str()`` of it is a table.
+
+        Args:
+            images: [N, C, H, W], as in a call; they are only run if ``timed``.
+            labels: not needed; as in a call.
+            timed: also measure every step.
+        """
+        check_images(images, self.model)
+        with self._engine.lock, in_mode(self.model, training=False):
+            program = self._program(images.detach())
+            return explain(program, unwrapped(self.model), images.detach() if timed else None)
+
+    def forget(self) -> None:
+        """Drop what was captured of the model, and the memory of it.
+
+        Only needed where a forward takes something from globals or closures, which cannot be seen to change.
+        """
+        with self._engine.lock:
+            self._engine.forget()
+
+    def _program(self, images: Tensor) -> Program | str:
+        """What runs the attack, or why it is eager."""
+        if self.engine == "eager":
+            return "engine='eager'"
+        if self.bn_mode == "train":
+            return "bn_mode='train' needs batch statistics"
+        if self.engine == "auto" and images.device.type != "cpu":
+            return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
+        kind = images.device.type
+        ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        program = self._engine.program(unwrapped(self.model), images, self.amp_dtype or ambient)
+        if self.engine == "plan" and not isinstance(program, Program):
+            raise RuntimeError(f"engine='plan': {program}")
+        return program
+
+    def _planned(self, program: Program, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
+        model, classes = unwrapped(self.model), program.classes
+        if largest_label >= classes:
+            raise ValueError(f"labels hold class {largest_label}, but the model has {classes} classes")
+
+        def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            program.fold(model)
+            per_sample, reference = self._per_sample(labels, lambda: program.logits(images))
+            sign = -1 if self.targeted else 1
+
+            def gradient_of(logits: Tensor, rows: slice) -> Tensor:
+                with torch.enable_grad():
+                    logits = logits.detach().requires_grad_()
+                    total = sign * per_sample(logits, reference[rows]).sum()
+                    return torch.autograd.grad(total, logits)[0]
+
+            def sign_step(prepare, x, clean, gradient, nan, out):
+                prepare.sign_step(x, clean, gradient, self.alpha, self.eps, nan, out)
+
+            def any_step(prepare, x, clean, gradient, nan, out):
+                moved, bad = self._moved(clean, x, prepare.gradient(x, gradient))
+                nan += bad.flatten(1).sum(1)
+                x.copy_(moved)
+                prepare.prepare(x, out)
+
+            step = sign_step if self.norm == "linf" else any_step
+            found = program.attack(x, images, self.steps, gradient_of, step)
+            return found, program.nan_gradients
+
+        options = (self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            found, nan = program.graphed(options, model, attack, (images, labels, x))
+            self._nan_gradients = nan.sum()
+        return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
+
+    def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
+        nan = torch.zeros((), dtype=torch.int64, device=images.device)
+        with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
+            run = self._runner(len(images), largest_label)
+            objective = self._objective(images, labels, run)
+            for _ in range(self.steps):
+                x, bad = self._moved(images, x, self._gradient(x, run, objective))
+                nan += bad.sum()
+        self._nan_gradients = nan
+        return x
+
+    def _start(self, images: Tensor) -> Tensor:
+        if self.random_start is False:
+            return images.clone()
+        device = "cpu" if self.generator is None else self.generator.device
+        noise = torch.empty(images.shape, dtype=images.dtype, device=device)
+        if self.random_start == "normal":  # not clamped in TRADES either; the first projection does it
+            return images + 0.001 * noise.normal_(generator=self.generator).to(images.device)
+        if self.norm == "l2":
+            direction = noise.normal_(generator=self.generator)
+            radius = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=device, generator=self.generator)
+            dimensions = images[0].numel()
+            noise = direction / _l2_norm(direction).clamp_min(_TINY) * self.eps * radius ** (1 / dimensions)
+        else:
+            noise.uniform_(-self.eps, self.eps, generator=self.generator)
+        return (images + noise.to(images.device)).clamp_(0, 1)
+
+    def _runner(self, rows: int, largest_label: int) -> Callable[[Tensor], Tensor]:
+        """The function images -> checked logits."""
+
+        def run(x: Tensor) -> Tensor:
+            amp = nullcontext() if self.amp_dtype is None else torch.autocast(x.device.type, self.amp_dtype)
+            with amp:
+                logits = self.model(x)
+            return checked_logits(logits, rows, largest_label)
+
+        return run
+
+    def _per_sample(self, labels: Tensor, clean_logits: Callable[[], Tensor]) -> tuple[Callable, Tensor]:
+        """The loss of each sample as a function of logits and a reference, and that reference."""
+        if self.loss == "kl":
+            with torch.no_grad():
+                return objectives.kl_divergence, F.softmax(clean_logits(), 1)
+        return objectives.cross_entropy if self.loss == "ce" else objectives.difference_of_logits_ratio, labels
+
+    def _objective(self, images: Tensor, labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function logits -> scalar whose gradient is followed."""
+        per_sample, reference = self._per_sample(labels, lambda: run(images))
+        # The steps do not depend on the scale: under autocast the sum keeps small gradients from
+        # underflowing; in full precision the mean gives the published code's very bits.
+        half = self.amp_dtype is not None or torch.is_autocast_enabled(images.device.type)
+        reduce = torch.sum if half else torch.mean
+        sign = -1 if self.targeted else 1
+        return lambda logits: sign * reduce(per_sample(logits, reference))
+
+    def _gradient(self, x: Tensor, run: Callable[[Tensor], Tensor], objective: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(objective(run(x)), x)[0]
+
+    def _moved(self, images: Tensor, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` after a step, and where the gradient was NaN: there it stays."""
+        bad = gradient.isnan()
+        moved = self._project(images, self._step(x, gradient.masked_fill(bad, 0)))
+        return torch.where(bad, x, moved), bad
+
+    def _step(self, x: Tensor, gradient: Tensor) -> Tensor:
+        if self.norm == "l2":
+            return x + self.alpha * gradient / _l2_norm(gradient).clamp_min(_TINY)
+        return x + self.alpha * gradient.sign()
+
+    def _project(self, images: Tensor, x: Tensor) -> Tensor:
+        """Into the ball around ``images``, then into [0, 1]."""
+        if self.norm == "linf":
+            x = x.clamp(images - self.eps, images + self.eps)
+        else:
+            offset = x - images
+            length = _l2_norm(offset)
+            x = torch.where(length > self.eps, images + offset / length * self.eps, x)
+        return x.clamp_(0, 1)
+
+
+def named_attack(name: str, model: nn.Module, **options) -> PGD:
+    """The inner adversary of a method, by name.
+
+    Args:
+        name: ``"published"`` (cross-entropy, uniform start: what the TWINS code uses for every
+            method) or ``"trades"`` (KL divergence, 0.001 * N(0, 1) start: the original TRADES one).
+        model, options: of :class:`PGD`.
+    """
+    check_choice("attack", name, ADVERSARIES)
+    return PGD(model, **{**ADVERSARIES[name], **options})
+
+
+ADVERSARIES: dict[str, dict] = {"published": {}, "trades": {"loss": "kl", "random_start": "normal"}}
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def _checked_start(x_init: Tensor, images: Tensor) -> Tensor:
+    if x_init.shape != images.shape or x_init.dtype != images.dtype or x_init.device != images.device:
+        raise ValueError(
+            f"x_init must be like images ({list(images.shape)}, {images.dtype}, {images.device}), "
+            f"got {list(x_init.shape)}, {x_init.dtype}, {x_init.device}"
+        )
+    if not x_init.isfinite().all():
+        raise ValueError("x_init holds values that are not finite")
+    return x_init.detach().clone()
+
+
+@contextmanager
+def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Switch parameter gradients off; put them back exactly."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,56 @@
+"""Accuracy of a network, clean and under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twins_fast.nn import wings
+from twins_fast.nn.modes import in_mode
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Fractions in [0, 1] over ``images`` test images."""
+
+    clean: float
+    robust: float
+    images: int
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    attack: Callable[..., Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    wing: str | None = None,
+) -> Accuracy:
+    """Clean and robust accuracy in eval mode; every module's train/eval flag is put back.
+
+    Args:
+        model: maps images [N, C, H, W] in [0, 1] to logits.
+        batches: of (images, labels).
+        attack: ``(images, labels) -> adversarial images``, of this model.
+        wing: ``"adaptive"`` (what None means too) or ``"frozen"``, for a model with two-wing layers.
+
+    Raises:
+        ValueError: no images.
+    """
+    clean = robust = total = 0
+    chosen_wing = nullcontext() if wing is None else wings(model, wing)
+    with in_mode(model, training=False), chosen_wing:
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            adversarial = attack(images, labels)
+            with torch.no_grad():
+                clean += int((model(images).argmax(1) == labels).sum())
+                robust += int((model(adversarial).argmax(1) == labels).sum())
+            total += len(labels)
+    if total == 0:
+        raise ValueError("there are no test images to evaluate on")
+    return Accuracy(clean / total, robust / total, total)

@@ -1,0 +1,22 @@
+"""Two-wing batch norm layers, and the conversion of any network to and from them."""
+
+from twins_fast.nn.fuse import fuse_twin_bn, fusion_report
+from twins_fast.nn.layers import (
+    TwinBatchNorm2d,
+    TwinBatchNormAct2d,
+    convert_sync_twin_bn,
+    convert_twin_bn,
+    revert_twin_bn,
+    wings,
+)
+
+__all__ = [
+    "TwinBatchNorm2d",
+    "TwinBatchNormAct2d",
+    "convert_sync_twin_bn",
+    "convert_twin_bn",
+    "fuse_twin_bn",
+    "fusion_report",
+    "revert_twin_bn",
+    "wings",
+]

@@ -1,0 +1,105 @@
+"""The C++ and CUDA kernels of ``twins_fast._C``: pointers in, device and stream of the tensors.
+
+The functions have the signatures of :mod:`twins_fast.ops.phases`, and :func:`forward` and :func:`backward` run
+all phases in one go. Tensors are dense and of one layout, vectors contiguous float32: ops.py sees to that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twins_fast.ops import layout
+
+_note = Path(__file__).parent.parent / "_build_failed.txt"  # written by setup.py
+_failure = _note.read_text().strip() if _note.exists() else ""
+try:
+    from twins_fast import _C  # after torch, whose OpenMP runtime it then shares
+
+    missing = ""
+except ImportError as error:
+    _C = None
+    missing = _failure or f"no compiled module twins_fast._C ({error})"
+missing_cuda = _failure or "built without nvcc"  # why, if _C has no CUDA kernels
+
+cpu_isa = ""  # instruction set of the C++ kernels, one of _C.cpu_isas; "" is the best that this CPU has
+
+_ALL, _REDUCE, _APPLY = range(3)  # enum Phase in csrc/include/twin_bn.h
+_NO_WING = (None,) * 4
+
+
+def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
+    y, bits, stats = layout.forward_results(x, keep_bits)
+    _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, _ALL)
+    return y, bits, stats
+
+
+def moments(x, split) -> Tensor:
+    stats = layout.empty_stats(x)
+    _forward(x, None, split, _NO_WING, _NO_WING, None, None, stats, 0.0, 0.0, False, _REDUCE)
+    return stats
+
+
+def apply(x, residual, split, frozen, weight, bias, stats, eps, relu, keep_bits) -> tuple[Tensor, Tensor]:
+    y, bits, _ = layout.forward_results(x, keep_bits)
+    _forward(x, residual, split, frozen, (None, None, weight, bias), y, bits, stats, 0.0, eps, relu, _APPLY)
+    return y, bits
+
+
+def backward(
+    dy, x, bits, split, frozen_mean, frozen_var, frozen_weight, weight, stats, eps, wanted
+) -> tuple[Tensor, ...]:
+    results = layout.backward_results(x, wanted)
+    vectors = (frozen_mean, frozen_var, frozen_weight, weight)
+    _backward(dy, x, bits, split, vectors, stats, results, None, eps, _ALL)
+    return tuple(results)
+
+
+def sums(dy, x, bits, split, frozen_mean, stats) -> Tensor:
+    totals = layout.empty_stats(x, 4)
+    _backward(dy, x, bits, split, (frozen_mean, None, None, None), stats, (None,) * 6, totals, 0.0, _REDUCE)
+    return totals
+
+
+def apply_backward(
+    dy, x, bits, split, frozen_var, frozen_weight, weight, stats, means, eps, wanted
+) -> tuple[Tensor, Tensor]:
+    results = layout.backward_results(x, [*wanted, *[False] * 4])
+    _backward(dy, x, bits, split, (None, frozen_var, frozen_weight, weight), stats, results, means, eps, _APPLY)
+    return results[0], results[1]
+
+
+def _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, phase) -> None:
+    _launch("forward", x, split, (x, residual, *frozen, *adaptive, y, bits, stats), momentum, eps, relu, phase)
+
+
+def _backward(dy, x, bits, split, vectors, stats, results, sums, eps, phase) -> None:
+    _launch("backward", x, split, (dy, x, bits, *vectors, stats, *results, sums), eps, phase)
+
+
+def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> None:
+    images, channels, height, width = x.shape
+    shape = (images, channels, height * width, split, layout.is_channels_last(x), str(x.dtype).removeprefix("torch."))
+    pointers = [0 if t is None or t.numel() == 0 else _pointer(t) for t in tensors]
+    if x.device.type == "cpu":
+        launch = getattr(_C, f"twin_bn_{direction}_cpu")
+        status = launch(*shape, *pointers, *scalars, torch.get_num_threads(), cpu_isa)
+    else:
+        launch = getattr(_C, f"twin_bn_{direction}_cuda")
+        with torch.cuda.device(x.device):
+            # It may be reused as soon as this returns: by its owner's stream, after the kernels.
+            size = _C.twin_bn_workspace_cuda(channels, layout.is_channels_last(x))
+            workspace = x.new_empty(size, dtype=torch.float32)
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            status = launch(*shape, *pointers, *scalars, workspace.data_ptr(), stream)
+    if status:
+        raise RuntimeError(f"twin_batch_norm: {status}")
+
+
+def _pointer(tensor: Tensor) -> int:
+    pointer = tensor.data_ptr()
+    if pointer == 0:  # which the kernels would take for an absent tensor
+        raise RuntimeError(f"twin_batch_norm: a {type(tensor).__name__} without memory of its own cannot be used here")
+    return pointer

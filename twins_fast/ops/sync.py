@@ -1,0 +1,105 @@
+"""Batch statistics over several processes: two small collectives between the phases of a backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from twins_fast.ops import backend, layout, phases
+
+Group = dist.ProcessGroup | str | None  # "world" is the default group, whenever it is made; None: no other process
+
+
+def world_size(group: Group) -> int:
+    """Number of processes of a group that is not ``None``.
+
+    Raises:
+        TypeError: not a group.
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: this process is not in the group.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "process_group needs torch.distributed: call torch.distributed.init_process_group first, or leave it None"
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group does not hold this process")
+    if group != "world" and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed group, 'world' or None, got {group!r}")
+    return dist.get_world_size(_member(group))
+
+
+@torch.compiler.disable
+def twin_batch_norm(x, residual, split, fm, fv, fw, fb, rm, rv, w, b, momentum, eps, relu, name, group) -> Tensor:
+    """:func:`twins_fast.ops.twin_batch_norm` with the adaptive statistics of all processes of ``group``.
+
+    x and residual are dense and of one layout, vectors float32 (float64 for float64); ``name`` is the
+    backend. rm and rv are updated in place.
+
+    Raises:
+        ValueError: fewer than two values per channel in all processes together; on each of them, before
+            anything is written.
+    """
+    with torch.no_grad():
+        count, stats = _gather_statistics(x, split, rm, rv, momentum, eps, name, group)
+    return _TwinBatchNorm.apply(x, residual, split, fm, fv, fw, fb, w, b, stats, count, eps, relu, name, group)
+
+
+def _member(group: dist.ProcessGroup | str) -> dist.ProcessGroup | None:
+    return None if group == "world" else group  # None is the default group to torch.distributed
+
+
+def _gather_statistics(x, split, rm, rv, momentum, eps, name, group) -> tuple[Tensor, Tensor]:
+    """Count (scalar) and [2, C] mean and 1 / std of the adaptive rows of all processes."""
+    moments = backend.implementation(name).moments(x, split)
+    count = (x.shape[0] - split) * x.shape[2] * x.shape[3]
+    # float64 holds every count; one tensor makes one collective.
+    sent = torch.cat([moments.double().flatten(), moments.new_full((1,), count, dtype=torch.float64)])
+    received = sent.new_empty(world_size(group), sent.numel())
+    dist.all_gather(list(received), sent, group=_member(group))
+    counts = received[:, -1]
+    if count < 2:  # else there are two, and the device need not be waited for
+        total = int(counts.sum())
+        if total == 0:  # nobody has adaptive rows
+            return counts.sum() + 1, torch.zeros_like(moments)
+        if total < 2:
+            raise ValueError(f"batch statistics need at least 2 values per channel in all processes, got {total}")
+    total, (mean, deviation) = phases.combine(counts, received[:, :-1].unflatten(1, moments.shape))
+    for running, new in ((rm, mean), (rv, deviation / (total - 1))):
+        if running is not None:
+            running.copy_((1.0 - momentum) * running.double() + momentum * new)
+    return total, torch.stack([mean, (deviation / total + eps).rsqrt()]).to(moments.dtype)
+
+
+class _TwinBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, split, fm, fv, fw, fb, w, b, stats, count, eps, relu, name, group):
+        keep_bits = relu and any(ctx.needs_input_grad)
+        frozen = (fm, fv, fw, fb)
+        y, bits = backend.implementation(name).apply(x, residual, split, frozen, w, b, stats, eps, relu, keep_bits)
+        ctx.save_for_backward(x, bits, fm, fv, fw, w, stats, count)
+        ctx.split, ctx.eps, ctx.relu, ctx.name, ctx.group = split, eps, relu, name, group
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, bits, fm, fv, fw, w, stats, count = ctx.saved_tensors
+        kernel, split = backend.implementation(ctx.name), ctx.split
+        dy = dy.contiguous(memory_format=layout.nearest(x))
+        sums = kernel.sums(dy, x, bits, split, fm, stats)
+        shared = sums[2:].clone()
+        # On every process, whatever it wants itself: the others wait for its sums.
+        dist.all_reduce(shared, group=_member(ctx.group))
+        need_x, need_residual = ctx.needs_input_grad[:2]
+        wanted = [need_x, need_residual and ctx.relu]
+        dx, dresidual, dfw, dfb = None, dy, None, None
+        if any(wanted):
+            means = (shared / count).to(shared.dtype)
+            dx, masked = kernel.apply_backward(dy, x, bits, split, fv, fw, w, stats, means, ctx.eps, wanted)
+            dresidual = masked if ctx.relu else dy
+        if fv is not None and split > 0:
+            dfb, dfw = sums[0], sums[1] * (fv + ctx.eps).rsqrt()
+        grads = (dx, dresidual, None, None, None, dfw, dfb, sums[3] * stats[1], sums[2], *[None] * 6)
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))

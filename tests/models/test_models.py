@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from twins_fast.models import ARCHITECTURES, CifarResNet, build_model
+from twins_fast.models import ARCHITECTURES, CifarResNet, build_model, register
 
 
 def test_images_are_clamped_and_standardised(tiny_model):
@@ -16,10 +16,26 @@ def test_images_are_clamped_and_standardised(tiny_model):
     torch.testing.assert_close(seen[0], (x.clamp(0, 1) - mean) / std)
 
 
-def test_derivative_on_the_bounds_is_zero_on_every_torch(tiny_model):
-    x = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3).repeat(1, 3, 4, 1).requires_grad_()
-    tiny_model.eval()(x).sum().backward()
-    assert (x.grad[..., [0, 2]] == 0).all() and (x.grad[..., 1] != 0).any()
+def test_derivative_on_the_bounds_is_one_on_every_torch(tiny_model):
+    inside = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3).repeat(1, 3, 4, 1)
+    outside = torch.tensor([-0.1, 0.5, 1.1]).view(1, 1, 1, 3).repeat(1, 3, 4, 1)
+    gradients = []
+    for x in (inside, outside):
+        leaf = x.requires_grad_()
+        gradients.append(torch.autograd.grad(tiny_model.eval()(leaf).sum(), leaf)[0])
+    # What is outside is computed as if it were on the bound.
+    assert (gradients[0][..., [0, 2]] != 0).any() and (gradients[1][..., [0, 2]] == 0).all()
+    assert torch.equal(gradients[0][..., 1], gradients[1][..., 1])
+
+
+def test_a_registered_network_is_built_by_name(monkeypatch):
+    monkeypatch.setattr("twins_fast.models.registry.ARCHITECTURES", dict(ARCHITECTURES))
+    register("mine", lambda num_classes: CifarResNet(num_classes, width=4, blocks=(1,)))
+    assert build_model("mine", 7)(torch.rand(2, 3, 8, 8)).shape == (2, 7)
+    with pytest.raises(ValueError, match="upsample must be none"):
+        build_model("mine", 7, upsample=64)
+    with pytest.raises(ValueError, match="'mine' is registered already"):
+        register("mine", CifarResNet)
 
 
 def test_entries_are_named_as_published():

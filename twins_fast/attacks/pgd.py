@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.program import Engine, Program, unwrapped
+from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.modes import in_mode
 from twins_fast.validation import (
     check_choice,
@@ -106,6 +107,7 @@ class PGD:
         self.engine = engine
         self._engine = Engine()
         self._nan_gradients: Tensor | int = 0
+        self._clamp_is_known = False  # once it is, the user has been told of it
 
     @property
     def nan_gradients(self) -> int:
@@ -149,8 +151,12 @@ class PGD:
                 program = self._program(images)
                 if isinstance(program, Program):
                     x = self._planned(program, images, labels, largest_label, x)
+            blocks = isinstance(program, Program) and program.blocks_bounds
         if not isinstance(program, Program):
-            x = self._eager(images, labels, largest_label, x)
+            x, blocks = self._eager(images, labels, largest_label, x)
+        if blocks and not self._clamp_is_known:
+            warnings.warn(NOTE, stacklevel=2)
+        self._clamp_is_known = self._clamp_is_known or self.steps > 0
         if images.device.type == "cpu" and self._nan_gradients:
             warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=2)
         return x if self.steps else self._project(images, x)
@@ -159,14 +165,22 @@ class PGD:
         """What runs how for images like these, layer by layer, and why; ``str()`` of it is a table.
 
         Args:
-            images: [N, C, H, W], as in a call; they are only run if ``timed``.
+            images: [N, C, H, W], as in a call; run if ``timed``, and the first one if the model stays eager.
             labels: not needed; as in a call.
             timed: also measure every step.
         """
         check_images(images, self.model)
         with self._engine.lock, in_mode(self.model, training=False):
             program = self._program(images.detach())
-            return explain(program, unwrapped(self.model), images.detach() if timed else None)
+            blocks = program.blocks_bounds if isinstance(program, Program) else self._clamp_blocks(images)
+            notes = (NOTE,) if blocks else ()
+            return explain(program, unwrapped(self.model), images.detach() if timed else None, notes)
+
+    def _clamp_blocks(self, images: Tensor) -> bool:
+        """Whether a clamp of the images, in a forward of one of them, passes no gradient at 0 and 1."""
+        with torch.no_grad(), ClampMode(images.shape[1], replace=False) as mode:
+            unwrapped(self.model)(images[:1])
+        return mode.blocks
 
     def forget(self) -> None:
         """Drop what was captured of the model, and the memory of it.
@@ -226,16 +240,22 @@ class PGD:
             self._nan_gradients = nan.sum()
         return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
 
-    def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
+    def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> tuple[Tensor, bool]:
+        """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
+        # Code that torch.compile has made would be compiled anew inside of a mode.
+        known = self._clamp_is_known or any(isinstance(m, torch._dynamo.OptimizedModule) for m in self.model.modules())
+        clamps = ClampMode(images.shape[1], replace=False)
         nan = torch.zeros((), dtype=torch.int64, device=images.device)
         with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
             run = self._runner(len(images), largest_label)
             objective = self._objective(images, labels, run)
-            for _ in range(self.steps):
-                x, bad = self._moved(images, x, self._gradient(x, run, objective))
+            for step in range(self.steps):
+                with nullcontext() if step or known else clamps:
+                    gradient = self._gradient(x, run, objective)
+                x, bad = self._moved(images, x, gradient)
                 nan += bad.sum()
         self._nan_gradients = nan
-        return x
+        return x, clamps.blocks
 
     def _start(self, images: Tensor) -> Tensor:
         if self.random_start is False:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
+from twins_fast.models.clamp import clamp, torch_passes_at_bounds
 from twins_fast.nn.modes import in_mode
 
 aten = torch.ops.aten
@@ -223,6 +224,9 @@ class _Reader:
         self.values[node] = Ref(self._add(node, *made)) if made else Ref(self._generic(node))
         if made and made[0] == "flatten":
             self.nodes[-1].call = None  # it may name the number of images, which nothing needs
+        if made and target is aten.masked_fill.Scalar:
+            options = self.nodes[-1].options
+            self.nodes[-1].call = (clamp, (made[1][0], options["low"], options["high"]), {})
 
     def _functional(self, node: fx.Node) -> fx.Node | None:
         """An operation that writes to its first operand as one that does not; later readers get the result."""
@@ -390,7 +394,18 @@ class _Reader:
         if not self._is_led(x) or not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
             return None
         low, high = (float(d if b is None else b) for b, d in ((low, "-inf"), (high, "inf")))
-        return "clamp", [x], {"low": low, "high": high, "at_bounds": _clamp_derivative_at_bounds()}
+        return "clamp", [x], {"low": low, "high": high, "at_bounds": int(torch_passes_at_bounds())}
+
+    _plan_clip = _plan_clamp
+
+    def _plan_masked_fill(self, node: fx.Node):
+        """One side of :func:`twins_fast.models.clamp.clamp`."""
+        x, _, bound = _arguments(node, self._value)
+        compared = node.args[1]
+        side = {aten.lt.Scalar: "low", aten.gt.Scalar: "high"}.get(compared.target)
+        if side is None or compared.args != (node.args[0], bound) or not self._is_led(x):
+            return None
+        return "clamp", [x], {"low": -inf, "high": inf, side: float(bound), "at_bounds": 1}
 
     def _plan_add(self, node: fx.Node):
         return self._arithmetic(node)
@@ -568,11 +583,3 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         dot = f"{prefix}." if prefix else ""
         for store in (module._parameters, module._buffers, module.__dict__):
             yield from ((dot + name, t) for name, t in store.items() if isinstance(t, Tensor))
-
-
-def _clamp_derivative_at_bounds() -> int:
-    """1 until PyTorch's pull request 191142, 0 after."""
-    x = torch.zeros(1, requires_grad=True)
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(x.clamp(0, 1).sum(), x)
-    return int(gradient.item())

@@ -28,6 +28,7 @@ class Explanation:
             (multiplications and additions for one image, both passes), ``bytes`` (for one image, both passes: each
             tensor counted once per pass that reads or writes it, without weights), and if timed ``forward_ms`` and
             ``backward_ms`` for ``images`` images.
+        notes: what a reader of the results should know.
         images: taken through the steps at once.
         bytes_per_image: of the arena.
     """
@@ -37,10 +38,11 @@ class Explanation:
     layers: list[dict[str, Any]] = field(default_factory=list)
     images: int = 0
     bytes_per_image: int = 0
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.engine == "eager":
-            return f"eager: {self.reason}"
+            return "\n".join([f"eager: {self.reason}", *self.notes])
         timed = bool(self.layers) and "forward_ms" in self.layers[0]
         head = ["layer", "op", "runs", "MFLOP", "kB", *(["forward ms", "backward ms"] if timed else [])]
         rows = [head]
@@ -51,13 +53,13 @@ class Explanation:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         about = f"plan: {self.images} images at once, {self.bytes_per_image / 1e6:.2f} MB of memory for each"
-        return "\n".join([about, *lines])
+        return "\n".join([about, *lines, *self.notes])
 
 
-def explain(program: Program | str, model: nn.Module, images: Tensor | None) -> Explanation:
+def explain(program: Program | str, model: nn.Module, images: Tensor | None, notes: tuple[str, ...]) -> Explanation:
     """Of a program, or of the reason why there is none; with ``images`` its steps are timed."""
     if isinstance(program, str):
-        return Explanation("eager", program)
+        return Explanation("eager", program, notes=notes)
     plan = program.plan
     layers = [
         {
@@ -80,7 +82,7 @@ def explain(program: Program | str, model: nn.Module, images: Tensor | None) -> 
             for direction, times in _times(program, images[:size]).items():
                 for layer, seconds in zip(layers, times, strict=True):
                     layer[f"{direction}_ms"] = seconds * 1e3
-    return Explanation("plan", "", layers, size, program.bytes_per_image)
+    return Explanation("plan", "", layers, size, program.bytes_per_image, notes)
 
 
 def _times(program: Program, images: Tensor) -> dict[str, list[float]]:

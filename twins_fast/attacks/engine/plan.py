@@ -7,7 +7,7 @@ Nothing here knows a device; :mod:`twins_fast.attacks.engine.executors.torch` ha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import gcd, inf, prod
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ class _Fuser:
             user = self.users[last][0]
             node = self.nodes[user]
             if node.op == "clamp":
-                step = ("clamp", node.options["low"], node.options["high"], node.options["at_bounds"])
+                step = self._clamp(node.options)
             elif node.op == "arithmetic":
                 step = (node.options["kind"], node.options["other"])
             elif node.op == "upsample" and self.resized is None:
@@ -195,6 +195,14 @@ class _Fuser:
         if self.resized == self.nodes[0].shape[1:]:
             self.resized = None
         self.value_of[last] = self._value(self.nodes[last])
+
+    def _clamp(self, options: dict[str, Any]) -> tuple:
+        """A step of the input program, which takes in a one-sided clamp before it."""
+        low, high, at_bounds = options["low"], options["high"], options["at_bounds"]
+        before = self.program[-1] if self.program else ("",)
+        if before[0] == "clamp" and low == -inf and before[1] <= high and before[2:] == (inf, at_bounds):
+            low = self.program.pop()[1]
+        return "clamp", low, high, at_bounds
 
     def _spread_generic(self) -> None:
         """Small operations between generic ones are differentiated with them."""

@@ -141,6 +141,12 @@ class Program:
     def classes(self) -> int:
         return self.plan.values[self.plan.slots[self.plan.logits].value].channels
 
+    @property
+    def blocks_bounds(self) -> bool:
+        """Whether the model's clamp of its images passes no gradient at 0 or 1."""
+        first = itertools.takewhile(lambda step: step[0] == "clamp", self.plan.program)
+        return any(not at_bounds and (low >= 0 or high <= 1) for _, low, high, at_bounds in first)
+
     def agrees(self, model: nn.Module, images: Tensor) -> bool:
         """Whether plan and model give the same logits and gradients on one or two of ``images``; looked at once.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twins_fast.attacks.engine.capture import Param, Ref, map_values
 from twins_fast.attacks.engine.plan import Convolution, Stage, Value
+from twins_fast.models.clamp import clamp
 
 Run = Callable[[], None]
 Tensors = dict[str, Any]  # role -> tensor, list of tensors or None; "rows" -> number of images
@@ -275,7 +276,7 @@ class Input:
         for kind, *arguments in self.steps:
             if kind == "clamp":
                 low, high, at_bounds = arguments
-                x = x.clamp(low, high) if at_bounds else F.hardtanh(x, low, high)
+                x = clamp(x, low, high) if at_bounds else F.hardtanh(x, low, high)
             else:
                 other = arguments[0]
                 other = other.view(-1, 1, 1) if isinstance(other, Tensor) else other

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from twins_fast import PGD, TwinBatchNorm2d, convert_twin_bn, fuse_twin_bn, fusion_report, revert_twin_bn, wings
 from twins_fast.models import CifarResNet, build_model
-from twins_fast.nn.layers import is_twin
+from twins_fast.nn.wings import is_twin
 from twins_fast.ops import backend, native
 
 BACKENDS = [

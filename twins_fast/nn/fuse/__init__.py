@@ -29,15 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twins_fast.nn.layers import (
-    TwinBatchNorm2d,
-    TwinBatchNormAct2d,
-    has_hooks,
-    is_untouched,
-    require_twin_layers,
-    unfused_type,
-)
+from twins_fast.nn.guards import has_hooks, is_untouched
+from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
 from twins_fast.nn.modes import in_mode
+from twins_fast.nn.wings import require_twin_layers
 
 _SUM = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}  # -> whether in place
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -111,6 +106,11 @@ def fusion_report(model: nn.Module) -> list[Fusion]:
                 fused, why = "", f"{fused} can be fused: call fuse_twin_bn"
             rows.append(Fusion(".".join(filter(None, (prefix, *path))), fused, why))
     return rows
+
+
+def unfused_type(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before :func:`twins_fast.fuse_twin_bn`."""
+    return type(module).__dict__.get("unfused_type", type(module))
 
 
 class _Left(Exception):

@@ -15,7 +15,6 @@ import copy
 import functools
 import inspect
 import operator
-import random
 import sys
 import threading
 import types
@@ -23,13 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twins_fast.nn.guards import has_hooks, is_untouched
+from twins_fast.nn.guards import has_hooks, is_untouched, random_numbers_restored
 from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
 from twins_fast.nn.modes import in_mode
 from twins_fast.nn.wings import require_twin_layers
@@ -521,13 +519,11 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
         return [(d, dict(d)) for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
 
     modules = list(module.modules())
-    before, generators = contents(), (random.getstate(), np.random.get_state())
+    before = contents()
     try:
-        yield
+        with random_numbers_restored() as drawn:
+            yield
     finally:
-        drew = random.getstate() != generators[0] or str(np.random.get_state()) != str(generators[1])
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
         written = [
             (now, old)
             for now, old in before
@@ -538,7 +534,7 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
             now.update(old)
     if written:
         raise _Left("its forward writes attributes")
-    if drew:
+    if drawn:
         raise _Left("its forward draws random numbers")
 
 

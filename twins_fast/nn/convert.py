@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from twins_fast.nn.fuse import unfused_type
+from twins_fast.nn.fuse.apply import unfused_type
 from twins_fast.nn.guards import has_hooks
 from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
 from twins_fast.nn.wings import require_twin_layers, twin_layers

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from twins_fast import PGD, TwinBatchNorm2d, convert_twin_bn, fuse_twin_bn, fusion_report, revert_twin_bn, wings
 from twins_fast.models import CifarResNet, build_model
-from twins_fast.nn.layers import is_twin
+from twins_fast.nn.wings import is_twin
 from twins_fast.ops import backend, native
 
 BACKENDS = [
@@ -529,36 +529,54 @@ def test_layers_in_a_list_are_fused():
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
 
 
-def test_arguments_of_a_type_that_cannot_be_traced():
+def test_a_forward_that_asks_whether_its_input_is_a_tensor():
+    def tensor_or_list(self, x):
+        x = x if isinstance(x, torch.Tensor) else torch.stack(x).sum(0)
+        return self.relu(self.bn(x))
+
+    model, x = block(tensor_or_list), torch.randn(4, 4, 5, 5)
+    plain = copy.deepcopy(model)
+    (row,) = fusion_report(fuse_twin_bn(model))
+    assert row.fused == "relu" and row.why == "where the forward gets a list"
+    assert type(model).plan.takes(([x],)) and not type(model).plan.takes((x,))
+    for argument in (x, [x, x], (x, x)):
+        assert torch.equal(model(argument), plain(argument))
+
+
+def test_a_forward_that_iterates_over_its_input_is_left_alone():
     def tensor_or_list(self, x):
         x = x if isinstance(x, torch.Tensor) else sum(each for each in x)
         return self.relu(self.bn(x))
 
     model, x = block(tensor_or_list), torch.randn(4, 4, 5, 5)
     plain = copy.deepcopy(model)
-    assert fused_as(model) == "relu"
+    assert "cannot be traced" in why_left(model)
     assert torch.equal(model(x), plain(x)) and torch.equal(model([x, x]), plain([x, x]))
 
 
-def test_copies_and_pickles_stay_fused():
+def test_copies_stay_fused():
     model, x = fuse_twin_bn(build("timm ResNet")).eval(), torch.rand(2, 3, 32, 32)
     report, expected = fusion_report(model), model(x)
+    deep, shallow = copy.deepcopy(model), copy.copy(model)
+    for twin in (deep, shallow):
+        assert fusion_report(twin) == report
+        assert torch.equal(twin(x), expected)
+        assert type(twin.layer1[0]).__name__ == "Bottleneck" and repr(twin) == repr(model)
+        assert twin.state_dict().keys() == model.state_dict().keys()
+    assert deep.conv1.weight is not model.conv1.weight and shallow.conv1 is model.conv1
+
+
+def test_a_pickle_holds_the_network_before_fusing():
+    plain = build("timm ResNet").eval()
+    model, x = fuse_twin_bn(copy.deepcopy(plain)), torch.rand(2, 3, 32, 32)
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
-    copies = [
-        copy.deepcopy(model),
-        copy.copy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(stream, weights_only=False),
-    ]
-    for twin in copies:
-        assert fusion_report(twin) == report
-        assert torch.equal(twin(x), expected)
-        assert isinstance(twin.layer1[0], timm.models.resnet.Bottleneck)
-        assert twin.state_dict().keys() == model.state_dict().keys()
-    assert copies[0].conv1.weight is not model.conv1.weight and copies[1].conv1 is model.conv1
-    assert type(model.layer1[0]).__name__ == "Bottleneck" and repr(copies[2]) == repr(model)
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)):
+        assert [type(module) for module in loaded.modules()] == [type(module) for module in plain.modules()]
+        assert torch.equal(loaded(x), model(x))
+        assert fusion_report(fuse_twin_bn(loaded)) == fusion_report(model)
+    assert type(model) is not type(plain) and type(model).forward is not type(plain).forward
 
 
 def test_twice_is_once_and_conversion_leaves_it():

@@ -1,22 +1,16 @@
-"""Two-wing batch norm layers, and the conversion of any network to and from them."""
+"""Two-wing batch norm layers."""
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twins_fast.nn.guards import is_untouched
 from twins_fast.ops import sync, twin_batch_norm
 from twins_fast.ops.reference import Wing
-
-WINGS = ("mix", "adaptive", "frozen")
-_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")  # classes of one module in timm
-_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class TwinBatchNorm2d(nn.BatchNorm2d):
@@ -173,119 +167,6 @@ class TwinBatchNormAct2d(TwinBatchNorm2d):
         return type(drop) is nn.Identity or not drop.training or drop.p == 0
 
 
-def convert_twin_bn(model: nn.Module) -> nn.Module:
-    """Replace every ``BatchNorm2d`` of ``model`` by a two-wing layer, both wings starting from it.
-
-    Works in place on the children (the adaptive wing keeps the very same parameters and buffers, so
-    an existing optimiser still holds them); a ``model`` that is itself a batch norm is returned
-    converted. eps, momentum, affine, dtype, device and the train/eval flag are kept. timm's
-    ``BatchNormAct2d`` keeps its activation. A ``SyncBatchNorm`` (which is taken for a two-dimensional
-    one) keeps its process group. Layers that are already two-wing are left alone.
-
-    Raises:
-        ValueError: a batch norm without running statistics, which the frozen wing would need; one with
-            hooks, which would be lost; no batch norm at all. Nothing is changed then.
-        TypeError: a subclass of ``BatchNorm2d`` whose forward is not known here.
-    """
-    frozen = {twin.main_bn for twin in twin_layers(model)}
-    found = bool(frozen)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if _is_plain_bn(module) and module not in frozen:
-            _check_convertible(name or "the model", module)
-            found = True
-    if not found:
-        raise ValueError("the model has no BatchNorm2d to convert")
-    return _replace(model, _is_plain_bn, _twin_of, {})
-
-
-def revert_twin_bn(model: nn.Module) -> nn.Module:
-    """The inverse of :func:`convert_twin_bn`: an ordinary network that holds the adaptive wing.
-
-    In place like :func:`convert_twin_bn`; the frozen wing is dropped. Layers with a process group become
-    ``SyncBatchNorm``, and what :func:`twins_fast.fuse_twin_bn` did is undone.
-    """
-    for module in model.modules():
-        module.__class__ = unfused_type(module)
-    return _replace(model, lambda module: isinstance(module, TwinBatchNorm2d), _plain_of, {})
-
-
-def convert_sync_twin_bn(model: nn.Module, process_group: torch.distributed.ProcessGroup | None = None) -> nn.Module:
-    """Let every two-wing layer take its batch statistics over a group of processes.
-
-    The adaptive rows of all processes are then normalised as one batch, and the gradient is that of
-    one batch. Gradients of weight and bias stay those of this process's rows, as in
-    :class:`torch.nn.SyncBatchNorm`: ``DistributedDataParallel`` averages them.
-
-    Args:
-        model: changed in place and returned. All processes must run its layers in the same order.
-        process_group: ``None`` is the default group, looked up when a batch arrives.
-
-    Raises:
-        ValueError: a model without two-wing layers.
-    """
-    group = "world" if process_group is None else process_group
-    for layer in require_twin_layers(model):
-        layer.process_group = group
-    return model
-
-
-@contextmanager
-def wings(model: nn.Module, wing: str) -> Iterator[nn.Module]:
-    """Send every batch through the chosen wing inside the ``with`` block.
-
-    Args:
-        model: any module; its two-wing layers are switched, and switched back at the end.
-        wing: ``"mix"``, ``"adaptive"`` or ``"frozen"``; ``train()`` and ``eval()`` keep deciding
-            about batch statistics.
-
-    Raises:
-        ValueError: an unknown wing, or a model without two-wing layers.
-    """
-    if wing not in WINGS:
-        raise ValueError(f"wing must be one of {', '.join(WINGS)}, got {wing!r}")
-    layers = require_twin_layers(model)
-    before = [layer.wing for layer in layers]
-    try:
-        for layer in layers:
-            layer.wing = wing
-        yield model
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.wing = old
-
-
-def is_twin(model: nn.Module) -> bool:
-    """Whether ``model`` holds at least one two-wing layer."""
-    return bool(twin_layers(model))
-
-
-def twin_layers(model: nn.Module) -> list[TwinBatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
-
-
-def require_twin_layers(model: nn.Module) -> list[TwinBatchNorm2d]:
-    layers = twin_layers(model)
-    if not layers:
-        raise ValueError("the model has no two-wing batch norm; convert it with convert_twin_bn first")
-    return layers
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_untouched(module: nn.Module | None, *types: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what one of these very ``types`` does, and nothing else."""
-    return type(module) in types and not has_hooks(module) and "forward" not in module.__dict__
-
-
-def unfused_type(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before :func:`twins_fast.fuse_twin_bn`."""
-    return type(module).__dict__.get("unfused_type", type(module))
-
-
 def _alike(residual: Tensor, x: Tensor) -> bool:
     """Whether the op takes this residual."""
     return (
@@ -294,92 +175,3 @@ def _alike(residual: Tensor, x: Tensor) -> bool:
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
-
-
-def _is_plain_bn(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not isinstance(module, TwinBatchNorm2d)
-
-
-def _is_timm_bn_act(module: nn.Module) -> bool:
-    return type(module).__name__ in _TIMM and hasattr(module, "drop") and hasattr(module, "act")
-
-
-def _check_convertible(name: str, module: nn.Module) -> None:
-    if has_hooks(module):
-        raise ValueError(f"cannot convert {name}: it has hooks, which would be lost")
-    if type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_timm_bn_act(module):
-        raise TypeError(f"cannot convert {name}: the forward of {type(module).__qualname__} is not known")
-    if module.running_mean is None:
-        raise ValueError(f"cannot convert {name}: it has no running statistics for the frozen wing to use")
-
-
-def _replace(module: nn.Module, wanted, build, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Depth-first replacement; ``done`` keeps a layer that is shared between two places shared."""
-    if module in done:
-        return done[module]
-    if wanted(module):
-        done[module] = build(module)
-        return done[module]
-    done[module] = module
-    if isinstance(module, TwinBatchNorm2d):  # its frozen wing stays a plain batch norm
-        return module
-    for name, child in list(module._modules.items()):  # named_children() leaves a shared layer's second place out
-        if child is None:
-            continue
-        new = _replace(child, wanted, build, done)
-        if new is not child:
-            setattr(module, name, new)
-    return module
-
-
-def _options(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict:
-    return {
-        "eps": bn.eps,
-        "momentum": bn.momentum,
-        "affine": bn.affine,
-        "track_running_stats": bn.track_running_stats,
-    }
-
-
-def _share(source: nn.BatchNorm2d, target: nn.BatchNorm2d) -> None:
-    """Let ``target`` hold the very parameters and buffers of ``source``."""
-    for name in _ENTRIES:
-        setattr(target, name, getattr(source, name))
-    target.train(source.training)
-
-
-def _twin_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> TwinBatchNorm2d:
-    options = {**_options(bn), "device": bn.running_mean.device, "dtype": bn.running_mean.dtype}
-    if isinstance(bn, nn.SyncBatchNorm):
-        options["process_group"] = bn.process_group or "world"
-    if _is_timm_bn_act(bn):
-        twin: TwinBatchNorm2d = TwinBatchNormAct2d(bn, **options)
-    else:
-        twin = TwinBatchNorm2d(bn.num_features, **options)
-    frozen = twin.main_bn
-    with torch.no_grad():
-        for name in _ENTRIES:
-            if getattr(bn, name) is None:
-                setattr(frozen, name, None)
-            else:
-                getattr(frozen, name).copy_(getattr(bn, name))
-    for name, parameter in frozen.named_parameters():
-        parameter.requires_grad_(getattr(bn, name).requires_grad)
-    _share(bn, twin)
-    return twin
-
-
-def _plain_of(twin: TwinBatchNorm2d) -> nn.BatchNorm2d | nn.SyncBatchNorm:
-    options, group = _options(twin), twin.process_group
-    if group is not None:
-        options["process_group"] = None if group == "world" else group
-    if isinstance(twin, TwinBatchNormAct2d):
-        kind = twin.plain_type
-        if issubclass(kind, nn.SyncBatchNorm) != (group is not None):  # synchronised since, or no longer
-            kind = getattr(sys.modules[kind.__module__], _TIMM[group is not None])
-        bn = kind(twin.num_features, **options)
-        bn.drop, bn.act = twin.drop, twin.act
-    else:
-        bn = (nn.BatchNorm2d if group is None else nn.SyncBatchNorm)(twin.num_features, **options)
-    _share(twin, bn)
-    return bn

@@ -24,8 +24,8 @@ from twins_fast.checkpoints import (
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods.losses import adversarial_loss
 from twins_fast.models import build_model
-from twins_fast.nn.fuse import fuse_twin_bn
-from twins_fast.nn.layers import convert_twin_bn, is_twin
+from twins_fast.nn import convert_twin_bn, fuse_twin_bn
+from twins_fast.nn.wings import is_twin
 from twins_fast.train import assets, data
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipes import Recipe

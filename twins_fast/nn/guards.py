@@ -1,0 +1,55 @@
+"""What a trace of a module's forward cannot see: hooks, replaced forwards, random numbers."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules of the process."""
+    return any(getattr(nn.modules.module, f"_global{name}", None) for name in HOOKS)
+
+
+def is_untouched(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what one of these very ``types`` does, and nothing else."""
+    return type(module) in types and not has_hooks(module) and "forward" not in module.__dict__
+
+
+@contextmanager
+def random_numbers_restored() -> Iterator[list[str]]:
+    """Restore the global generators of Python, NumPy and PyTorch (on the CPU) after the block.
+
+    Yields:
+        a list that holds, once the block has ended, which of ``"random"``, ``"numpy"`` and ``"torch"`` it drew from.
+    """
+    drawn: list[str] = []
+    before = _generator_states()
+    try:
+        yield drawn
+    finally:
+        after = _generator_states()
+        drawn += [name for name, state in before.items() if pickle.dumps(state) != pickle.dumps(after[name])]
+        random.setstate(before["random"])
+        np.random.set_state(before["numpy"])
+        torch.set_rng_state(torch.from_numpy(before["torch"]))
+
+
+def _generator_states() -> dict:
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state().numpy(),
+    }

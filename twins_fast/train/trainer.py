@@ -22,7 +22,7 @@ from twins_fast.checkpoints import (
     write_atomically,
 )
 from twins_fast.evaluation import Accuracy, evaluate
-from twins_fast.methods.losses import adversarial_loss
+from twins_fast.methods import adversarial_loss
 from twins_fast.models import build_model
 from twins_fast.nn.fuse import fuse_twin_bn
 from twins_fast.nn.layers import convert_twin_bn, is_twin

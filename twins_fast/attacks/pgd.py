@@ -137,7 +137,10 @@ class PGD:
                 running statistics in eval mode.
         """
         check_images(images, self.model)
-        largest_label = check_labels(labels, images)
+        return self.perturb(images, labels, check_labels(labels, images), x_init)
+
+    def perturb(self, images: Tensor, labels: Tensor, largest_label: int, x_init: Tensor | None = None) -> Tensor:
+        """A call on a batch that has been checked against the model, ``largest_label`` being the largest of it."""
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
         if torch.is_inference_mode_enabled():
@@ -158,7 +161,7 @@ class PGD:
             warnings.warn(NOTE, stacklevel=2)
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
         if images.device.type == "cpu" and self._nan_gradients:
-            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=2)
+            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=3)
         return x if self.steps else self._project(images, x)
 
     def explain(self, images: Tensor, labels: Tensor | None = None, timed: bool = False) -> Explanation:
@@ -332,15 +335,15 @@ def named_attack(name: str, model: nn.Module, **options) -> PGD:
     """The inner adversary of a method, by name.
 
     Args:
-        name: ``"published"`` (cross-entropy, uniform start: what the TWINS code uses for every
-            method) or ``"trades"`` (KL divergence, 0.001 * N(0, 1) start: the original TRADES one).
+        name: ``"ce"`` (cross-entropy, uniform start: what the TWINS code uses for every method)
+            or ``"trades"`` (KL divergence, 0.001 * N(0, 1) start: the original TRADES one).
         model, options: of :class:`PGD`.
     """
     check_choice("attack", name, ADVERSARIES)
     return PGD(model, **{**ADVERSARIES[name], **options})
 
 
-ADVERSARIES: dict[str, dict] = {"published": {}, "trades": {"loss": "kl", "random_start": "normal"}}
+ADVERSARIES: dict[str, dict] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
 
 
 def _l2_norm(x: Tensor) -> Tensor:

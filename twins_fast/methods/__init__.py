@@ -1,5 +1,21 @@
-"""Training methods and their losses."""
+"""Training methods, one file each."""
 
-from twins_fast.methods.losses import METHODS, adversarial_loss
+from twins_fast.methods.adversarial_loss import adversarial_loss
+from twins_fast.methods.at import AT
+from twins_fast.methods.base import Logits, Method
+from twins_fast.methods.registry import METHODS
+from twins_fast.methods.standard import Standard
+from twins_fast.methods.trades import TRADES
+from twins_fast.methods.twins import TwinsAT, TwinsTRADES
 
-__all__ = ["METHODS", "adversarial_loss"]
+__all__ = [
+    "AT",
+    "METHODS",
+    "TRADES",
+    "Logits",
+    "Method",
+    "Standard",
+    "TwinsAT",
+    "TwinsTRADES",
+    "adversarial_loss",
+]

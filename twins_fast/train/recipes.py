@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from twins_fast.attacks.pgd import ADVERSARIES, ENGINES, NORMS
-from twins_fast.methods.losses import METHODS
+from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES
 from twins_fast.validation import check_choice, check_not_negative
 
@@ -45,7 +45,7 @@ class Recipe:
     warmup: float = 0.3  # fraction of the run, for onecycle
     twins_lambda: float = 1.0
     trades_beta: float = 6.0
-    adversary: str = "published"
+    adversary: str = "ce"
     norm: str = "linf"
     eps: float = 8 / 255
     alpha: float = 2 / 255

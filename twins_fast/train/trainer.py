@@ -22,7 +22,7 @@ from twins_fast.checkpoints import (
     write_atomically,
 )
 from twins_fast.evaluation import Accuracy, evaluate
-from twins_fast.methods.losses import adversarial_loss
+from twins_fast.methods import adversarial_loss
 from twins_fast.models import build_model
 from twins_fast.nn import convert_twin_bn, fuse_twin_bn
 from twins_fast.nn.wings import is_twin

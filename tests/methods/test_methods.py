@@ -1,11 +1,16 @@
 """Losses against their formulas, and what they refuse. The recorded trajectories are in test_golden.py."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from twins_fast import PGD, adversarial_loss, convert_twin_bn, wings
-from twins_fast.methods.losses import METHODS
+from twins_fast.attacks import pgd
+from twins_fast.attacks.pgd import ADVERSARIES
+from twins_fast.methods import AT, METHODS, TwinsAT, base
+from twins_fast.options import known
 
 
 def shifted(images, labels, x_init=None):
@@ -36,12 +41,63 @@ def test_twins_at_weighs_the_frozen_half(tiny_model, batch, rows):
     assert metrics["adaptive_accuracy"] == correct[half:].mean()
 
 
-def test_named_adversaries_differ(tiny_model, batch):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ce", {}), ("published", {}), ("trades", {"loss": "kl", "random_start": "normal"})],
+)
+def test_a_named_adversary_is_that_attack(tiny_model, batch, name, options):
+    models = tiny_model, copy.deepcopy(tiny_model)
     losses = []
-    for name in ("published", "trades"):
+    for model, attack in zip(models, (name, PGD(models[1], **options)), strict=True):
         torch.manual_seed(0)
-        losses.append(adversarial_loss(tiny_model, *batch, method="trades", attack=name)[0].item())
-    assert losses[0] != losses[1]
+        losses.append(adversarial_loss(model, *batch, method="trades", attack=attack)[0].item())
+    assert losses[0] == losses[1]
+
+
+def test_each_adversary_finds_more_of_what_it_maximises(tiny_model, batch):
+    images, labels = batch
+    tiny_model.eval().requires_grad_(False)
+    clean, logits = tiny_model(images), {}
+    for name in ADVERSARIES:
+        torch.manual_seed(0)
+        logits[name] = tiny_model(AT(adversary=name).attack(tiny_model)(images, labels))
+    kl = {name: F.kl_div(found.log_softmax(1), clean.softmax(1), reduction="sum") for name, found in logits.items()}
+    assert F.cross_entropy(logits["ce"], labels) > F.cross_entropy(logits["trades"], labels)
+    assert kl["trades"] > kl["ce"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_object_and_the_short_form_are_one(tiny_model, batch, method):
+    images, labels = batch
+    chosen = known(METHODS[method], frozen_weight=0.3, beta=2.0)
+    model = chosen.prepare(tiny_model).train()
+    twin = copy.deepcopy(model)
+    attack = chosen.attack(model, steps=2, random_start=False)
+    largest_label = chosen.check(model, images, labels)
+    adversarial = chosen.perturb(attack, model, images, labels, largest_label)
+    logits = chosen.forward(model, images, adversarial, largest_label)
+    loss, metrics = chosen.loss(logits, labels), chosen.metrics(logits, labels)
+    short = {"method": method, "attack": PGD(twin, steps=2, random_start=False), "twins_lambda": 0.3}
+    other, other_metrics = adversarial_loss(twin, images, labels, trades_beta=2.0, **short)
+    assert torch.equal(loss, other) and metrics == {k: v for k, v in other_metrics.items() if k != "loss"}
+    assert [id(p) for p in chosen.parameters(model)] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_looks_at_its_batch_once(tiny_model, batch, method, monkeypatch):
+    looked = []
+    for module in (base, pgd):
+        monkeypatch.setattr(module, "check_images", lambda *_, name=module.__name__: looked.append(name))
+    model = METHODS[method]().prepare(tiny_model).train()
+    adversarial_loss(model, *batch, method=method, attack=PGD(model, steps=1))
+    assert looked == [base.__name__]
+
+
+def test_options_of_a_method_are_checked():
+    with pytest.raises(ValueError, match="frozen_weight must be a finite number >= 0, got -1"):
+        TwinsAT(frozen_weight=-1.0)
+    with pytest.raises(ValueError, match="unknown adversary 'cw'"):
+        AT(adversary="cw")
 
 
 def test_gradient_reaches_both_wings(tiny_model, batch):
@@ -81,7 +137,7 @@ def test_bad_options_are_refused(tiny_model, batch, options, message):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_batches_are_refused_before_anything_is_written(tiny_model, batch, method):
-    model = (convert_twin_bn(tiny_model) if method.startswith("twins") else tiny_model).train()
+    model = METHODS[method]().prepare(tiny_model).train()
     counted = model.bn1.num_batches_tracked.clone()
     with pytest.raises(ValueError, match="labels must have shape"):
         adversarial_loss(model, batch[0], batch[1][:4], method=method, attack=shifted)

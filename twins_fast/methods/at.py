@@ -1,0 +1,31 @@
+"""Adversarial training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from twins_fast.attacks import PGD, named_attack
+from twins_fast.attacks.pgd import ADVERSARIES
+from twins_fast.methods.base import Logits, Method
+
+Adversary = Literal[tuple(ADVERSARIES)]
+
+
+@dataclass(frozen=True)
+class AT(Method):
+    """CE(f(x_adv)) (Madry et al., arXiv 1706.06083)."""
+
+    name: ClassVar[str] = "at"
+
+    adversary: Adversary = "ce"
+    """What the attack maximises: cross-entropy from a uniform start (what the TWINS code uses for every method), or
+    the KL divergence from the clean prediction (the original TRADES one)."""
+
+    def attack(self, model: nn.Module, **options) -> PGD:
+        return named_attack(self.adversary, model, **options)
+
+    def loss(self, logits: Logits, labels: Tensor) -> Tensor:
+        return self._cross_entropy(logits.adversarial, labels)

@@ -1,0 +1,129 @@
+"""What a training method is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twins_fast.attacks import PGD
+from twins_fast.nn import TwinBatchNorm2d
+from twins_fast.options import check_options
+from twins_fast.validation import check_images, check_labels, checked_logits
+
+Attack = Callable[..., Tensor]
+
+
+class Logits(NamedTuple):
+    """What the model said in train mode, float32 or float64."""
+
+    adversarial: Tensor  # [B, classes]
+    clean: Tensor | None = None  # [B, classes], of methods that look at clean images too
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method: its options, what it makes of a network, its adversary and its loss.
+
+    One step of it, on a batch that :meth:`check` has looked at::
+
+        images -> perturb -> forward, as [frozen | adaptive] -> loss -> backward -> optimiser step
+
+    A subclass is one file of this folder, gives itself a ``name``, and is listed in ``METHODS``.
+    """
+
+    name: ClassVar[str]
+    wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
+
+    def __post_init__(self):
+        check_options(self)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The network that the method trains, made from a pre-trained one (in place)."""
+        return model
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Those that the optimiser moves."""
+        return list(model.parameters())
+
+    def attack(self, model: nn.Module, **options) -> Attack | None:
+        """The method's adversary against ``model``, with ``options`` of :class:`twins_fast.PGD`; None for none."""
+        raise NotImplementedError
+
+    def check(self, model: nn.Module, images: Tensor, labels: Tensor) -> int:
+        """Require a batch that the model and the method can take; return the largest label (-1 if none).
+
+        Args:
+            model: in train mode, with two-wing layers in mix mode if the method has two wings.
+            images: [B, C, H, W] floating point in [0, 1].
+            labels: [B] int64.
+
+        Raises:
+            TypeError, ValueError: bad images or labels, too few of them, a model whose wings do not fit.
+        """
+        check_images(images, model)
+        largest_label = check_labels(labels, images)
+        self._check_wings(model)
+        if len(images) < self.wings:
+            raise ValueError(f"method {self.name!r} needs at least {self.wings} image(s), got {len(images)}")
+        return largest_label
+
+    def perturb(
+        self,
+        attack: Attack | None,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        largest_label: int,
+        x_init: Tensor | None = None,
+    ) -> Tensor:
+        """The adversarial images [B, C, H, W] of a checked batch."""
+        if type(attack) is PGD and attack.model is model:
+            return attack.perturb(images, labels, largest_label, x_init)
+        return attack(images, labels, x_init=x_init)
+
+    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: int) -> Logits:
+        """Run the model on what the loss needs, adversarial images first."""
+        return Logits(checked_logits(model(adversarial), len(images), largest_label))
+
+    def loss(self, logits: Logits, labels: Tensor) -> Tensor:
+        """The training loss, a scalar."""
+        raise NotImplementedError
+
+    def metrics(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
+        """Detached accuracies in [0, 1] on the images that were trained on."""
+        return {"accuracy": correct(logits, labels).mean()}
+
+    def parts(self, rows: int) -> list[tuple[float, slice]]:
+        """The weight and the rows of each wing's part of the batch."""
+        return [(1.0, slice(0, rows))]
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """A mean over the rows of each part, weighted and summed."""
+        return sum(weight * F.cross_entropy(logits[part], labels[part]) for weight, part in self.parts(len(labels)))
+
+    def _check_wings(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
+        mixing = [layer.wing == "mix" or (layer.wing is None and layer.training) for layer in layers]
+        if self.wings == 1 and any(mixing):
+            raise ValueError(
+                f"method {self.name!r} sends the whole batch through one batch norm, but the model's two-wing layers "
+                'are in mix mode; use revert_twin_bn, or wings(model, "adaptive")'
+            )
+        if self.wings == 1:
+            return
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(f"method {self.name!r} cannot use nn.DataParallel: each replica would split its own rows")
+        if not (layers and all(mixing)):
+            state = (
+                "has no two-wing layers (see convert_twin_bn)" if not layers else "is not in mix mode (call train())"
+            )
+            raise ValueError(f"method {self.name!r} needs two-wing layers in mix mode, but the model {state}")
+
+
+def correct(logits: Logits, labels: Tensor) -> Tensor:
+    """[B] float: 1 where the logits that were trained on are right."""
+    return (logits.adversarial.detach().argmax(1) == labels).float()

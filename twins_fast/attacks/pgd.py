@@ -15,6 +15,7 @@ from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.program import Engine, Program, unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
+from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
 from twins_fast.validation import (
     check_choice,
@@ -158,7 +159,7 @@ class PGD:
         if not isinstance(program, Program):
             x, blocks = self._eager(images, labels, largest_label, x)
         if blocks and not self._clamp_is_known:
-            warnings.warn(NOTE, stacklevel=2)
+            warnings.warn(NOTE, stacklevel=3)
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
         if images.device.type == "cpu" and self._nan_gradients:
             warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=3)
@@ -181,7 +182,7 @@ class PGD:
 
     def _clamp_blocks(self, images: Tensor) -> bool:
         """Whether a clamp of the images, in a forward of one of them, passes no gradient at 0 and 1."""
-        with torch.no_grad(), ClampMode(images.shape[1], replace=False) as mode:
+        with random_numbers_restored(), torch.no_grad(), ClampMode(images.shape[1], replace=False) as mode:
             unwrapped(self.model)(images[:1])
         return mode.blocks
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from tests.kernels.test_twin_bn import DEVICE, RELEASES, host, results, subprocess_of_python
 from twins_fast.attacks import PGD
-from twins_fast.attacks.engine import program as engine
+from twins_fast.attacks.engine import cache
+from twins_fast.attacks.engine import program as programs
 from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
-from twins_fast.attacks.engine.executors.torch import Input, Leaves, State
+from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
 from twins_fast.attacks.engine.plan import Convolution, Stage
 from twins_fast.models import CifarResNet
 from twins_fast.ops import native
@@ -25,10 +26,10 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 3, 3), (3, 17, 4, 2), (2, 64, 3, 2)
 FENCE = 64
 
 
-def leaves_cuda():
-    from twins_fast.attacks.engine.executors import cuda as leaves_cuda  # imports Triton
+def cuda():
+    from twins_fast.attacks.engine.executors import cuda as cuda  # imports Triton
 
-    return leaves_cuda
+    return cuda
 
 
 @host
@@ -96,7 +97,7 @@ def packed(mask):
 
 
 def both(dtype):
-    return Leaves(dtype, torch.device(DEVICE)), leaves_cuda().CudaLeaves(dtype, torch.device(DEVICE))
+    return TorchExecutor(dtype, torch.device(DEVICE)), cuda().CudaExecutor(dtype, torch.device(DEVICE))
 
 
 def close(got, want, dtype):
@@ -153,7 +154,7 @@ def test_affine_of_a_gated_gradient():
     memory, shape = Memory(torch.float32), (2, 11, 3, 5)
     g, other, (bytes_, bits) = memory.values(shape), memory.values(shape), memory.bits(shape)
     scale, got = torch.randn(11, device=DEVICE), memory.empty(shape)
-    leaves_cuda().attack.pointwise(g, got, (30, 11), gate=bits, scale=scale, other=other)
+    cuda().attack.pointwise(g, got, (30, 11), gate=bits, scale=scale, other=other)
     gate = bytes_.view(2, 3, 5, 11).permute(0, 3, 1, 2)
     close(got, g * gate * scale.view(-1, 1, 1) + other, torch.float32)
 
@@ -229,7 +230,7 @@ def test_product(inner, channels, dtype):
     for each in (want_state, state):
         each.convolution.fold(weight, None)
         each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
-    way = leaves_cuda().attack.INTERPRETER_PRODUCT
+    way = cuda().attack.INTERPRETER_PRODUCT
     state.convolution.way = lambda backward, launch: way
     for images in (1, 5):
         before, after = (images, inner, *size), (images, channels, *size)
@@ -251,7 +252,7 @@ def test_product(inner, channels, dtype):
 
 @results
 def test_64_bit_offsets(monkeypatch):
-    monkeypatch.setattr(leaves_cuda().attack, "_WIDE", 0)
+    monkeypatch.setattr(cuda().attack, "_WIDE", 0)
     test_finish_and_affine(SHAPES[1], torch.bfloat16)
     test_max_pool(*WINDOWS[2], torch.float32)
     test_avg_pool((3, 2), (2, 1), torch.float32)
@@ -285,7 +286,7 @@ def check_pixels(program, resized, dtype, native=False):
     ]
     shape = (3, *size)
     truth = Input(steps, shape, resized)
-    ours = leaves_cuda().CudaLeaves(dtype, torch.device(DEVICE)).input(steps, shape, resized)
+    ours = cuda().CudaExecutor(dtype, torch.device(DEVICE)).input(steps, shape, resized)
     ours.bind(native)
     clean = torch.rand(3, *shape, generator=memory.generator)
     x = (clean + 0.1 * torch.randn(clean.shape, generator=memory.generator)).clamp(0, 1)
@@ -315,13 +316,13 @@ def check_pixels(program, resized, dtype, native=False):
 
 @results
 def test_inputs_that_have_no_kernel():
-    ours = leaves_cuda().CudaLeaves(torch.float32, torch.device(DEVICE))
+    ours = cuda().CudaExecutor(torch.float32, torch.device(DEVICE))
     assert type(ours.input([], (5, 4, 4), None)) is Input
     assert type(ours.input([("add", 1.0)] * 9, (3, 4, 4), None)) is Input
 
 
 class Network(nn.Module):
-    """All kinds of stages: an enlarged normalised image, both poolings, batch norm by itself, sums, a segment."""
+    """All kinds of stages: an upsampled normalised image, both poolings, batch norm by itself, sums, a segment."""
 
     def __init__(self):
         super().__init__()
@@ -357,16 +358,16 @@ def test_whole_plans(number, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.rand(2, 3, 8, 8, generator=generator).to(DEVICE), torch.tensor([0, 3], device=DEVICE)
     found, amp = [], None if dtype == torch.float32 else dtype
-    for leaves in (Leaves, leaves_cuda().CudaLeaves):
-        monkeypatch.setattr(engine, "leaves_for", leaves)
-        program = engine.Engine().program(model, images, dtype)
+    for executor in (TorchExecutor, cuda().CudaExecutor):
+        monkeypatch.setattr(cache, "executor_for", executor)
+        program = cache.PlanCache().program(model, images, dtype)
         program.fold(model)
         with torch.no_grad():
             logits, bound = program.logits(images), program.bound(2)
             program.input.prepare(images, bound.image)
-            engine._run(bound.forward)
+            programs._run(bound.forward)
             bound.logits_gradient.copy_(torch.linspace(-1, 1, 8).view(2, 4))
-            engine._run(bound.backward)
+            programs._run(bound.backward)
             gradient = program.input.gradient(images, bound.image_gradient)
             program._release()
         found.append((logits, gradient))
@@ -431,16 +432,18 @@ class Device:
 def device(monkeypatch):
     """Attacks on the CPU go through graphs."""
     device = Device(monkeypatch)
-    init, graphed = engine.Program.__init__, engine.Program.graphed
+    init, graphed = programs.Program.__init__, programs.Program.graphed
 
     def program(self, *arguments):
         init(self, *arguments)
         self._graphs = GraphedAttack(torch.device("cuda"))
 
-    monkeypatch.setattr(engine, "leaves_for", Leaves)
-    monkeypatch.setattr(engine.Program, "__init__", program)
+    monkeypatch.setattr(cache, "executor_for", TorchExecutor)
+    monkeypatch.setattr(programs.Program, "__init__", program)
     monkeypatch.setattr(
-        engine.Program, "graphed", lambda self, o, m, attack, given: graphed(self, o, m, device.recorded(attack), given)
+        programs.Program,
+        "graphed",
+        lambda self, o, m, attack, given: graphed(self, o, m, device.recorded(attack), given),
     )
     return device
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attacks import objectives
+from twins_fast.attacks.engine.cache import PlanCache
 from twins_fast.attacks.engine.explain import Explanation, explain
-from twins_fast.attacks.engine.program import Engine, Program, unwrapped
+from twins_fast.attacks.engine.program import Program
+from twins_fast.attacks.engine.watch import unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
@@ -106,7 +108,7 @@ class PGD:
         self.generator = generator
         self.targeted = targeted
         self.engine = engine
-        self._engine = Engine()
+        self._cache = PlanCache()
         self._nan_gradients: Tensor | int = 0
         self._clamp_is_known = False  # once it is, the user has been told of it
 
@@ -115,10 +117,10 @@ class PGD:
         return int(self._nan_gradients)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _engine=Engine())
+        self.__dict__.update(state, _cache=PlanCache())
 
     def __call__(self, images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Tensor:
         """Attack ``images``.
@@ -150,7 +152,7 @@ class PGD:
         x = self._start(images) if x_init is None else _checked_start(x_init, images)
         if images.shape[0] == 0:
             return x
-        with self._engine.lock:
+        with self._cache.lock:
             with in_mode(self.model, training=False):  # which may change parameters
                 program = self._program(images)
                 if isinstance(program, Program):
@@ -174,7 +176,7 @@ class PGD:
             timed: also measure every step.
         """
         check_images(images, self.model)
-        with self._engine.lock, in_mode(self.model, training=False):
+        with self._cache.lock, in_mode(self.model, training=False):
             program = self._program(images.detach())
             blocks = program.blocks_bounds if isinstance(program, Program) else self._clamp_blocks(images)
             notes = (NOTE,) if blocks else ()
@@ -191,8 +193,8 @@ class PGD:
 
         Only needed where a forward takes something from globals or closures, which cannot be seen to change.
         """
-        with self._engine.lock:
-            self._engine.forget()
+        with self._cache.lock:
+            self._cache.forget()
 
     def _program(self, images: Tensor) -> Program | str:
         """What runs the attack, or why it is eager."""
@@ -204,7 +206,7 @@ class PGD:
             return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
         kind = images.device.type
         ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        program = self._engine.program(unwrapped(self.model), images, self.amp_dtype or ambient)
+        program = self._cache.program(unwrapped(self.model), images, self.amp_dtype or ambient)
         if self.engine == "plan" and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
         return program

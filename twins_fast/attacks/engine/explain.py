@@ -122,7 +122,7 @@ def _op(stage: Stage) -> str:
         found[0] = f"{g.kernel[0]}x{g.kernel[1]} {g.in_channels}->{g.out_channels}"
         found[0] += f" /{g.stride[0]}" if g.stride != (1, 1) else ""
         found[0] += f" groups {g.groups}" if g.groups > 1 else ""
-        found[0] += f" of {g.upsample[0]}x enlarged" if g.upsample != (1, 1) else ""
+        found[0] += f" of {g.upsample[0]}x upsampled" if g.upsample != (1, 1) else ""
         found += ["folded batch norm"] if "norm" in stage.options else []
     found += ["sum"] if stage.other is not None else []
     found += ["ReLU"] if stage.relu else []
@@ -132,7 +132,7 @@ def _op(stage: Stage) -> str:
 def _runs(program: Program, state) -> str:
     if state.stage.kind == "segment":
         return "PyTorch autograd (not planned)"
-    return state.convolution.runs if state.convolution is not None else program.leaves.name
+    return state.convolution.runs if state.convolution is not None else program.executor.name
 
 
 def _operations(stage: Stage) -> int:

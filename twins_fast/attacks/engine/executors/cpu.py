@@ -1,4 +1,4 @@
-"""Leaves of the C++ kernels: convolutions with everything around them in one pass, ReLU masks of one bit."""
+"""TorchExecutor of the C++ kernels: convolutions with everything around them in one pass, ReLU masks of one bit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from twins_fast.attacks.engine.convolution import Convolution, axis_backward, axis_forward
+from twins_fast.attacks.engine.executors.pixels import Input, sources_of
 from twins_fast.attacks.engine.executors.torch import (
-    Input,
-    Leaves,
     Run,
     State,
     Tensors,
     TorchConvolution,
+    TorchExecutor,
     bytes_of_bits,
     check_status,
     dense,
     name_of,
     pointer_of,
     rows_of,
-    sources_of,
     window_of,
 )
-from twins_fast.attacks.engine.plan import Convolution, Value, axis_backward, axis_forward
+from twins_fast.attacks.engine.plan import Value
 from twins_fast.ops import native
 
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
@@ -201,18 +201,20 @@ class LibraryConvolution(TorchConvolution):
     def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
         super().__init__(geometry, dtype, device)
         g = geometry
-        self._turned = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.kernel, g.padding, strict=True)]
-        self._plain = g.stride == (1, 1) and min(self._turned) >= 0
+        self._flipped_padding = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.kernel, g.padding, strict=True)]
+        self._plain = g.stride == (1, 1) and min(self._flipped_padding) >= 0
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         super().fold(weight, scale)
         g = self.geometry
         self._forward = self._reordered(self.weight, g.padding, (4, g.in_channels, *g.in_size))
         if self._plain:
-            # The input gradient is a convolution with the weights turned round and transposed within each group.
+            # The input gradient is a convolution with the weights flipped and transposed within each group.
             grouped = self.weight.view(g.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flip(3, 4)
             self._backward = self._reordered(
-                grouped.reshape(g.in_channels, -1, *g.kernel), self._turned, (4, g.out_channels, *g.out_size)
+                grouped.reshape(g.in_channels, -1, *g.kernel),
+                self._flipped_padding,
+                (4, g.out_channels, *g.out_size),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ class LibraryConvolution(TorchConvolution):
     def backward(self, gradient: Tensor) -> Tensor:
         if not self._plain:
             return super().backward(gradient)
-        return self._run(gradient, self._backward, self._turned)
+        return self._run(gradient, self._backward, self._flipped_padding)
 
     def _reordered(self, weight: Tensor, padding, shape) -> Tensor:
         g = self.geometry
@@ -238,7 +240,7 @@ class LibraryConvolution(TorchConvolution):
         )
 
 
-class CpuLeaves(Leaves):
+class CpuExecutor(TorchExecutor):
     """Every step in C++; convolutions in groups, or where the CPU has a matrix unit, by oneDNN."""
 
     name = "C++"

@@ -1,4 +1,4 @@
-"""Leaves of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
+"""TorchExecutor of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """
@@ -11,23 +11,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from twins_fast.attacks.engine.convolution import Convolution
+from twins_fast.attacks.engine.executors.pixels import Input, sources_of
 from twins_fast.attacks.engine.executors.torch import (
-    Input,
-    Leaves,
     Run,
     State,
     Tensors,
     TorchConvolution,
+    TorchExecutor,
     bytes_of_bits,
     check_status,
     dense,
     name_of,
     pointer_of,
     rows_of,
-    sources_of,
     window_of,
 )
-from twins_fast.attacks.engine.plan import Convolution, Value
+from twins_fast.attacks.engine.plan import Value
 from twins_fast.kernels import attack, tuning
 from twins_fast.ops import native
 
@@ -64,7 +64,7 @@ class CudaConvolution(TorchConvolution):
         return self._way[backward]
 
 
-class CudaLeaves(Leaves):
+class CudaExecutor(TorchExecutor):
     """Every step but convolutions in Triton or CUDA, ReLU masks of one bit."""
 
     name = "Triton"

@@ -1,22 +1,22 @@
-"""What runs the steps of a plan: each leaf binds tensors once and gives a function without arguments.
+"""What runs the steps of a plan: each operation binds tensors once and gives a function without arguments.
 
-:class:`Leaves` is plain PyTorch, for any device: the truth that the kernels are tested against.
+:class:`TorchExecutor` is plain PyTorch, for any device: the truth that the kernels are tested against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twins_fast.attacks.engine.capture import Param, Ref, map_values
-from twins_fast.attacks.engine.plan import Convolution, Stage, Value
-from twins_fast.models.clamp import clamp
+from twins_fast.attacks.engine.convolution import Convolution
+from twins_fast.attacks.engine.executors.pixels import Input
+from twins_fast.attacks.engine.executors.segment import Segment
+from twins_fast.attacks.engine.plan import Stage, Value
 
 Run = Callable[[], None]
 Tensors = dict[str, Any]  # role -> tensor, list of tensors or None; "rows" -> number of images
@@ -71,7 +71,7 @@ class TorchConvolution:
         return dx.to(gradient.dtype)
 
 
-class Leaves:
+class TorchExecutor:
     """Plain PyTorch: masks of one byte per value."""
 
     name = "PyTorch"
@@ -211,14 +211,6 @@ def check_status(name: str, status: str) -> None:
         raise RuntimeError(f"{name}: {status}")
 
 
-def sources_of(small: int, big: int) -> list[int]:
-    """Which of ``small`` rows each of ``big`` rows shows, by PyTorch itself."""
-    if small == big:
-        return list(range(small))
-    index = torch.arange(small, dtype=torch.float32).view(1, 1, small)
-    return F.interpolate(index, size=big, mode="nearest").flatten().int().tolist()
-
-
 def rows_of(y: Tensor) -> tuple[int, int]:
     channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
     return y.numel() // channels, channels
@@ -232,125 +224,3 @@ def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class Input:
-    """The image's way into the network: arithmetic per channel, nearest-neighbour enlargement, cast, layout.
-
-    Args:
-        program: of ``("clamp", low, high, derivative at the bounds)`` and ``(add | sub | mul | div, number or [C])``.
-        shape: of one image.
-        resized: its size after enlargement, or None.
-    """
-
-    def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
-        self.steps = program
-        self.shape = shape
-        self.resized = resized
-
-    def prepare(self, x: Tensor, out: Tensor) -> None:
-        """Float32 images in [0, 1] -> what the first layer reads."""
-        out.copy_(self._apply(x))
-
-    def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with respect to ``x``, from that with respect to what :meth:`prepare` wrote."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self._apply(x), x, gradient.float())[0]
-
-    def sign_step(
-        self, x: Tensor, clean: Tensor, gradient: Tensor, alpha: float, eps: float, nan: Tensor, out: Tensor
-    ) -> None:
-        """One L-infinity step on ``x`` in place, and :meth:`prepare` into ``out``.
-
-        A pixel whose gradient is NaN stays as it is, and is counted in ``nan`` [N] int64.
-        """
-        d = self.gradient(x, gradient)
-        bad = d.isnan()
-        nan += bad.flatten(1).sum(1)
-        moved = (x + alpha * d.sign()).clamp(clean - eps, clean + eps).clamp_(0, 1)
-        x.copy_(torch.where(bad, x, moved))
-        self.prepare(x, out)
-
-    def _apply(self, x: Tensor) -> Tensor:
-        for kind, *arguments in self.steps:
-            if kind == "clamp":
-                low, high, at_bounds = arguments
-                x = clamp(x, low, high) if at_bounds else F.hardtanh(x, low, high)
-            else:
-                other = arguments[0]
-                other = other.view(-1, 1, 1) if isinstance(other, Tensor) else other
-                x = getattr(torch, kind)(x, other)
-        return x if self.resized is None else F.interpolate(x, size=self.resized, mode="nearest")
-
-
-@dataclass
-class Segment:
-    """Operations that are not planned: run as they are, differentiated by PyTorch, under autocast in half precision.
-
-    Attributes:
-        parameters: name -> tensor, filled in by every attack call.
-        carried: results of this segment that later ones read outside autograd; shared by all segments of a plan.
-    """
-
-    stage: Stage
-    dtype: torch.dtype
-    device: torch.device
-    shapes: dict[int, tuple[int, ...]]  # of the nodes that it takes
-    carried: dict
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    rows: int = 0
-    _given: list[Tensor] = field(default_factory=list)
-    _taken: list[Tensor] = field(default_factory=list)
-
-    def names(self) -> Iterable[str]:
-        """Of the parameters that it reads."""
-        found: dict[str, None] = {}
-        for _, node in self.stage.nodes:
-            map_values(
-                lambda v: found.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
-            )
-        return found
-
-    def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        stage = self.stage
-        half = self.dtype != torch.float32
-        autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
-        self.rows = rows
-        by_value = dict(zip(stage.inputs, inputs, strict=True))
-        with torch.enable_grad(), autocast:
-            # With .data each gets a version of its own: others write elsewhere in the arena until the backward pass.
-            leaves = {value: tensor.data.requires_grad_() for value, tensor in by_value.items()}
-            values: dict = dict(self.carried)
-            for index, value in stage.options["takes"].items():
-                if value is not None:
-                    values[index] = leaves[value].view(self.rows, *self.shapes[index])
-            for index, node in stage.nodes:
-                values[index] = self._call(node, values)
-        self._taken = list(leaves.values())
-        self._given = [values[index] for index in stage.options["gives"]]
-        for tensor, output in zip(self._given, outputs, strict=True):
-            output.copy_(tensor.detach())
-        self.carried.update((i, values[i]) for i in stage.options["keeps"])
-
-    def backward(self, gradients: list[Tensor], made: list[Tensor]) -> None:
-        pairs = [(t, g) for t, g in zip(self._given, gradients, strict=True) if g is not None and t.requires_grad]
-        given = [(t, g.view(t.shape).to(t.dtype)) for t, g in pairs]
-        found = torch.autograd.grad([t for t, _ in given], self._taken, [g for _, g in given], allow_unused=True)
-        for slot, gradient in zip(made, found, strict=True):
-            slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
-        self.release()
-
-    def release(self) -> None:
-        """Forget PyTorch's graph."""
-        self._given, self._taken = [], []
-
-    def _call(self, node, values: dict):
-        if node.op == "rows":
-            return self.rows
-
-        def real(v):
-            return values[v.index] if isinstance(v, Ref) else self.parameters[v.name]
-
-        target, arguments, keywords = node.call
-        return target(*map_values(real, arguments), **map_values(real, keywords))

@@ -1,0 +1,233 @@
+"""Every call sees the model as it is then."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.attacks.engine.helpers import (
+    STEP,
+    Doubled,
+    Net,
+    assert_same_step,
+    data,
+    lively,
+    net,
+    program_of,
+    small,
+)
+from twins_fast import PGD, convert_twin_bn, fuse_twin_bn, wings
+from twins_fast.attacks.engine import cache, program
+from twins_fast.models import CifarResNet
+
+
+def double_weights(model):
+    model.conv1.weight.data *= 2
+
+
+def rebind_data(model):
+    model.conv1.weight.data = model.conv1.weight.data.clone() * 2
+
+
+def rebind_parameter(model):
+    model.conv1.weight = nn.Parameter(model.conv1.weight.detach() * 2)
+
+
+def rebind_buffer(model):
+    model.bn1.running_mean = model.bn1.running_mean + 0.3
+
+
+def new_statistics(model):
+    model.train()(data(4)[0])
+    model.eval()
+
+
+def optimiser_step(model):
+    x, y = data(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def load_other_state(model):
+    model.load_state_dict(lively(copy.deepcopy(model), seed=9).state_dict())
+
+
+def other_normalisation(model):
+    model.mean += 0.1
+
+
+def other_eps(model):
+    model.bn1.eps = 0.5
+
+
+def other_module(model):
+    model.relu = nn.SiLU()
+
+
+def other_forward(model):
+    forward = type(model).forward
+    model.forward = lambda images: forward(model, images.flip(3))
+
+
+def other_head(model):
+    model.fc_downstream = nn.Linear(16, 12)
+
+
+CHANGES = [double_weights, rebind_data, rebind_parameter, rebind_buffer, new_statistics, optimiser_step,
+           load_other_state, other_normalisation, other_eps, other_module, other_forward, other_head]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_are_seen_at_the_next_call(change):
+    model = small()
+    x, y = data(4)
+    attack = PGD(model, engine="plan", **STEP)
+    before = attack(x, y)
+    change(model)
+    after = attack(x, y)
+    assert torch.equal(after, PGD(model, engine="plan", **STEP)(x, y))
+    assert not torch.equal(after, before)
+    assert_same_step(model.eval(), x, y)
+
+
+def test_wing_is_the_one_that_evaluation_uses():
+    model = fuse_twin_bn(convert_twin_bn(small()))
+    x, y = data(4)
+    with torch.no_grad():
+        model.bn1.weight *= -1
+    attack = PGD(model, engine="plan", **STEP)
+    with wings(model, "frozen"):
+        frozen = attack(x, y)
+        assert_same_step(model, x, y)
+    adaptive = attack(x, y)
+    assert_same_step(model, x, y)
+    assert not torch.equal(frozen, adaptive)
+    with wings(model.train(), "frozen"):
+        assert torch.equal(attack(x, y), frozen)
+
+
+def test_other_shapes_and_precisions_get_their_own_plan():
+    model = small()
+    attack = PGD(model, engine="plan", **STEP)
+    for size in (32, 16, 32, 20):
+        x, y = data(3, size)
+        assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = attack(x, y)
+    attack.amp_dtype = torch.bfloat16
+    assert torch.equal(attack(x, y), half)
+
+
+def test_batch_sizes_share_a_plan(monkeypatch):
+    captures = []
+    real = cache.capture
+    monkeypatch.setattr(cache, "capture", lambda *a: captures.append(1) or real(*a))
+    model = small()
+    attack = PGD(model, engine="plan", **STEP)
+    whole, labels = data(40)
+    everything = attack(whole, labels)
+    for images in (1, 2, 3, 5, 7, 11, 16, 23, 31, 40):
+        assert torch.equal(attack(whole[:images], labels[:images]), everything[:images])
+    assert len(captures) == 1
+    found = program_of(attack, whole)
+    assert len(found._bound) <= program.KEPT_SIZES and len(attack._cache._plans) == 1
+
+
+def test_plans_are_bounded():
+    attack = PGD(small(), engine="plan", **STEP)
+    for size in (8, 12, 16, 20, 24, 28):
+        attack(*data(2, size))
+    assert len(attack._cache._plans) == cache.KEPT_PLANS
+
+
+def test_a_model_that_changes_at_every_call_is_left_alone():
+    class Restless(Doubled):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.body(x)
+
+    attack = PGD(Restless(small()), **STEP)
+    x, y = data(2)
+    for _ in range(cache.RESTLESS + 2):
+        attack.model.calls += 1
+        attack(x, y)
+    assert "from call to call" in attack.explain(x).reason
+
+
+def separate_layers(m):
+    m.c3 = copy.deepcopy(m.c2)
+    m.c3.weight.data.neg_()
+
+
+def separate_weights(m):
+    m.c3.weight = nn.Parameter(-m.c2.weight.detach())
+
+
+def set_scale(m):
+    m.cfg.scale = -3.0
+
+
+def set_number(m):
+    m.number.fill_(-3)
+
+
+def set_class(m):
+    type(m).forward = lambda self, x: -self.top(self.c1(x).relu())
+
+
+@pytest.mark.parametrize("change", [separate_layers, separate_weights, set_scale, set_number, set_class])
+def test_changes_of_structure_are_seen(change):
+    def forward(m, x):
+        return m.top(m.c3(m.c2(m.c1(x)).relu()).relu() * m.cfg.scale * float(m.number))
+
+    model = net(forward)
+    model.c3 = model.c2
+    if change is separate_weights:
+        model.c3 = nn.Conv2d(8, 8, 3, padding=1)
+        model.c3.weight, model.c3.bias = model.c2.weight, model.c2.bias
+    x, y = data(4, 8)
+    attack = PGD(model, **STEP)
+    attack(x, y)
+    change(model)
+    assert torch.equal(attack(x, y), PGD(model, **STEP)(x, y))
+
+
+def test_a_model_that_merges_weights_in_eval_mode():
+    class Merging(Net):
+        def train(self, mode=True):
+            if self.training != mode:
+                self.c1.weight.data.mul_(-0.5 if not mode else -2)
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.top(self.c1(x).relu())
+
+    model = Merging()
+    x, y = data(4, 8)
+    attack = PGD(model, engine="plan", **STEP)
+    first = attack(x, y)
+    assert torch.equal(attack(x, y), first)
+    assert (first == PGD(model, engine="eager", **STEP)(x, y)).float().mean() > 0.999
+
+
+def test_another_model_of_the_same_attack():
+    x, y = data(4)
+    attack = PGD(small(), engine="plan", **STEP)
+    attack(x, y)
+    attack.model = lively(CifarResNet(10, width=16, blocks=(1,)), seed=4)
+    assert torch.equal(attack(x, y), PGD(attack.model, engine="plan", **STEP)(x, y))
+
+
+def test_forgetting_frees_the_plans():
+    attack = PGD(small(), engine="plan", **STEP)
+    reference = weakref.ref(program_of(attack, data()[0]))
+    attack.forget()
+    gc.collect()
+    assert reference() is None

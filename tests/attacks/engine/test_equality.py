@@ -1,0 +1,262 @@
+"""The plan computes what eager does."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import Bottleneck
+
+from bench import networks
+from tests.attacks.engine.helpers import (
+    STEP,
+    Doubled,
+    assert_same_step,
+    data,
+    lively,
+    loss_of,
+    program_of,
+    small,
+    ten_steps,
+)
+from twins_fast import PGD
+from twins_fast.attacks.engine import cache, program
+from twins_fast.attacks.engine.executors.torch import TorchExecutor
+from twins_fast.checkpoints import load_pretrained, read_state_dict
+from twins_fast.models import TransferResNet, build_model
+from twins_fast.ops import native
+from twins_fast.train import assets
+
+
+def timm_model(name):
+    timm = pytest.importorskip("timm")
+    return timm.create_model(name, num_classes=10)
+
+
+TV = torchvision.models
+
+
+ARCHITECTURES = {
+    "resnet18": (lambda: TV.resnet18(num_classes=10), 64, set()),
+    "resnet50": (lambda: TV.resnet50(num_classes=10), 64, set()),
+    "wide_resnet50_2": (lambda: TV.wide_resnet50_2(num_classes=10), 64, set()),
+    "resnext50": (lambda: TV.resnext50_32x4d(num_classes=10), 64, set()),
+    "densenet121": (lambda: TV.densenet121(num_classes=10), 64, {"cat"}),
+    "vgg16_bn": (lambda: TV.vgg16_bn(num_classes=10), 32, {"adaptive_avg_pool2d, flatten"}),
+    "mobilenet_v2": (lambda: TV.mobilenet_v2(num_classes=10), 64, {"hardtanh"}),
+    "timm resnet26": (lambda: timm_model("resnet26"), 64, set()),
+    "timm efficientnet_b0": (lambda: timm_model("efficientnet_b0"), 64, {"silu", "sigmoid, mul"}),
+    "preact_resnet18": (lambda: networks.preact_resnet18(10), 32, set()),
+    "wrn_28_10": (lambda: networks.wide_resnet(28, 10, 10), 32, set()),
+    "cifar_resnet18": (lambda: networks.cifar_resnet18(10), 32, set()),
+    "vit_b_16": (lambda: TV.vit_b_16(num_classes=10, image_size=64), 64, None),
+    "convnext_tiny": (lambda: TV.convnext_tiny(num_classes=10), 64, None),
+    "resnet50 of upsampled images": (lambda: build_model("resnet50", 10, upsample=112), 16, set()),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_takes_the_plan_and_equals_eager(name):
+    build, size, left = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = lively(build(), size=size)
+    x, y = data(2, size)
+    assert_same_step(model, x, y)
+    # A small ball: a deep random network magnifies what ten steps make of one roundoff, a trained one does not.
+    losses = ten_steps(model, x, y, eps=1 / 255, alpha=0.25 / 255)
+    assert losses["plan"] == pytest.approx(losses["eager"], abs=1e-4)
+    report = PGD(model).explain(x)
+    assert report.engine == "plan"
+    found = {layer["op"] for layer in report.layers if "not planned" in layer["runs"]}
+    assert left is None or found == left
+
+
+@pytest.mark.skipif(native._C is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", ["resnet50", "cifar_resnet18", "resnet50 of upsampled images"])
+def test_convolutions_of_a_matrix_unit(name, monkeypatch):
+    """On a CPU that has one they are oneDNN's; here with vectors, and in float32, to compare them."""
+    monkeypatch.setattr("twins_fast.attacks.engine.executors.cpu.has_matrix_unit", lambda dtype: True)
+    build, size, _ = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = lively(build(), size=size)
+    x, y = data(2, size)
+    assert_same_step(model, x, y)
+    runs = {layer["op"].split(" + ")[0]: layer["runs"] for layer in PGD(model).explain(x).layers}
+    inner = {op: run for op, run in runs.items() if op[0] in "13" and not op.endswith("->10")}
+    first = "3x3 3->64"
+    assert len(inner) > 5 and all(run == ("C++ gemm" if op == first else "oneDNN") for op, run in inner.items())
+
+
+def test_a_robust_network_on_real_images():
+    robust = build_model("cifar-resnet18-w16", 5)
+    load_pretrained(robust, read_state_dict(assets.NETWORK))
+    nn.init.normal_(robust.fc_downstream.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    x = torch.from_numpy(assets.read_images()[0][:64]).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        y = robust.eval()(x).argmax(1)
+    assert_same_step(robust, x, y)
+    losses = ten_steps(robust, x, y)
+    assert losses["plan"] == pytest.approx(losses["eager"], abs=1e-4) and losses["plan"] > loss_of(robust, x, y) + 0.1
+
+
+def test_everything_around_convolutions_is_fused():
+    report = PGD(small()).explain(data()[0])
+    assert all(layer["op"].startswith(("3x3", "1x1", "mean")) for layer in report.layers)
+    assert sum("sum + ReLU" in layer["op"] for layer in report.layers) == 2
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_attacks_as_well(half):
+    model = small()
+    x, y = data(16)
+    made = {}
+    for dtype in (None, half):
+        attack = PGD(model, engine="plan", amp_dtype=dtype, generator=torch.Generator().manual_seed(0))
+        made[dtype] = attack(x, y)
+        assert (made[dtype] - x).abs().max() <= 8 / 255 + 1e-6 and made[dtype].min() >= 0 and made[dtype].max() <= 1
+    assert loss_of(model, made[half], y) == pytest.approx(loss_of(model, made[None], y), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "l2", "eps": 0.5, "alpha": 0.1}, {"norm": "l2-sign", "eps": 0.5, "alpha": 0.01}, {"loss": "dlr"},
+     {"loss": "kl"}, {"targeted": True}, {"loss": "dlr", "targeted": True}, {"steps": 0}],
+    ids=str,
+)  # fmt: skip
+def test_every_kind_of_attack(options):
+    model = small()
+    x, y = data(4)
+    made = []
+    for kind in ("plan", "eager"):
+        torch.manual_seed(5)
+        made.append(PGD(model, engine=kind, **{"steps": 3, **options})(x, y))
+    # Steps in the direction of the gradient differ by its roundoff, sign steps where it is zero within roundoff.
+    close = (made[0] - made[1]).abs() <= 1e-5
+    assert close.float().mean() > 0.99
+    assert (made[0] != x).any()
+
+
+@pytest.mark.parametrize("images", [1, 3, 8])
+def test_float64_truth_of_the_gradient(images):
+    """Without signs in between: the plan's input gradient against autograd in float64."""
+    model = small()
+    x, y = data(images)
+    attack = PGD(model, norm="l2", eps=1e6, alpha=1.0, engine="plan", **STEP)
+    moved = attack(x * 0.5 + 0.25, y) - (x * 0.5 + 0.25)
+    exact = copy.deepcopy(model).double()
+    leaf = (x * 0.5 + 0.25).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(exact(leaf), y, reduction="sum"), leaf)
+    inside = moved.abs() > 0  # the step of length one stays inside [0, 1] where it is small enough
+    unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(moved[inside], unit.float()[inside], rtol=0, atol=1e-5)
+
+
+def test_images_are_independent_and_chunks_do_not_matter(monkeypatch):
+    model = small()
+    x, y = data(13)
+    whole = PGD(model, engine="plan", **STEP)(x, y)
+    monkeypatch.setattr(program, "CACHED", 1)
+    attack = PGD(model, engine="plan", **STEP)
+    assert torch.equal(attack(x, y), whole)
+    assert program_of(attack, x).chunk(13) == 1
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_kernels_equal_the_pytorch_executor(amp_dtype, monkeypatch):
+    """The same plan by both executors."""
+    model = lively(TransferResNet(Bottleneck, (1, 1, 1, 1), 10, upsample=64), size=16)
+    x, y = data(3, 16)
+    made = []
+    for executor in (cache.executor_for, TorchExecutor):
+        monkeypatch.setattr(cache, "executor_for", executor)
+        made.append(PGD(model, engine="plan", amp_dtype=amp_dtype, **STEP)(x, y))
+    # In bfloat16 roundoff turns the signs of small gradients.
+    assert (made[0] == made[1]).float().mean() > (0.999 if amp_dtype is None else 0.9)
+
+
+def test_operations_that_mix_rows_see_the_whole_batch(monkeypatch):
+    class Centred(Doubled):
+        def forward(self, x):
+            logits = self.body(x)
+            return logits - logits.mean(0, keepdim=True) * 0.5
+
+    monkeypatch.setattr(program, "CACHED", 1)
+    model = Centred(small())
+    x, y = data(6)
+    assert_same_step(model, x, y)
+    assert not program_of(PGD(model, engine="plan"), x).plan.per_sample
+
+
+def test_in_place_operations_and_views():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.head = nn.Linear(8 * 64, 10)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = y
+            y.mul_(2)
+            z += 1
+            return self.head(torch.flatten(y.relu(), 1))
+
+    x, y = data(3, 8)
+    assert_same_step(lively(Views()), x, y)
+
+    class Slices(Views):
+        def forward(self, x):
+            y = self.conv(x)
+            y[:, :4].relu_()
+            return self.head(torch.flatten(y, 1))
+
+    assert "shares" in PGD(lively(Slices())).explain(x).reason
+
+
+def test_kl_reference_of_many_chunks(monkeypatch):
+    model = small()
+    x, y = data(9)
+    options = {"loss": "kl", "steps": 3}
+    whole = PGD(model, engine="plan", generator=torch.Generator().manual_seed(0), **options)(x, y)
+    monkeypatch.setattr(program, "CACHED", 1)
+    parts = PGD(model, engine="plan", generator=torch.Generator().manual_seed(0), **options)(x, y)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    x, y = data(6)
+    attack = PGD(small(), engine="plan", amp_dtype=dtype, random_start=False)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(attack(x, y))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_smallest_batches(images):
+    model = small()
+    x, y = data(4)
+    made = PGD(model, engine="plan", **STEP)(x[:images], y[:images])
+    assert made.shape == x[:images].shape
+    assert images == 0 or torch.equal(made, PGD(model, engine="plan", **STEP)(x, y)[:1])
+
+
+def test_any_memory_layout():
+    model = small()
+    x, y = data(4)
+    made = PGD(model, engine="plan", **STEP)(x, y)
+    last = x.contiguous(memory_format=torch.channels_last)
+    wide = torch.empty(4, 3, 32, 64)
+    wide[..., ::2] = x
+    for images in (last, wide[..., ::2], x.flip(3).contiguous().flip(3)):
+        kept = images.clone()
+        again = PGD(model, engine="plan", **STEP)(images, y)
+        assert torch.equal(again, made) and torch.equal(images, kept)
+    assert PGD(model, engine="plan", **STEP)(last, y).is_contiguous(memory_format=torch.channels_last)

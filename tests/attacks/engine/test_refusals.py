@@ -1,0 +1,198 @@
+"""What cannot be planned runs in eager, and says why."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.attacks.engine.helpers import STEP, Doubled, data, net, program_of, small
+from twins_fast import PGD
+from twins_fast.attacks.engine import program
+
+
+class ValueDependent(Doubled):
+    def forward(self, x):
+        return self.body(x) if x.mean() > 0.1 else self.body(x * 2)
+
+
+class Random(Doubled):
+    def forward(self, x):
+        return self.body(x) + torch.rand(1)
+
+
+class Counting(Doubled):
+    def __init__(self, body):
+        super().__init__(body)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.body(x)
+
+
+class Pair(Doubled):
+    def forward(self, x):
+        return self.body(x), x
+
+
+class WithoutGradient(Doubled):
+    def forward(self, x):
+        with torch.no_grad():
+            shift = self.body(x)
+        return self.body(x) - shift
+
+
+def hooked(body):
+    body.bn1.register_forward_hook(lambda module, inputs, output: output * 2)
+    return body
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(ValueDependent, "."), (Random, "random"), (Counting, "."), (WithoutGradient, "."), (hooked, "bn1 has hooks"),
+     (lambda body: body.double(), "float64")],
+)  # fmt: skip
+def test_what_cannot_be_planned_runs_in_eager_and_says_why(make, reason):
+    model = make(small())
+    x, y = data(4)
+    x = x.to(next(model.parameters()).dtype)
+    torch.manual_seed(0)
+    made = PGD(model, **STEP)(x, y)
+    torch.manual_seed(0)
+    assert torch.equal(made, PGD(model, engine="eager", **STEP)(x, y))
+    with pytest.raises(RuntimeError, match=f"engine='plan': .*{reason}"):
+        PGD(model, engine="plan", **STEP)(x, y)
+    report = PGD(model).explain(x)
+    assert report.engine == "eager" and report.reason and str(report) == f"eager: {report.reason}"
+
+
+def test_batch_statistics_are_eager():
+    model = small()
+    assert "batch statistics" in PGD(model, bn_mode="train").explain(data()[0]).reason
+    with pytest.raises(ValueError, match="bn_mode='eval'"):
+        PGD(model, bn_mode="train", engine="plan")
+    with pytest.raises(ValueError, match="unknown engine"):
+        PGD(model, engine="fast")
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def with_hook(m, x):
+    a = m.c1(x)
+    if a.requires_grad:
+        a.register_hook(lambda g: -g)
+    return m.top(a.relu())
+
+
+def write_to_copy(copied):
+    def forward(m, x):
+        a = m.c1(x)
+        b = copied(a)
+        b.relu_()
+        return m.top(a + 2 * b)
+
+    return forward
+
+
+def shifted(m, x):
+    return m.top(torch.roll(m.c1(x), random.randint(0, 7), 3).relu())
+
+
+def constant_twice(m, x):
+    k = torch.ones(x.shape[0], 1, 1, 1)
+    return m.top(m.c2(m.c1(x * k)).relu() * (k + 1))
+
+
+def chosen(m, x):
+    a = m.c1(x)
+    mask, index = a > 0, a.argmax(1, keepdim=True)
+    b = m.c2(a)
+    return m.top(torch.where(mask, b, 0.1 * b) + b.gather(1, index))
+
+
+FORWARDS = {
+    "own backward": lambda m, x: m.top(Reversed.apply(m.c1(x)).relu()),
+    "hook on a tensor": with_hook,
+    "a branch on the batch": lambda m, x: m.top(m.c1(x) if x.shape[0] > 10 else m.c1(x).relu()),
+    "a branch on odd batches": lambda m, x: m.top(m.c1(x) if x.shape[0] % 2 else m.c1(x).relu()),
+    "a branch on one image": lambda m, x: m.top(m.c1(x) if x.shape[0] == 1 else m.c1(x).relu()),
+    "a branch on requires_grad": lambda m, x: m.top(m.c1(x).relu() if x.requires_grad else m.c1(x)),
+    "a write to a clone": write_to_copy(torch.clone),
+    "a write to a contiguous copy": write_to_copy(lambda a: a.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+    "a write to a converted copy": write_to_copy(lambda a: a.to(torch.float32, copy=True)),
+    "batch statistics": lambda m, x: m.top(F.batch_norm(m.c1(x), None, None, training=True).relu()),
+    "padding of the batch": lambda m, x: m.top(m.c1(F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)))),
+    "enlargement by a scale": lambda m, x: m.top(m.c1(F.interpolate(x, scale_factor=1.3))),
+    "strides": lambda m, x: m.top(m.c1(x).as_strided((x.shape[0], 8, 4, 4), (512, 64, 8, 1)).relu()),
+    "booleans and indices": chosen,
+    "a constant led by the batch": constant_twice,
+    "no logits": lambda m, x: m.c1(x).mean((2, 3), keepdim=True),
+    "double use": lambda m, x: m.top((lambda a: (a + a).relu() + a.relu())(m.c1(x))),
+    "one layer twice": lambda m, x: m.top(m.c2(m.c2(m.c1(x)).relu()).relu()),
+    "a channel shuffle": lambda m, x: m.top(m.c1(x).view(x.size(0), 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)),
+    "a flattened view": lambda m, x: m.head(F.adaptive_avg_pool2d(m.c1(x).relu(), 1).view(x.size(0), -1)),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("images", [1, 3, 12])
+def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypatch):
+    monkeypatch.setattr(program, "CACHED", 1)  # rows that see each other would show
+    model = net(FORWARDS[name])
+    x, y = data(images, 8)
+    options = {"norm": "l2", "eps": 1.0, "alpha": 0.05, "steps": 2, "random_start": False}
+    made = []
+    for kind in ("auto", "eager"):
+        try:
+            made.append(PGD(model, engine=kind, **options)(x, y))
+        except ValueError as error:
+            made.append(str(error))
+    if isinstance(made[1], str):
+        assert made[0] == made[1]
+    else:
+        assert (made[0] - made[1]).norm() <= 1e-4 * (made[1] - x).norm()
+
+
+@pytest.mark.parametrize("name", ["double use", "one layer twice", "a channel shuffle", "a flattened view"])
+def test_common_forwards_are_planned_in_chunks(name):
+    assert program_of(PGD(net(FORWARDS[name])), data(4, 8)[0]).plan.per_sample
+
+
+def test_random_choices_are_not_frozen_and_the_capture_draws_none():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    report = PGD(net(shifted)).explain(data(4, 8)[0])
+    assert "random" in report.reason and random.random() == expected
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
+def test_wrappers_are_unwrapped(wrap):
+    model = small()
+    x, y = data(4)
+    attack = PGD(wrap(model), engine="plan", **STEP)
+    assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+    model.conv1.weight.data *= 2
+    assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+    attack.model.register_forward_hook(lambda module, inputs, logits: -logits)
+    assert "hooks" in PGD(attack.model).explain(x).reason
+
+
+def test_distributed_processes_stay_in_eager():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(small())
+        assert "attack its .module" in PGD(model).explain(data()[0]).reason
+        assert PGD(model.module).explain(data()[0]).engine == "plan"
+    finally:
+        torch.distributed.destroy_process_group()

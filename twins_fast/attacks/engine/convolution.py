@@ -1,0 +1,60 @@
+"""The geometry of a convolution, and each of its axes as phases of a small convolution, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, prod
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The geometry of a convolution of an image that was upsampled ``upsample`` times (nearest neighbour)."""
+
+    in_channels: int
+    in_size: tuple[int, int]
+    out_channels: int
+    out_size: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    upsample: tuple[int, int] = (1, 1)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions for one image, without the upsampling's repetition."""
+        kernel = prod(min(k, -(-(k - 1) // f) + 1) for k, f in zip(self.kernel, self.upsample, strict=True))
+        return 2 * prod(self.out_size) * self.out_channels * self.in_channels // self.groups * kernel
+
+
+def axis_forward(kernel: int, stride: int, padding: int, dilation: int, factor: int) -> tuple[int, int, list]:
+    """A convolution along one axis over an image that was upsampled ``factor`` times.
+
+    Returns:
+        (in_step, out_step, phases): output ``phase + i * out_step`` reads the small image at ``i * in_step + tap``
+        for each (tap, kernel indices) of the phase's list.
+    """
+    out_step = factor // gcd(stride, factor)
+    phases = []
+    for phase in range(out_step):
+        taps: dict[int, list[int]] = {}
+        for k in range(kernel):
+            taps.setdefault((phase * stride - padding + k * dilation) // factor, []).append(k)
+        phases.append(sorted(taps.items()))
+    return out_step * stride // factor, out_step, phases
+
+
+def axis_backward(kernel: int, stride: int, padding: int, dilation: int, factor: int) -> tuple[int, int, list]:
+    """The input gradient of :func:`axis_forward`, as a convolution over the output's gradient, in the same form."""
+    out_step = stride // gcd(stride, factor)
+    phases = []
+    for phase in range(out_step):
+        taps: dict[int, list[int]] = {}
+        for k in range(kernel):
+            # Output o reads the upsampled image at o * stride - padding + k * dilation.
+            low = factor * phase + padding - k * dilation
+            for o in range(-(-low // stride), (low + factor - 1) // stride + 1):
+                taps.setdefault(o, []).append(k)
+        phases.append(sorted(taps.items()))
+    return factor * out_step // stride, out_step, phases

@@ -1,0 +1,85 @@
+"""Operations that are not planned: run by PyTorch, and differentiated by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twins_fast.attacks.engine.nodes import Param, Ref, map_values
+from twins_fast.attacks.engine.plan import Stage
+
+
+@dataclass
+class Segment:
+    """Operations that are not planned: run as they are, differentiated by PyTorch, under autocast in half precision.
+
+    Attributes:
+        parameters: name -> tensor, filled in by every attack call.
+        carried: results of this segment that later ones read outside autograd; shared by all segments of a plan.
+    """
+
+    stage: Stage
+    dtype: torch.dtype
+    device: torch.device
+    shapes: dict[int, tuple[int, ...]]  # of the nodes that it takes
+    carried: dict
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+    _results: list[Tensor] = field(default_factory=list)
+    _operands: list[Tensor] = field(default_factory=list)
+
+    def names(self) -> Iterable[str]:
+        """Of the parameters that it reads."""
+        found: dict[str, None] = {}
+        for _, node in self.stage.nodes:
+            map_values(
+                lambda v: found.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
+            )
+        return found
+
+    def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        stage = self.stage
+        half = self.dtype != torch.float32
+        autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        self.rows = rows
+        by_value = dict(zip(stage.inputs, inputs, strict=True))
+        with torch.enable_grad(), autocast:
+            # With .data each gets a version of its own: others write elsewhere in the arena until the backward pass.
+            values_in = {value: tensor.data.requires_grad_() for value, tensor in by_value.items()}
+            values: dict = dict(self.carried)
+            for index, value in stage.options["takes"].items():
+                if value is not None:
+                    values[index] = values_in[value].view(self.rows, *self.shapes[index])
+            for index, node in stage.nodes:
+                values[index] = self._call(node, values)
+        self._operands = list(values_in.values())
+        self._results = [values[index] for index in stage.options["gives"]]
+        for tensor, output in zip(self._results, outputs, strict=True):
+            output.copy_(tensor.detach())
+        self.carried.update((i, values[i]) for i in stage.options["keeps"])
+
+    def backward(self, gradients: list[Tensor], made: list[Tensor]) -> None:
+        pairs = [(t, g) for t, g in zip(self._results, gradients, strict=True) if g is not None and t.requires_grad]
+        given = [(t, g.view(t.shape).to(t.dtype)) for t, g in pairs]
+        found = torch.autograd.grad([t for t, _ in given], self._operands, [g for _, g in given], allow_unused=True)
+        for slot, gradient in zip(made, found, strict=True):
+            slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
+        self.release()
+
+    def release(self) -> None:
+        """Forget PyTorch's graph."""
+        self._results, self._operands = [], []
+
+    def _call(self, node, values: dict):
+        if node.op == "rows":
+            return self.rows
+
+        def real(v):
+            return values[v.index] if isinstance(v, Ref) else self.parameters[v.name]
+
+        target, arguments, keywords = node.call
+        return target(*map_values(real, arguments), **map_values(real, keywords))

@@ -1,0 +1,68 @@
+"""What the nodes of an exported graph say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+
+def one_memory(node: fx.Node, source: fx.Node) -> bool:
+    """Whether one is the other, as the export saw it."""
+    values = [n.meta["val"].untyped_storage()._cdata for n in (node, source)]
+    return values[0] == values[1]
+
+
+def is_aten(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+
+
+def is_switched_off(node: fx.Node) -> bool:
+    """Dropout that drops nothing."""
+    dropouts = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+    return node.target in dropouts and (node.args[2] is False or node.args[1] == 0)
+
+
+def draws_nothing(node: fx.Node) -> bool:
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return is_switched_off(node) or (attention and not arguments(node, lambda v: v)[4])
+
+
+def arguments(node: fx.Node, value) -> list[Any]:
+    """All arguments of the operation in the order of its schema, with defaults."""
+    given = list(node.args)
+    for argument in node.target._schema.arguments[len(given) :]:
+        given.append(node.kwargs.get(argument.name, argument.default_value))
+    return [fx.node.map_arg(argument, value) for argument in given]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    found = node.meta.get("val")
+    if not isinstance(found, Tensor) or found.dim() == 0 or isinstance(found.shape[0], int):
+        return None
+    rest = found.shape[1:]
+    return tuple(rest) if all(isinstance(size, int) for size in rest) and _is_symbol(found.shape[0]) else None
+
+
+def _is_symbol(size: torch.SymInt) -> bool:
+    """The batch itself, not a multiple of it."""
+    return size.node.expr.is_symbol
+
+
+def size_of(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def pair(value) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    return both if len(both) == 2 else both * 2
+
+
+def module_of(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
+    path = "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self']").removeprefix(".")
+    return path or "the model"

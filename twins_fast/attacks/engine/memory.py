@@ -1,0 +1,29 @@
+"""Where in the arena each tensor lies."""
+
+from __future__ import annotations
+
+from twins_fast.attacks.engine.plan import Slot
+
+
+def place(sizes: list[int], slots: list[Slot]) -> tuple[list[int], int]:
+    """Offsets per image for slots of these bytes, such that no two that live together overlap; and the total.
+
+    All sizes grow with the batch alike, so that one placement serves every batch. Largest first, lowest gap first.
+    """
+    offsets = [0] * len(slots)
+    placed: list[int] = []
+    for index in sorted(range(len(slots)), key=lambda i: -sizes[i]):
+        slot = slots[index]
+        taken = sorted(
+            (offsets[i], offsets[i] + sizes[i])
+            for i in placed
+            if slots[i].first <= slot.last and slot.first <= slots[i].last
+        )
+        offset = 0
+        for begin, end in taken:
+            if offset + sizes[index] <= begin:
+                break
+            offset = max(offset, end)
+        offsets[index] = offset
+        placed.append(index)
+    return offsets, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)

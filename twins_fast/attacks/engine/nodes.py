@@ -1,0 +1,81 @@
+"""The nodes that a model's forward is captured as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class NotCaptured(Exception):
+    """The model cannot be captured; the message says why."""
+
+
+class Param(NamedTuple):
+    """A parameter, buffer or tensor attribute, by its name in the model: read anew at every attack."""
+
+    name: str
+
+
+class Ref(NamedTuple):
+    """The result of a node, by its index."""
+
+    index: int
+
+
+@dataclass
+class Node:
+    """One operation.
+
+    Attributes:
+        op: ``conv``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``max_pool``, ``avg_pool``, ``flatten``; on the
+            image alone also ``upsample``, ``clamp``, ``arithmetic``; ``input``; ``rows`` (the number of images);
+            ``call`` (any other ATen operation, kept as it is).
+        inputs: the nodes whose gradient it passes on.
+        shape: of its result without the batch; None if that is no batched tensor.
+        where: the module that it comes from.
+        per_sample: whether a row of the batch decides alone about its row of the result.
+        options: what the operation needs to know, Params included.
+        call: the ATen operation itself with its arguments, in which results of nodes are Refs.
+        dtype: of its result; None if that is no tensor.
+    """
+
+    op: str
+    inputs: list[int]
+    shape: tuple[int, ...] | None
+    where: str
+    per_sample: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    call: tuple[Any, tuple, dict] | None = None
+    dtype: torch.dtype | None = torch.float32
+
+
+def map_values(function, value):
+    """``value`` with ``function`` applied to every Ref and Param in it."""
+    if isinstance(value, (Ref, Param)):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_values(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: map_values(function, item) for key, item in value.items()}
+    return value
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    owner, _, last = name.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(owner), last)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and plain tensor attributes of all modules."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for store in (module._parameters, module._buffers, module.__dict__):
+            yield from ((dot + name, t) for name, t in store.items() if isinstance(t, Tensor))

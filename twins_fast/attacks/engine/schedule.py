@@ -1,0 +1,153 @@
+"""Both passes over the stages, ordered as steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twins_fast.attacks.engine.nodes import Node, NotCaptured
+from twins_fast.attacks.engine.plan import Plan, Slot, Stage, Step
+from twins_fast.attacks.engine.stages import Fuser
+
+
+def build(nodes: list[Node]) -> Plan:
+    """Fuse the nodes into stages and order both passes."""
+    fused = Fuser(nodes)
+    return _Scheduler(fused).plan
+
+
+class _Scheduler:
+    """Both passes as steps over slots, with the time at which each slot is first written and last read."""
+
+    def __init__(self, fused: Fuser):
+        self.stages, self.values = fused.stages, fused.values
+        self.slots: list[Slot] = []
+        self.time = 0
+        self.saved: dict[tuple[str, int], int] = {}  # (mask of a value | arg-max of a stage) -> slot
+        self.value_slot = {0: self._slot("value", 0)}
+        forward = [self._forward(i, stage) for i, stage in enumerate(self.stages)]
+        self.time += 1  # the loss
+        logits = self._logits(fused)
+        self._touch(self.value_slot[logits])
+        gradient = self._slot("gradient", logits)
+        self.readers = self._count_readers()
+        self.pending = {logits: gradient}
+        backward: list[Step] = []
+        if self.values[logits].masked:
+            backward.append(self._step("finish", 0, {"x": gradient, "mask": self._mask(logits), "y": gradient}))
+        for i in reversed(range(len(self.stages))):
+            self._backward(i, self.stages[i], backward)
+        self.time += 1  # the step of the pixels
+        image_gradient = self.pending[0]
+        self._touch(image_gradient)
+        self.plan = Plan(
+            fused.program,
+            fused.resized,
+            self.values,
+            self.stages,
+            forward,
+            backward,
+            self.slots,
+            self.value_slot[0],
+            image_gradient,
+            self.value_slot[logits],
+            gradient,
+            all(node.per_sample for stage in self.stages for _, node in stage.nodes),
+        )
+
+    def _logits(self, fused: Fuser) -> int:
+        return fused.resolve(len(fused.nodes) - 1)
+
+    def _slot(self, kind: str, value: int) -> int:
+        self.slots.append(Slot(kind, value, self.time, self.time))
+        return len(self.slots) - 1
+
+    def _touch(self, slot: int) -> int:
+        self.slots[slot].last = max(self.slots[slot].last, self.time)
+        return slot
+
+    def _step(self, operation: str, stage: int, tensors: dict[str, Any]) -> Step:
+        for slot in tensors.values():
+            for one in slot if isinstance(slot, list) else [slot]:
+                if one is not None:
+                    self._touch(one)
+        self.time += 1
+        return Step(operation, stage, tensors)
+
+    def _mask(self, value: int) -> int:
+        return self.saved["mask", value]
+
+    def _forward(self, i: int, stage: Stage) -> Step:
+        inputs = [self.value_slot[v] for v in stage.inputs]
+        outputs = [self._slot("value", v) for v in stage.outputs]
+        self.value_slot.update(zip(stage.outputs, outputs, strict=True))
+        if stage.kind == "segment":
+            return self._step("segment", i, {"inputs": inputs, "outputs": outputs})
+        tensors = {"x": inputs[0], "y": outputs[0]}
+        if stage.kind == "max_pool":
+            tensors["argmax"] = self.saved["argmax", i] = self._slot("argmax", stage.outputs[0])
+        else:
+            tensors["other"] = None if stage.other is None else self.value_slot[stage.other]
+            tensors["mask"] = None
+            if stage.relu:
+                tensors["mask"] = self.saved["mask", stage.outputs[0]] = self._slot("mask", stage.outputs[0])
+        return self._step(stage.kind, i, tensors)
+
+    def _count_readers(self) -> dict[int, int]:
+        readers: dict[int, int] = {}
+        for stage in self.stages:
+            for value in [*stage.inputs, *([] if stage.other is None else [stage.other])]:
+                readers[value] = readers.get(value, 0) + 1
+        return readers
+
+    def _backward(self, i: int, stage: Stage, steps: list[Step]) -> None:
+        known = [self.pending.get(value) for value in stage.outputs]
+        if stage.kind == "segment":
+            if stage.inputs:
+                self._segment_backward(i, stage, known, steps)
+            return
+        if known[0] is None:
+            raise NotCaptured(f"{stage.where}: no gradient comes back to it")
+        gradient = known[0]
+        if stage.other is not None:
+            self._pass_on(stage.other, gradient, i, steps)
+        value = stage.inputs[0]
+        if stage.kind == "pointwise":
+            self._pass_on(value, gradient, i, steps)
+            return
+        tensors = {"g": gradient, **self._sum_into(value)}
+        if stage.kind == "max_pool":
+            tensors["argmax"] = self.saved["argmax", i]
+        steps.append(self._step(f"{stage.kind}_backward", i, tensors))
+        self.pending[value] = tensors["dx"]
+
+    def _sum_into(self, value: int, slot: int | None = None) -> dict[str, int | None]:
+        """Where a share of the gradient of ``value`` goes, and with what it is finished."""
+        self.readers[value] -= 1
+        before = self.pending.get(value)
+        mask = self._mask(value) if self.readers[value] == 0 and self.values[value].masked else None
+        return {"other": before, "mask": mask, "dx": self._slot("gradient", value) if slot is None else slot}
+
+    def _pass_on(self, value: int, gradient: int, i: int, steps: list[Step]) -> None:
+        """The gradient itself is a share of that of ``value``."""
+        shares = self.pending.get(value)
+        last = self.readers[value] == 1
+        if shares is None and not (last and self.values[value].masked):
+            self.readers[value] -= 1
+            self.pending[value] = gradient
+            return
+        into = self._sum_into(value)
+        steps.append(self._step("finish", i, {"x": gradient, "other": shares, "mask": into["mask"], "y": into["dx"]}))
+        self.pending[value] = into["dx"]
+
+    def _segment_backward(self, i: int, stage: Stage, known: list[int | None], steps: list[Step]) -> None:
+        for value in stage.inputs:
+            self._touch(self.value_slot[value])  # PyTorch may have kept it
+        made = [self._slot("gradient", value) for value in stage.inputs]
+        steps.append(self._step("segment_backward", i, {"gradients": known, "made": made}))
+        for value, slot in zip(stage.inputs, made, strict=True):
+            into = self._sum_into(value, slot)
+            if into["other"] is not None or into["mask"] is not None:
+                steps.append(
+                    self._step("finish", i, {"x": slot, "y": slot, "other": into["other"], "mask": into["mask"]})
+                )
+            self.pending[value] = slot

@@ -1,0 +1,233 @@
+"""Nodes fused into stages: batch norm, residual sum and ReLU go into the convolution before them."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import torch
+
+from twins_fast.attacks.engine.convolution import Convolution
+from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
+from twins_fast.attacks.engine.plan import Stage, Value
+
+_INSIDE = -1  # the value of a node inside the input program
+
+
+class Fuser:
+    def __init__(self, nodes: list[Node]):
+        self.nodes = nodes
+        self.users: list[list[int]] = [[] for _ in nodes]
+        for index, node in enumerate(nodes):
+            for source in set(self._read(node)):
+                self.users[source].append(index)
+        self.users[-1].append(len(nodes))  # whoever reads the logits
+        self.values: list[Value] = []
+        self.value_of: dict[int, int] = {}  # node -> value
+        self.owner: dict[int, Stage] = {}  # node -> the stage that it is a part of
+        self.stages: list[Stage] = []
+        self.program: list[tuple] = []
+        self.resized: tuple[int, int] | None = None
+        self._reached = {0}  # what depends on the images
+        for index, node in enumerate(nodes):
+            if self._reached.intersection(node.inputs):
+                self._reached.add(index)
+        self._generic = {i for i, node in enumerate(nodes) if node.op in ("call", "rows")}
+        self._read_input()
+        self._spread_generic()
+        for index in range(len(nodes)):
+            if index not in self.owner and index not in self.value_of:
+                self._start(index)
+        self._place()
+        self._collapse()
+
+    @staticmethod
+    def _read(node: Node) -> list[int]:
+        found: list[int] = []
+        if node.call is not None:
+            map_values(lambda v: found.append(v.index) if isinstance(v, Ref) else None, node.call[1:])
+        return [*found, *node.inputs]
+
+    def _read_input(self) -> None:
+        """Take the operations on the image itself into the input program."""
+        last = 0
+        while len(self.users[last]) == 1 and self.users[last][0] < len(self.nodes):
+            user = self.users[last][0]
+            node = self.nodes[user]
+            if node.op == "clamp":
+                step = self._clamp(node.options)
+            elif node.op == "arithmetic":
+                step = (node.options["kind"], node.options["other"])
+            elif node.op == "upsample" and self.resized is None:
+                self.resized, step = node.shape[1:], None
+            else:
+                break
+            if step is not None:
+                if len(self.program) == 8:
+                    break
+                self.program.append(step)
+            self.value_of[last] = _INSIDE
+            last = user
+        if self.resized == self.nodes[0].shape[1:]:
+            self.resized = None
+        self.value_of[last] = self._value(self.nodes[last])
+
+    def _clamp(self, options: dict[str, Any]) -> tuple:
+        """A step of the input program, which takes in a one-sided clamp before it."""
+        low, high, at_bounds = options["low"], options["high"], options["at_bounds"]
+        before = self.program[-1] if self.program else ("",)
+        if before[0] == "clamp" and low == -inf and before[1] <= high and before[2:] == (inf, at_bounds):
+            low = self.program.pop()[1]
+        return "clamp", low, high, at_bounds
+
+    def _spread_generic(self) -> None:
+        """Small operations between generic ones are differentiated with them."""
+        for index, node in enumerate(self.nodes):
+            if index in self.value_of:
+                continue
+            if node.op in ("arithmetic", "clamp", "upsample"):
+                self._generic.add(index)
+            elif node.op in ("add", "relu") and any(source in self._generic for source in node.inputs):
+                self._generic.add(index)
+
+    def _value(self, node: Node, masked: bool = False) -> int:
+        self.values.append(Value(node.shape, masked))
+        return len(self.values) - 1
+
+    def _only_user(self, index: int, op: str) -> int | None:
+        users = self.users[index]
+        if len(users) != 1 or users[0] >= len(self.nodes) or users[0] in self.owner or users[0] in self._generic:
+            return None
+        return users[0] if self.nodes[users[0]].op == op else None
+
+    def _start(self, index: int) -> None:
+        node = self.nodes[index]
+        if node.op == "flatten":
+            self.value_of[index] = ("same", node.inputs[0])
+            return
+        if index in self._generic:
+            stage = Stage("segment", node.where, [], [])
+            self._own(index, stage)
+            return
+        kind = {"linear": "conv", "batch_norm": "affine", "add": "pointwise", "relu": "pointwise"}.get(node.op, node.op)
+        stage = Stage(kind, node.where, [node.inputs[0]], [], options=dict(node.options))
+        self._own(index, stage)
+        last = index
+        if kind == "conv":
+            self._convolution(stage, node)
+            norm = self._only_user(last, "batch_norm")
+            if norm is not None:
+                stage.options["norm"] = self.nodes[norm].options
+                last = self._own(norm, stage)
+            total = self._only_user(last, "add")
+            if total is not None:
+                last = self._take_sum(stage, total, last)
+        elif kind == "affine":
+            stage.options = {"norm": node.options}
+        elif node.op == "add":
+            stage.other = node.inputs[1]
+        elif node.op == "relu":
+            stage.relu = True
+        if kind in ("conv", "affine") or node.op == "add":
+            relu = self._only_user(last, "relu")
+            if relu is not None:
+                stage.relu = True
+                last = self._own(relu, stage)
+        stage.outputs = [last]
+
+    def _own(self, index: int, stage: Stage) -> int:
+        self.owner[index] = stage
+        stage.nodes.append((index, self.nodes[index]))
+        return index
+
+    def _take_sum(self, stage: Stage, total: int, last: int) -> int:
+        left, right = self.nodes[total].inputs
+        if left == right:
+            return last
+        stage.other = right if left == last else left
+        return self._own(total, stage)
+
+    def _convolution(self, stage: Stage, node: Node) -> None:
+        source = self.nodes[node.inputs[0]].shape
+        if node.op == "linear":
+            geometry = Convolution(source[0], (1, 1), node.shape[0], (1, 1))
+        else:
+            sizes = {name: node.options[name] for name in ("kernel", "stride", "padding", "dilation", "groups")}
+            geometry = Convolution(source[0], tuple(source[1:]), node.shape[0], tuple(node.shape[1:]), **sizes)
+        stage.options = {"geometry": geometry, "weight": node.options["weight"], "bias": node.options["bias"]}
+
+    def _place(self) -> None:
+        """Order the stages by their last node, join neighbouring segments, and number the values."""
+        stages = {id(stage): stage for stage in self.owner.values()}
+        ordered = sorted(stages.values(), key=lambda stage: stage.nodes[-1][0])
+        for stage in ordered:
+            before = self.stages[-1] if self.stages else None
+            if stage.kind == "segment" and before is not None and before.kind == "segment":
+                before.nodes += stage.nodes
+            else:
+                self.stages.append(stage)
+        for stage in self.stages:
+            if stage.kind == "segment":
+                self._close(stage)
+                continue
+            stage.inputs = [self.resolve(index) for index in stage.inputs]
+            stage.other = None if stage.other is None else self.resolve(stage.other)
+            last = stage.outputs[0]
+            self.value_of[last] = self._value(self.nodes[last], masked=stage.relu)
+            stage.outputs = [self.value_of[last]]
+
+    def _close(self, stage: Stage) -> None:
+        """What a segment takes and gives."""
+        inside = {index for index, _ in stage.nodes}
+        taken = dict.fromkeys(s for _, node in stage.nodes for s in self._read(node) if s not in inside)
+        given = [index for index, _ in stage.nodes if any(user not in inside for user in self.users[index])]
+        stage.options = {"takes": {}, "gives": {}, "keeps": []}
+        for index in taken:
+            if index not in self._reached or not self._has_gradient(index):
+                stage.options["takes"][index] = None
+                continue
+            if self.nodes[index].shape is None:
+                raise NotCaptured(f"{stage.where}: a result that is not batched crosses planned layers")
+            value = self.resolve(index)
+            stage.options["takes"][index] = value
+            if value not in stage.inputs:
+                stage.inputs.append(value)
+        for index in given:
+            if index not in self._reached or not self._has_gradient(index):
+                stage.options["keeps"].append(index)  # made of parameters and numbers, or of another kind than numbers
+                if all(user in self._generic for user in self.users[index]):
+                    continue
+            elif self.nodes[index].dtype != torch.float32:
+                raise NotCaptured(f"{stage.where}: a {self.nodes[index].dtype} result crosses planned layers")
+            if self.nodes[index].shape is None:
+                continue
+            self.value_of[index] = stage.options["gives"][index] = self._value(self.nodes[index])
+            stage.outputs.append(self.value_of[index])
+
+    def _has_gradient(self, index: int) -> bool:
+        dtype = self.nodes[index].dtype
+        return dtype is None or dtype.is_floating_point or dtype.is_complex
+
+    def resolve(self, index: int) -> int:
+        found = self.value_of[index]
+        return self.resolve(found[1]) if isinstance(found, tuple) else found
+
+    def _collapse(self) -> None:
+        """A first convolution reads the small image, if it was upsampled by whole numbers."""
+        if self.resized is None or not self.stages:
+            return
+        first = self.stages[0]
+        image = self.nodes[0].shape
+        readers = sum(first.inputs[0] in (*s.inputs, s.other) for s in self.stages) if first.inputs else 0
+        whole = all(big % small == 0 for big, small in zip(self.resized, image[1:], strict=True))
+        if first.kind != "conv" or first.inputs[0] != 0 or readers != 1 or not whole:
+            return
+        geometry = first.options["geometry"]
+        if geometry.groups != 1:
+            return
+        factors = tuple(big // small for big, small in zip(self.resized, image[1:], strict=True))
+        first.options["geometry"] = Convolution(
+            **{**geometry.__dict__, "in_size": tuple(image[1:]), "upsample": factors}
+        )
+        self.values[0].shape = tuple(image)
+        self.resized = None

@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from twins_fast import checkpoints
 from twins_fast.checkpoints import (
     CheckpointError,
     convert_checkpoint,
@@ -483,7 +482,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call
     def fail(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoints.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
     tensors, meta = load_checkpoint(path)

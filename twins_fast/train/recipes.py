@@ -106,6 +106,8 @@ class Recipe:
         unknown = sorted(set(fields) - known)
         if unknown:
             raise RecipeError(f"unknown recipe fields: {', '.join(unknown)}")
+        if fields.get("adversary") == "published":  # in files of version 0.1
+            fields = {**fields, "adversary": "ce"}
         return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 

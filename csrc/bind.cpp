@@ -130,56 +130,29 @@ auto bound(Args (*pack)(Packed...), Result (*launch)(const Args&, Extra...)) {
   };
 }
 
-Pointwise finish_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer bias,
-                      Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
-  return {pixels, channels, dtype_of(dtype), as<void>(x), nullptr, nullptr, as<float>(bias), as<void>(other),
-          as<uint8_t>(mask), relu, as<void>(y), as<uint8_t>(bits)};
+Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer gate,
+                         Pointer scale, Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y,
+                         Pointer bits) {
+  return {pixels,           channels,        dtype_of(dtype),   as<void>(x), as<uint8_t>(gate), as<float>(scale),
+          as<float>(shift), as<void>(other), as<uint8_t>(mask), relu,        as<void>(y),       as<uint8_t>(bits)};
 }
 
-Pointwise affine_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer scale,
-                      Pointer shift, bool relu, Pointer y, Pointer bits) {
-  return {pixels, channels, dtype_of(dtype), as<void>(x), nullptr, as<float>(scale), as<float>(shift), nullptr,
-          nullptr, relu, as<void>(y), as<uint8_t>(bits)};
-}
-
-Pointwise affine_backward_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer g, Pointer bits,
-                               Pointer scale, Pointer other, Pointer mask, Pointer dx) {
-  return {pixels, channels, dtype_of(dtype), as<void>(g), as<uint8_t>(bits), as<float>(scale), nullptr,
-          as<void>(other), as<uint8_t>(mask), false, as<void>(dx), nullptr};
-}
-
-PoolForward max_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
-                          int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
-                          int64_t pad_y, int64_t pad_x, const std::string& dtype, Pointer x, Pointer y,
-                          Pointer argmax) {
+PoolForward pool_forward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                              int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y,
+                              int64_t stride_x, int64_t pad_y, int64_t pad_x, const std::string& dtype, bool max,
+                              Pointer x, Pointer y, Pointer argmax) {
   return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
            pad_x},
-          dtype_of(dtype), true, as<void>(x), as<void>(y), as<uint8_t>(argmax)};
+          dtype_of(dtype), max, as<void>(x), as<void>(y), as<uint8_t>(argmax)};
 }
 
-PoolForward avg_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
-                          int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
-                          const std::string& dtype, Pointer x, Pointer y) {
-  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, 0, 0},
-          dtype_of(dtype), false, as<void>(x), as<void>(y), nullptr};
-}
-
-PoolBackward max_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
-                                    int64_t out_height, int64_t out_width, int64_t kernel_y, int64_t kernel_x,
-                                    int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
-                                    const std::string& dtype, Pointer g, Pointer argmax, Pointer other, Pointer mask,
-                                    Pointer dx) {
+PoolBackward pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                                int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y,
+                                int64_t stride_x, int64_t pad_y, int64_t pad_x, const std::string& dtype, bool max,
+                                Pointer g, Pointer argmax, Pointer other, Pointer mask, Pointer dx) {
   return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
            pad_x},
-          dtype_of(dtype), true, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
-}
-
-PoolBackward avg_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
-                                    int64_t out_height, int64_t out_width, int64_t kernel_y, int64_t kernel_x,
-                                    int64_t stride_y, int64_t stride_x, const std::string& dtype, Pointer g,
-                                    Pointer other, Pointer mask, Pointer dx) {
-  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, 0, 0},
-          dtype_of(dtype), false, as<void>(g), nullptr, as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+          dtype_of(dtype), max, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
 }
 
 // Owns what a PixelProgram points to.
@@ -323,13 +296,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isas") = cpu_isas();
   m.def("twin_bn_forward_cpu", bound(forward_args, twin_bn_forward_cpu));
   m.def("twin_bn_backward_cpu", bound(backward_args, twin_bn_backward_cpu));
-  m.def("finish_cpu", bound(finish_args, pointwise_cpu));
-  m.def("affine_cpu", bound(affine_args, pointwise_cpu));
-  m.def("affine_backward_cpu", bound(affine_backward_args, pointwise_cpu));
-  m.def("max_pool_cpu", bound(max_pool_args, pool_forward_cpu));
-  m.def("max_pool_backward_cpu", bound(max_pool_backward_args, pool_backward_cpu));
-  m.def("avg_pool_cpu", bound(avg_pool_args, pool_forward_cpu));
-  m.def("avg_pool_backward_cpu", bound(avg_pool_backward_args, pool_backward_cpu));
+  m.def("pointwise_cpu", bound(pointwise_args, pointwise_cpu));
+  m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
+  m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa
   py::class_<InputProgram>(m, "InputProgram", py::module_local())
       .def(py::init<const std::vector<py::tuple>&, int64_t, std::array<int64_t, 2>, const InputProgram::Table&,

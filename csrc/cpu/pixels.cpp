@@ -59,7 +59,7 @@ struct Steps {
     for (int s = 0; s < count; ++s) next(step[s], v);
   }
 
-  // Turns the gradient with respect to forward(v) into that with respect to v.
+  // From the gradient with respect to forward(v) to that with respect to v.
   template <int kCount>
   void backward(const Floats (&x)[kCount], Floats (&gradient)[kCount]) const {
     Ints inside[kMostPixelSteps][kCount];

@@ -135,20 +135,20 @@ struct PoolForwardKernel {
   }
 
   // The part of a window that lies in the image; `first` is the place of its corner in the whole window.
-  void pixel(int64_t corner, int64_t at, int high, int wide, int first) const {
+  void pixel(int64_t corner, int64_t at, int rows, int columns, int first) const {
     const int64_t channels = a.windows.channels, down = a.windows.width * channels;
     const int kernel_x = static_cast<int>(a.windows.kernel_x);
     const T* x = static_cast<const T*>(a.x) + corner;
     T* result = static_cast<T*>(a.y) + at;
     uint8_t* argmax = a.argmax ? a.argmax + at : nullptr;
-    const float part = 1.0f / (static_cast<float>(high) * static_cast<float>(wide));
+    const float part = 1.0f / (static_cast<float>(rows) * static_cast<float>(columns));
     for_blocks<kBlock>(channels, [=](int64_t i, auto vectors, int n) {
       Floats total[vectors] = {};
       if constexpr (kMax) {
         Ints where[vectors];
         for_each<vectors>([&](int k) { total[k] = broadcast(-__builtin_inff()), where[k] = Ints{} + first; });
-        for (int dy = 0; dy < high; ++dy)
-          for (int dx = 0; dx < wide; ++dx) {
+        for (int dy = 0; dy < rows; ++dy)
+          for (int dx = 0; dx < columns; ++dx) {
             const T* p = x + dy * down + dx * channels + i;
             const Ints here = Ints{} + (first + dy * kernel_x + dx);
             for_each<vectors>([&](int k) {
@@ -160,9 +160,9 @@ struct PoolForwardKernel {
           }
         if (argmax) for_each<vectors>([&](int k) { store_bytes(argmax + i + k * kLanes, where[k], n); });
       } else {
-        for (int dy = 0; dy < high; ++dy) {
+        for (int dy = 0; dy < rows; ++dy) {
           Floats row[vectors] = {};  // short sums have small errors
-          for (int dx = 0; dx < wide; ++dx) {
+          for (int dx = 0; dx < columns; ++dx) {
             const T* p = x + dy * down + dx * channels + i;
             for_each<vectors>([&](int k) { row[k] += load(p + k * kLanes, n); });
           }
@@ -202,7 +202,7 @@ struct PoolBackwardKernel {
   }
 
   // `place` is that of the pixel in the first of its windows; in later ones it is further up and left.
-  void pixel(int64_t corner, int64_t at, int high, int wide, int place) const {
+  void pixel(int64_t corner, int64_t at, int rows, int columns, int place) const {
     const Windows& w = a.windows;
     const int64_t channels = w.channels, down = w.out_width * channels;
     const int up = static_cast<int>(w.stride_y * w.kernel_x), left = static_cast<int>(w.stride_x);
@@ -214,8 +214,8 @@ struct PoolBackwardKernel {
     const float part = 1.0f / (static_cast<float>(w.kernel_y) * static_cast<float>(w.kernel_x));
     for_blocks<kBlock>(channels, [=](int64_t i, auto vectors, int n) {
       Floats total[vectors] = {};
-      for (int y = 0; y < high; ++y)
-        for (int x = 0; x < wide; ++x) {
+      for (int y = 0; y < rows; ++y)
+        for (int x = 0; x < columns; ++x) {
           const int64_t from = y * down + x * channels + i;
           const int here = place - y * up - x * left;
           for_each<vectors>([&](int k) {

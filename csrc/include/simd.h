@@ -42,7 +42,7 @@ inline Words extend(Halves h) { return (Words)_mm256_cvtepu16_epi32((__m128i)h);
 inline Words extend(Halves h) { return __builtin_convertvector(h, Words); }
 #endif
 
-inline Floats widen(BFloat16, Halves h) { return (Floats)(extend(h) << 16); }
+inline Floats as_floats(BFloat16, Halves h) { return (Floats)(extend(h) << 16); }
 
 inline Halves narrow(BFloat16, Floats v) {
 #if defined(__AVX512BF16__)
@@ -62,13 +62,13 @@ inline Halves narrow(BFloat16, Floats v) {
 }
 
 #if defined(__AVX512F__)
-inline Floats widen(Float16, Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
+inline Floats as_floats(Float16, Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
 inline Halves narrow(Float16, Floats v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
-inline Floats widen(Float16, Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+inline Floats as_floats(Float16, Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
 inline Halves narrow(Float16, Floats v) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-inline Floats widen(Float16, Halves h) {
+inline Floats as_floats(Float16, Halves h) {
   const Words w = __builtin_convertvector(h, Words);
   const Words magnitude = (w & 0x7fff) << 13;
   // Moving the exponent's bias by a product also makes subnormal numbers right.
@@ -97,7 +97,7 @@ template <class T>
 inline Floats decode(const T* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  return widen(T{}, h);
+  return as_floats(T{}, h);
 }
 
 inline void encode(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -140,7 +140,7 @@ inline void encode_some(float* p, Floats v, int count) { _mm512_mask_storeu_ps(p
 
 template <class T>
 inline Floats decode_some(const T* p, int count) {
-  return widen(T{}, (Halves)_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return as_floats(T{}, (Halves)_mm256_maskz_loadu_epi16(first_lanes(count), p));
 }
 
 template <class T>

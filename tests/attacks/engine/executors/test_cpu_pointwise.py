@@ -86,8 +86,8 @@ def test_finish(channels, dtype, isa):
             y = Result((pixels, channels), dtype)
             bits = Result((pixels, (channels + 7) // 8), torch.uint8)
             b, o, m = bias if use_bias else None, other if use_other else None, pack(keep) if use_mask else None
-            arguments = (*pointers(x, b, o, m), relu, *pointers(y.tensor, bits.tensor if relu else None))
-            run("finish", pixels, channels, name(dtype), *arguments, threads=flags % 3 + 1, isa=isa)
+            arguments = (*pointers(x, None, None, b, o, m), relu, *pointers(y.tensor, bits.tensor if relu else None))
+            run("pointwise", pixels, channels, name(dtype), *arguments, threads=flags % 3 + 1, isa=isa)
             want = x.float() + (b if use_bias else 0) + (o.float() if use_other else 0)
             passes = ~(want <= 0)
             want = want.where(passes, 0) if relu else want
@@ -109,8 +109,9 @@ def test_affine_and_its_gradient(channels, dtype, isa):
     size = x.double().abs() * scale.double().abs() + shift.double().abs() + other.double().abs()
     shape = (pixels, channels, name(dtype))
     for relu in (True, False):
-        arguments = (*pointers(x, scale, shift), relu, *pointers(y.tensor, bits.tensor if relu else None))
-        run("affine", *shape, *arguments, threads=2, isa=isa)
+        results = pointers(y.tensor, bits.tensor if relu else None)
+        arguments = (*pointers(x, None, scale, shift, None, None), relu, *results)
+        run("pointwise", *shape, *arguments, threads=2, isa=isa)
         want = x.double() * scale.double() + shift.double()
         close(y.get(), want.relu() if relu else want, size, dtype)
     passes = unpack(bits.get(), channels)
@@ -123,10 +124,11 @@ def test_affine_and_its_gradient(channels, dtype, isa):
         given = (
             bits.tensor if use_bits else None,
             scale,
+            None,
             other if use_other else None,
             pack(keep) if use_mask else None,
         )
-        run("affine_backward", *shape, *pointers(x, *given, dx.tensor), threads=2, isa=isa)
+        run("pointwise", *shape, *pointers(x, *given), False, *pointers(dx.tensor, None), threads=2, isa=isa)
         want = x.double().where(passes, 0) if use_bits else x.double()
         want = want * scale.double() + (other.double() if use_other else 0)
         close(dx.get(), want.where(keep, 0) if use_mask else want, size, dtype)
@@ -148,8 +150,8 @@ def test_in_place_and_the_number_of_threads(channels, dtype, isa):
         for threads in (1, 2, 3):
             a, b = x.clone(), other.clone()
             result = y if target is None else a if target is x else b
-            arguments = (*pointers(a, bias, b, None), True, *pointers(result, bits))
-            run("finish", pixels, channels, name(dtype), *arguments, threads=threads, isa=isa)
+            arguments = (*pointers(a, None, None, bias, b, None), True, *pointers(result, bits))
+            run("pointwise", pixels, channels, name(dtype), *arguments, threads=threads, isa=isa)
             wanted = result.clone() if wanted is None else wanted
             assert torch.equal(result, wanted)
 
@@ -161,11 +163,11 @@ def test_results_past_the_caches(dtype, isa):
     x, bias = integers(1, channels).expand(pixels, -1).to(dtype).contiguous(), integers(channels)
     y = torch.full_like(x, torch.nan)
     run(
-        "finish",
+        "pointwise",
         pixels,
         channels,
         name(dtype),
-        *pointers(x, bias, None, None),
+        *pointers(x, None, None, bias, None, None),
         False,
         *pointers(y, None),
         threads=2,
@@ -203,7 +205,7 @@ def max_pool(x, geometry, threads=1, isa=""):
     out = sizes(*geometry)
     shape = (images, channels, *size, *out, *kernel, *stride, *pad, name(x.dtype))
     y, argmax = Result((images, *out, channels), x.dtype), Result((images, *out, channels), torch.uint8)
-    run("max_pool", *shape, *pointers(x, y.tensor, argmax.tensor), threads=threads, isa=isa)
+    run("pool_forward", *shape, True, *pointers(x, y.tensor, argmax.tensor), threads=threads, isa=isa)
     return shape, y.get(), argmax.get()
 
 
@@ -235,7 +237,7 @@ def test_max_pool(channels, dtype, isa):
         for use in (False, True):
             dx = Result(other.shape, dtype)
             given = (other, pack(keep)) if use else (None, None)
-            run("max_pool_backward", *shape, *pointers(g, argmax, *given, dx.tensor), threads=2, isa=isa)
+            run("pool_backward", *shape, True, *pointers(g, argmax, *given, dx.tensor), threads=2, isa=isa)
             both = (last(want) + other.float()).where(keep.view(other.shape), 0)
             assert torch.equal(dx.get().float(), both if use else last(want))
 
@@ -248,9 +250,9 @@ def test_avg_pool(channels, dtype, isa):
     for size, kernel, stride, _ in [*GEOMETRIES, ((70, 60), (70, 60), (1, 1), (0, 0))]:
         x = last(torch.randn(2, channels, *size).to(dtype))
         out = sizes(size, kernel, stride, (0, 0))
-        shape = (2, channels, *size, *out, *kernel, *stride, name(dtype))
+        shape = (2, channels, *size, *out, *kernel, *stride, 0, 0, name(dtype))
         y = Result((2, *out, channels), dtype)
-        run("avg_pool", *shape, *pointers(x, y.tensor), threads=2, isa=isa)
+        run("pool_forward", *shape, False, *pointers(x, y.tensor, None), threads=2, isa=isa)
         leaf = first(x).double().requires_grad_()
         want = F.avg_pool2d(leaf, kernel, stride)
         magnitude = F.avg_pool2d(leaf.abs(), kernel, stride)
@@ -264,7 +266,7 @@ def test_avg_pool(channels, dtype, isa):
         for use in (False, True):
             dx = other.clone()  # in place of other
             given = (dx, pack(keep)) if use else (None, None)
-            run("avg_pool_backward", *shape, *pointers(g, *given, dx), threads=2, isa=isa)
+            run("pool_backward", *shape, False, *pointers(g, None, *given, dx), threads=2, isa=isa)
             both = (grad + other.double()).where(keep.view(x.shape), 0)
             close(dx, both if use else grad, magnitude + other.double().abs(), dtype)
 
@@ -288,7 +290,7 @@ def test_any_pooling(data):
     for threads in (1, 2, 3):
         shape, y, argmax = max_pool(last(x), geometry, threads)
         dx = Result((2, *size, channels), torch.float32)
-        run("max_pool_backward", *shape, *pointers(last(g), argmax, None, None, dx.tensor), threads=threads)
+        run("pool_backward", *shape, True, *pointers(last(g), argmax, None, None, dx.tensor), threads=threads)
         assert torch.equal(first(y), want) and torch.equal(first(dx.get()), grad)
 
 
@@ -296,7 +298,7 @@ def test_ceil_mode_and_absent_argmax():
     x = torch.randn(1, 4, 6, 6)
     want = F.max_pool2d(x, 3, 2, ceil_mode=True)
     y = torch.empty(1, 3, 3, 4)
-    run("max_pool", 1, 4, 6, 6, 3, 3, 3, 3, 2, 2, 0, 0, "float32", *pointers(last(x), y, None))
+    run("pool_forward", 1, 4, 6, 6, 3, 3, 3, 3, 2, 2, 0, 0, "float32", True, *pointers(last(x), y, None))
     assert torch.equal(first(y), want)
 
 
@@ -305,7 +307,11 @@ def test_what_is_refused():
     refused = "argument out of range"
 
     def max_pool(*shape, target=y):
-        return _C.max_pool_cpu(*shape, "float32", *pointers(x, target, None), 1, "")
+        return _C.pool_forward_cpu(*shape, "float32", True, *pointers(x, target, None), 1, "")
+
+    def pointwise(pixels, channels, dtype="float32", scale=None, bits=None, threads=1, isa=""):
+        arguments = (*pointers(x, None, scale, None, None, None), False, *pointers(y, bits))
+        return _C.pointwise_cpu(pixels, channels, dtype, *arguments, threads, isa)
 
     assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
     assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0, target=x) == refused  # windows may overlap
@@ -313,12 +319,13 @@ def test_what_is_refused():
     assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 2, 0) == refused  # a window of padding
     assert max_pool(1, 1, 16, 16, 1, 1, 16, 16, 1, 1, 0, 0) == refused  # 256 places
     assert max_pool(0, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
-    shape = (1, 1, 4, 4, 2, 2, 2, 2, 2, 2)
-    assert _C.max_pool_backward_cpu(*shape, 0, 0, "float32", *pointers(x, None, None, None, y), 1, "") == refused
-    assert _C.avg_pool_cpu(1, 1, 4, 4, 2, 2, 3, 3, 2, 2, "float32", *pointers(x, y), 1, "") == refused
-    assert _C.finish_cpu(8, 8, "float32", *pointers(x, None, None, None), False, *pointers(y, y), 1, "") == refused
-    assert _C.finish_cpu(8, 0, "float32", *pointers(x, None, None, None), False, *pointers(y, None), 1, "") == refused
-    assert _C.finish_cpu(8, 8, "float32", *pointers(x, None, None, None), False, *pointers(y, None), 0, "") == refused
-    assert "instruction set" in _C.affine_cpu(8, 8, "float32", *pointers(x, x, x), False, *pointers(y, None), 1, "mmx")
+    shape = (1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0, "float32")
+    assert _C.pool_backward_cpu(*shape, True, *pointers(x, None, None, None, y), 1, "") == refused  # without argmax
+    shape = (1, 1, 4, 4, 2, 2, 3, 3, 2, 2, 0, 0, "float32")
+    assert _C.pool_forward_cpu(*shape, False, *pointers(x, y, None), 1, "") == refused  # a mean past the image
+    assert pointwise(8, 8, bits=y) == refused  # without a ReLU
+    assert pointwise(8, 0) == refused
+    assert pointwise(8, 8, threads=0) == refused
+    assert "instruction set" in pointwise(8, 8, scale=x, isa="mmx")
     with pytest.raises(ValueError, match="dtype"):
-        _C.finish_cpu(8, 8, "float64", *pointers(x, None, None, None), False, *pointers(y, None), 1, "")
+        pointwise(8, 8, dtype="float64")

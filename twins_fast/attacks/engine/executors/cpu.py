@@ -120,7 +120,7 @@ class _ImageGradient:
         (height, width), (by, bx) = self._size, self._block
         blocks = torch.empty(len(g), height, width, by, bx, channels, dtype=g.dtype)
         run_blocks = self._kernel.bind(g, None, None, None, blocks, None)
-        finish = None if other is None and mask is None else _bind_finish(dx, other, mask, dx, None)
+        finish = None if other is None and mask is None else _bind_pointwise(dx, dx, other=other, mask=mask)
         exact = (height * by, width * bx) == self._geometry.in_size
         pixels = blocks.permute(0, 1, 3, 2, 4, 5)
         if exact:
@@ -273,39 +273,50 @@ class CpuExecutor(TorchExecutor):
         return state.convolution.bind_backward(t["g"], t["other"], t["mask"], t["dx"])
 
     def affine(self, state: State, t: Tensors) -> Run:
-        y, mask = t["y"], t["mask"]
-        return _bind("affine", *rows_of(y), self._name, t["x"], state.scale, state.shift, mask is not None, y, mask)
+        return _bind_pointwise(t["x"], t["y"], scale=state.scale, shift=state.shift, bits=t["mask"])
 
     def affine_backward(self, state: State, t: Tensors) -> Run:
-        dx = t["dx"]
-        return _bind("affine_backward", *rows_of(dx), self._name, t["g"], None, state.scale, t["other"], t["mask"], dx)
+        return _bind_pointwise(t["g"], t["dx"], scale=state.scale, other=t["other"], mask=t["mask"])
 
     def max_pool(self, state: State, t: Tensors) -> Run:
-        return _bind("max_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"], t["argmax"])
+        sizes = window_of(state, t["x"], t["y"])
+        return _bind("pool_forward", *sizes, self._name, True, t["x"], t["y"], t["argmax"])
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["dx"], t["g"])
-        return _bind("max_pool_backward", *sizes, self._name, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
+        return _bind("pool_backward", *sizes, self._name, True, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        return _bind("avg_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"])
+        sizes = window_of(state, t["x"], t["y"])
+        return _bind("pool_forward", *sizes, 0, 0, self._name, False, t["x"], t["y"], None)
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["dx"], t["g"])
-        return _bind("avg_pool_backward", *sizes, self._name, t["g"], t["other"], t["mask"], t["dx"])
+        return _bind("pool_backward", *sizes, 0, 0, self._name, False, t["g"], None, t["other"], t["mask"], t["dx"])
 
     def pointwise(self, state: State, t: Tensors) -> Run:
-        return _bind_finish(t["x"], t["other"], None, t["y"], t["mask"])
+        return _bind_pointwise(t["x"], t["y"], other=t["other"], bits=t["mask"])
 
     def finish(self, state: State, t: Tensors) -> Run:
-        return _bind_finish(t["x"], t.get("other"), t["mask"], t["y"], None)
+        return _bind_pointwise(t["x"], t["y"], other=t.get("other"), mask=t["mask"])
 
     def _finish(self, v, bias, other, mask, kept, y) -> None:
-        _bind("finish", *rows_of(y), name_of(y.dtype), dense(v), bias, other, mask, kept is not None, y, kept)()
+        _bind_pointwise(dense(v), y, shift=bias, other=other, mask=mask, bits=kept)()
 
 
-def _bind_finish(x: Tensor, other: Tensor | None, mask: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
-    return _bind("finish", *rows_of(y), name_of(y.dtype), x, None, other, mask, bits is not None, y, bits)
+def _bind_pointwise(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    mask: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> Run:
+    """``y = mask(relu(x * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
+    sizes = (*rows_of(y), name_of(y.dtype))
+    return _bind("pointwise", *sizes, x, None, scale, shift, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:

@@ -16,16 +16,14 @@ from twins_fast.attacks.engine.executors.torch import (
     Tensors,
     TorchConvolution,
     bytes_of_bits,
-    check_status,
     dense,
-    name_of,
-    pointer_of,
     rows_of,
     sources_of,
     window_of,
 )
 from twins_fast.attacks.engine.plan import Convolution, Value, axis_backward, axis_forward
 from twins_fast.ops import native
+from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
 LANES = 16
@@ -55,7 +53,7 @@ class _Kernel:
     """One direction of a convolution: packed weights and the call that uses them."""
 
     def __init__(self, algorithm: str, dtype: torch.dtype, ends: tuple, phases: list, workspace: Workspace):
-        self._conv = _C.Conv(algorithm, name_of(dtype), *ends, phases, native.cpu_isa)
+        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa)
         self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8)
         self._workspace = workspace
 
@@ -246,7 +244,7 @@ class CpuLeaves(Leaves):
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
         self._workspace = Workspace()
-        self._name = name_of(dtype)
+        self._name = dtype_name(dtype)
 
     def mask_bytes(self, value: Value) -> int:
         return bytes_of_bits(value)
@@ -299,11 +297,11 @@ class CpuLeaves(Leaves):
         return _bind_finish(t["x"], t.get("other"), t["mask"], t["y"], None)
 
     def _finish(self, v, bias, other, mask, kept, y) -> None:
-        _bind("finish", *rows_of(y), name_of(y.dtype), dense(v), bias, other, mask, kept is not None, y, kept)()
+        _bind("finish", *rows_of(y), dtype_name(y.dtype), dense(v), bias, other, mask, kept is not None, y, kept)()
 
 
 def _bind_finish(x: Tensor, other: Tensor | None, mask: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
-    return _bind("finish", *rows_of(y), name_of(y.dtype), x, None, other, mask, bits is not None, y, bits)
+    return _bind("finish", *rows_of(y), dtype_name(y.dtype), x, None, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:
@@ -336,12 +334,12 @@ class KernelInput(Input):
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         pointers = (x.data_ptr(), out.data_ptr())
-        check_status("prepare", self._kernel.prepare(len(x), name_of(out.dtype), *pointers, *_how()))
+        check_status("prepare", self._kernel.prepare(len(x), dtype_name(out.dtype), *pointers, *_how()))
 
     def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         d = torch.empty_like(x)
         pointers = (gradient.data_ptr(), x.data_ptr(), d.data_ptr())
-        check_status("gradient", self._kernel.gradient(len(x), name_of(gradient.dtype), *pointers, *_how()))
+        check_status("gradient", self._kernel.gradient(len(x), dtype_name(gradient.dtype), *pointers, *_how()))
         return d
 
     def sign_step(
@@ -349,7 +347,7 @@ class KernelInput(Input):
     ) -> None:
         pointers = (gradient.data_ptr(), x.data_ptr(), clean.data_ptr())
         results = (nan.data_ptr(), x.data_ptr(), out.data_ptr())
-        check_status("step", self._kernel.step(len(x), name_of(out.dtype), *pointers, alpha, eps, *results, *_how()))
+        check_status("step", self._kernel.step(len(x), dtype_name(out.dtype), *pointers, alpha, eps, *results, *_how()))
 
 
 def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:

@@ -19,10 +19,7 @@ from twins_fast.attacks.engine.executors.torch import (
     Tensors,
     TorchConvolution,
     bytes_of_bits,
-    check_status,
     dense,
-    name_of,
-    pointer_of,
     rows_of,
     sources_of,
     window_of,
@@ -30,6 +27,7 @@ from twins_fast.attacks.engine.executors.torch import (
 from twins_fast.attacks.engine.plan import Convolution, Value
 from twins_fast.kernels import attack, tuning
 from twins_fast.ops import native
+from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
 Way = attack.Product | None  # how a convolution runs; None: as PyTorch does
 
@@ -188,7 +186,7 @@ class KernelInput(Input):
         status = native._C.pixels_cuda(
             len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
             pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
-            self._codes, self._values.data_ptr(), name_of((out if gradient is None else gradient).dtype),
+            self._codes, self._values.data_ptr(), dtype_name((out if gradient is None else gradient).dtype),
             x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
             torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
         )  # fmt: skip

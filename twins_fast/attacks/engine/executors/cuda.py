@@ -29,7 +29,7 @@ from twins_fast.kernels import attack, tuning
 from twins_fast.ops import native
 from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
-Way = attack.Product | None  # how a convolution runs; None: as PyTorch does
+Way = attack.MatmulConfig | None  # how a convolution runs; None: as PyTorch does
 
 _ways: dict[tuple, Way] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
 
@@ -57,7 +57,7 @@ class CudaConvolution(TorchConvolution):
             key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
             if key not in _ways and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):
-                    _ways[key] = tuning.fastest([None, *attack.PRODUCTS], launch, tuning._seconds)
+                    _ways[key] = tuning.fastest([None, *attack.MATMUL_CONFIGS], launch, tuning._seconds)
             self._way[backward] = _ways.get(key)
         return self._way[backward]
 
@@ -104,7 +104,7 @@ class CudaLeaves(Leaves):
             if way is None:
                 library()
             else:
-                attack.product(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
+                attack.matmul(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
 
         return partial(launch, convolution.way(backward, launch))
 

@@ -31,7 +31,7 @@ ARCHS = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TWIN_BN = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
 TWIN_BN += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
-ATTACK = ("pointwise_kernel", "product_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
+ATTACK = ("pointwise_kernel", "matmul_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
 KERNELS = {**dict.fromkeys(TWIN_BN, twin_bn), **dict.fromkeys(ATTACK, attack)}  # name -> module
 SIZES = {"aligned": (8, 64, 56, 56), "odd": (5, 67, 7, 7), "aligned 64-bit": (4096, 64, 96, 96)}  # [N, C, H, W]
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
@@ -151,10 +151,10 @@ def _gated(*shape) -> None:
     attack.pointwise(x, x, size, gate=bits, scale=vector, other=x, mask=bits)
 
 
-def _product(config: attack.Product, turned: bool, *shape) -> None:
+def _matmul(config: attack.MatmulConfig, transposed: bool, *shape) -> None:
     x, vector, bits, size = _values(*shape)
-    options = dict(shift=vector, bits=bits) if turned else dict(mask=bits)
-    attack.product(x, x.new_empty(size[1], size[1]), x, size, config, turned, other=x, **options)
+    options = dict(shift=vector, bits=bits) if transposed else dict(mask=bits)
+    attack.matmul(x, x.new_empty(size[1], size[1]), x, size, config, transposed, other=x, **options)
 
 
 def _pool(backward: bool, max: bool, *shape) -> None:
@@ -183,11 +183,11 @@ ATTACK_STEPS = {
     "finish": _finish,
     "gated affine": _gated,
     **{
-        f"product{' backward' * (not turned)} {config.rows}x{config.width}x{config.inner}": partial(
-            _product, config, turned
+        f"product{' backward' * (not transposed)} {config.rows}x{config.width}x{config.inner}": partial(
+            _matmul, config, transposed
         )
-        for config in attack.PRODUCTS
-        for turned in (True, False)
+        for config in attack.MATMUL_CONFIGS
+        for transposed in (True, False)
     },
     **{
         f"{'max' if max else 'mean'}{' backward' * backward}": partial(_pool, backward, max)

@@ -36,7 +36,7 @@ MOST_STEPS = 8
 MOST_CHANNELS = 4  # of images
 
 
-class Product(NamedTuple):
+class MatmulConfig(NamedTuple):
     """Block sizes of a matrix product."""
 
     rows: int
@@ -47,8 +47,8 @@ class Product(NamedTuple):
 
 
 # What a convolution of 1 x 1 pixels may choose from. Not yet measured on a GPU.
-PRODUCTS = [Product(128, 128, 32, 8, 3), Product(128, 64, 32, 4, 4), Product(64, 64, 64, 4, 3)]
-INTERPRETER_PRODUCT = Product(32, 16, 16, 4, 1)
+MATMUL_CONFIGS = [MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(128, 64, 32, 4, 4), MatmulConfig(64, 64, 64, 4, 3)]
+INTERPRETER_MATMUL = MatmulConfig(32, 16, 16, 4, 1)
 
 
 class Tables(NamedTuple):
@@ -147,9 +147,9 @@ def pointwise_kernel(
 
 
 @_jit("inner", "tiles")
-def product_kernel(
+def matmul_kernel(
     x,
-    weight,  # [channels, inner], or [inner, channels] if not TURNED
+    weight,  # [channels, inner], or [inner, channels] if not TRANSPOSED
     shift,
     other,
     mask,
@@ -160,7 +160,7 @@ def product_kernel(
     channels,
     groups,
     units,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -181,7 +181,7 @@ def product_kernel(
         k = first + tl.arange(0, BLOCK_K)
         inside = tl.max_constancy((row < units)[:, None] & (k < inner)[None, :], (1, ALIGN_K))
         left = tl.load(x + (base + k[None, :]), mask=inside, other=0.0)
-        if TURNED:
+        if TRANSPOSED:
             offset = k[:, None] + tl.multiple_of(column * inner, ALIGN_K)[None, :]
             inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (ALIGN_K, 1))
         else:
@@ -447,25 +447,25 @@ def pointwise(
         )  # fmt: skip
 
 
-def product(
+def matmul(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
     size: tuple[int, int],
-    config: Product,
-    turned: bool,
+    config: MatmulConfig,
+    transposed: bool,
     shift: Tensor | None = None,
     other: Tensor | None = None,
     mask: Tensor | None = None,
     bits: Tensor | None = None,
 ) -> None:
-    """y = x @ weight.T if ``turned``, else x @ weight, finished as by :func:`pointwise`; weight is [O, I]."""
+    """y = x @ weight.T if ``transposed``, else x @ weight, finished as by :func:`pointwise`; weight is [O, I]."""
     units, channels = size
-    inner = weight.shape[1] if turned else weight.shape[0]
+    inner = weight.shape[1] if transposed else weight.shape[0]
     width = min(config.width, max(16, _power_of_2(channels)))
     tiles = _ceil_div(channels, width)
     with _on_device_of(y):
-        product_kernel[(_ceil_div(units, config.rows) * tiles,)](
+        matmul_kernel[(_ceil_div(units, config.rows) * tiles,)](
             x,
             weight,
             shift,
@@ -478,7 +478,7 @@ def product(
             channels,
             _ceil_div(channels, 8),
             units,
-            TURNED=turned,
+            TRANSPOSED=transposed,
             RELU=bits is not None,
             WIDE=units * max(inner, channels) >= _WIDE,
             ALIGN=gcd(channels, 16),

@@ -230,7 +230,7 @@ def test_product(inner, channels, dtype):
     for each in (want_state, state):
         each.convolution.fold(weight, None)
         each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
-    way = cuda().attack.INTERPRETER_PRODUCT
+    way = cuda().attack.INTERPRETER_MATMUL
     state.convolution.way = lambda backward, launch: way
     for images in (1, 5):
         before, after = (images, inner, *size), (images, channels, *size)

@@ -30,6 +30,22 @@ _ALL, _REDUCE, _APPLY = range(3)  # enum Phase in csrc/include/twin_bn.h
 _NO_WING = (None,) * 4
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the kernels know it: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def pointer_of(tensor: Tensor | None) -> int:
+    """Address of the first value; 0 for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def check_status(name: str, status: str) -> None:
+    """RuntimeError with what a kernel returned, unless that is empty."""
+    if status:
+        raise RuntimeError(f"{name}: {status}")
+
+
 def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
     y, bits, stats = layout.forward_results(x, keep_bits)
     _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, _ALL)
@@ -81,7 +97,7 @@ def _backward(dy, x, bits, split, vectors, stats, results, sums, eps, phase) -> 
 
 def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> None:
     images, channels, height, width = x.shape
-    shape = (images, channels, height * width, split, layout.is_channels_last(x), str(x.dtype).removeprefix("torch."))
+    shape = (images, channels, height * width, split, layout.is_channels_last(x), dtype_name(x.dtype))
     pointers = [0 if t is None or t.numel() == 0 else _pointer(t) for t in tensors]
     if x.device.type == "cpu":
         launch = getattr(_C, f"twin_bn_{direction}_cpu")
@@ -94,8 +110,7 @@ def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> 
             workspace = x.new_empty(size, dtype=torch.float32)
             stream = torch.cuda.current_stream(x.device).cuda_stream
             status = launch(*shape, *pointers, *scalars, workspace.data_ptr(), stream)
-    if status:
-        raise RuntimeError(f"twin_batch_norm: {status}")
+    check_status("twin_batch_norm", status)
 
 
 def _pointer(tensor: Tensor) -> int:

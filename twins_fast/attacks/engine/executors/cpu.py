@@ -17,15 +17,13 @@ from twins_fast.attacks.engine.executors.torch import (
     TorchConvolution,
     TorchExecutor,
     bytes_of_bits,
-    check_status,
     dense,
-    name_of,
-    pointer_of,
     rows_of,
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
 from twins_fast.ops import native
+from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
 LANES = 16
@@ -55,7 +53,7 @@ class _Kernel:
     """One direction of a convolution: packed weights and the call that uses them."""
 
     def __init__(self, algorithm: str, dtype: torch.dtype, ends: tuple, phases: list, workspace: Workspace):
-        self._conv = _C.Conv(algorithm, name_of(dtype), *ends, phases, native.cpu_isa)
+        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa)
         self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8)
         self._workspace = workspace
 
@@ -248,7 +246,7 @@ class CpuExecutor(TorchExecutor):
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
         self._workspace = Workspace()
-        self._name = name_of(dtype)
+        self._name = dtype_name(dtype)
 
     def mask_bytes(self, value: Value) -> int:
         return bytes_of_bits(value)
@@ -315,7 +313,7 @@ def _bind_pointwise(
     bits: Tensor | None = None,
 ) -> Run:
     """``y = mask(relu(x * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
-    sizes = (*rows_of(y), name_of(y.dtype))
+    sizes = (*rows_of(y), dtype_name(y.dtype))
     return _bind("pointwise", *sizes, x, None, scale, shift, other, mask, bits is not None, y, bits)
 
 
@@ -349,12 +347,12 @@ class KernelInput(Input):
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         pointers = (x.data_ptr(), out.data_ptr())
-        check_status("prepare", self._kernel.prepare(len(x), name_of(out.dtype), *pointers, *_how()))
+        check_status("prepare", self._kernel.prepare(len(x), dtype_name(out.dtype), *pointers, *_how()))
 
     def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         d = torch.empty_like(x)
         pointers = (gradient.data_ptr(), x.data_ptr(), d.data_ptr())
-        check_status("gradient", self._kernel.gradient(len(x), name_of(gradient.dtype), *pointers, *_how()))
+        check_status("gradient", self._kernel.gradient(len(x), dtype_name(gradient.dtype), *pointers, *_how()))
         return d
 
     def sign_step(
@@ -362,7 +360,7 @@ class KernelInput(Input):
     ) -> None:
         pointers = (gradient.data_ptr(), x.data_ptr(), clean.data_ptr())
         results = (nan.data_ptr(), x.data_ptr(), out.data_ptr())
-        check_status("step", self._kernel.step(len(x), name_of(out.dtype), *pointers, alpha, eps, *results, *_how()))
+        check_status("step", self._kernel.step(len(x), dtype_name(out.dtype), *pointers, alpha, eps, *results, *_how()))
 
 
 def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:

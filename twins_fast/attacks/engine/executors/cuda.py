@@ -20,18 +20,16 @@ from twins_fast.attacks.engine.executors.torch import (
     TorchConvolution,
     TorchExecutor,
     bytes_of_bits,
-    check_status,
     dense,
-    name_of,
-    pointer_of,
     rows_of,
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
 from twins_fast.kernels import attack, tuning
 from twins_fast.ops import native
+from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
-Way = attack.Product | None  # how a convolution runs; None: as PyTorch does
+Way = attack.MatmulConfig | None  # how a convolution runs; None: as PyTorch does
 
 _ways: dict[tuple, Way] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
 
@@ -59,7 +57,7 @@ class CudaConvolution(TorchConvolution):
             key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
             if key not in _ways and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):
-                    _ways[key] = tuning.fastest([None, *attack.PRODUCTS], launch, tuning._seconds)
+                    _ways[key] = tuning.fastest([None, *attack.MATMUL_CONFIGS], launch, tuning._seconds)
             self._way[backward] = _ways.get(key)
         return self._way[backward]
 
@@ -106,7 +104,7 @@ class CudaExecutor(TorchExecutor):
             if way is None:
                 library()
             else:
-                attack.product(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
+                attack.matmul(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
 
         return partial(launch, convolution.way(backward, launch))
 
@@ -188,7 +186,7 @@ class KernelInput(Input):
         status = native._C.pixels_cuda(
             len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
             pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
-            self._codes, self._values.data_ptr(), name_of((out if gradient is None else gradient).dtype),
+            self._codes, self._values.data_ptr(), dtype_name((out if gradient is None else gradient).dtype),
             x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
             torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
         )  # fmt: skip

@@ -202,15 +202,6 @@ def dense(v: Tensor) -> Tensor:
     return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
 
 
-def pointer_of(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def check_status(name: str, status: str) -> None:
-    if status:
-        raise RuntimeError(f"{name}: {status}")
-
-
 def rows_of(y: Tensor) -> tuple[int, int]:
     channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
     return y.numel() // channels, channels
@@ -220,7 +211,3 @@ def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
     """images, channels, height, width, results' height and width, kernel, stride, padding (max-pooling only)."""
     o = state.stage.options
     return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", ()))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

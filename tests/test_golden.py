@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from twins_fast import PGD, adversarial_loss, convert_twin_bn
+from twins_fast.methods import METHODS
 from twins_fast.models import CifarResNet
 from twins_fast.ops import backend, native
 
@@ -29,7 +30,7 @@ class Replay:
         self.config = config = json.loads(str(self.recorded["config"]))
         self.method = method_of(name)
         self.model = CifarResNet(config["num_classes"], config["width"], config["blocks"], config["block"])
-        if self.method.startswith("twins"):
+        if METHODS[self.method].wings == 2:
             convert_twin_bn(self.model)
         self.model.load_state_dict(self.entries("init/"))
         self.attack = PGD(

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from twins_fast.checkpoints import load_checkpoint, save_checkpoint
+from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES, CifarResNet
 from twins_fast.train import cli, trainer
 from twins_fast.train.recipes import RECIPES, Recipe, RecipeError, get_recipe
@@ -55,13 +56,13 @@ def test_a_run_writes_everything_and_learns(tmp_path, npz, capsys, method):
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert [line["epoch"] for line in lines if line["kind"] == "test"] == [1, 2, 3, 4]
     assert sum(line["loss"] for line in steps[-3:]) < sum(line["loss"] for line in steps[:3])
-    assert ("frozen_accuracy" in steps[0]) == method.startswith("twins")
+    assert ("frozen_accuracy" in steps[0]) == (METHODS[method].wings == 2)
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     result = json.loads(run.result.read_text())
-    assert result["test_images"] == 12 and ("after_frozen_wing" in result) == method.startswith("twins")
+    assert result["test_images"] == 12 and ("after_frozen_wing" in result) == (METHODS[method].wings == 2)
     assert method.upper() in capsys.readouterr().out
     names = load_checkpoint(run.best)[0]
-    assert any(".main_bn." in name for name in names) == method.startswith("twins")
+    assert any(".main_bn." in name for name in names) == (METHODS[method].wings == 2)
 
 
 def test_seed_repeats_a_run_and_another_one_differs(tmp_path, npz):

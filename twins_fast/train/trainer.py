@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from twins_fast.attacks import PGD, named_attack
+from twins_fast.attacks import PGD
 from twins_fast.checkpoints import (
     load_checkpoint,
     load_pretrained,
@@ -22,10 +22,10 @@ from twins_fast.checkpoints import (
     write_atomically,
 )
 from twins_fast.evaluation import Accuracy, evaluate
-from twins_fast.methods import adversarial_loss
+from twins_fast.methods import METHODS, Method
 from twins_fast.models import build_model
-from twins_fast.nn import convert_twin_bn, fuse_twin_bn
 from twins_fast.nn.wings import is_twin
+from twins_fast.options import known
 from twins_fast.train import assets, data
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipes import Recipe
@@ -39,6 +39,12 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is kept."""
 
 
+def method_of(recipe: Recipe) -> Method:
+    """The recipe's method with its options."""
+    options = {"frozen_weight": recipe.twins_lambda, "beta": recipe.trades_beta, "adversary": recipe.adversary}
+    return known(METHODS[recipe.method], **options)
+
+
 def make_network(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network: pre-trained body, fresh head, two-wing layers where the method has wings."""
     torch.manual_seed(recipe.seed)
@@ -46,8 +52,7 @@ def make_network(recipe: Recipe, num_classes: int) -> nn.Module:
     if recipe.checkpoint is not None:
         path = assets.NETWORK if recipe.checkpoint == "embedded" else recipe.checkpoint
         load_pretrained(model, read_state_dict(path))
-    if recipe.method.startswith("twins-"):
-        fuse_twin_bn(convert_twin_bn(model))
+    model = method_of(recipe).prepare(model)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 
@@ -97,6 +102,7 @@ class Trainer:
         self.recipe = recipe
         self.run = run
         self.device = torch.device(device)
+        self.method = method_of(recipe)
         self.model = model.to(self.device)
         self.train_loader = train
         self.test_loader = test
@@ -108,11 +114,10 @@ class Trainer:
         self.seconds = 0.0  # spent by the processes that this one goes on from
         self.started = time.monotonic()
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            self.method.parameters(self.model), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.attack = named_attack(
-            recipe.adversary,
+        self.attack = self.method.attack(
             self.model,
             eps=recipe.eps,
             alpha=recipe.alpha,
@@ -157,17 +162,15 @@ class Trainer:
         rate = learning_rate(recipe, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        method, model = self.method, self.model
         with autocast(recipe, self.device):
-            loss, metrics = adversarial_loss(
-                self.model,
-                images,
-                labels,
-                method=recipe.method,
-                attack=self.attack,
-                twins_lambda=recipe.twins_lambda,
-                trades_beta=recipe.trades_beta,
-            )
-        metrics = {name: float(value) for name, value in metrics.items()}
+            largest_label = method.check(model, images, labels)
+            adversarial = method.perturb(self.attack, model, images, labels, largest_label)
+            logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
+            loss = method.loss(logits, labels)
+        metrics = {
+            name: float(value) for name, value in [("loss", loss.detach()), *method.metrics(logits, labels).items()]
+        }
         if not abs(metrics["loss"]) < float("inf"):
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The training loop: images -> attack -> model as [frozen | adaptive] -> loss -> backward -> optimiser step."""
+"""The training loop; ``Trainer.train_step`` shows the way of the images line by line."""
 
 from __future__ import annotations
 
@@ -168,9 +168,8 @@ class Trainer:
             adversarial = method.perturb(self.attack, model, images, labels, largest_label)
             logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
             loss = method.loss(logits, labels)
-        metrics = {
-            name: float(value) for name, value in [("loss", loss.detach()), *method.metrics(logits, labels).items()]
-        }
+        metrics = {"loss": float(loss.detach())}
+        metrics |= {name: float(value) for name, value in method.metrics(logits, labels).items()}
         if not abs(metrics["loss"]) < float("inf"):
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.optimizer.zero_grad()

@@ -7,7 +7,6 @@ import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -15,6 +14,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from twins_fast.attacks.engine.graph import (
+    Reading,
     aten,
     draws_nothing,
     is_aten,
@@ -92,13 +92,11 @@ def _watched() -> Iterator[list[warnings.WarningMessage]]:
         log.setLevel(level)
 
 
-class Reader:
+class Reader(Reading):
     """Turns an exported graph into nodes."""
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, ...]):
-        self.model = model
-        self.nodes = [Node("input", [], tuple(shape), "")]
-        self.values: dict[fx.Node, Any] = {}  # fx node -> Ref, Param or number
+        super().__init__(model, [Node("input", [], tuple(shape), "")], {})
         self.shared: set[fx.Node] = set()  # whose memory another value may see
         self._bind(exported)
         result = None
@@ -203,9 +201,6 @@ class Reader:
             self.values[name] = self.values[made]
         return None
 
-    def value(self, argument: Any) -> Any:
-        return self.values[argument] if isinstance(argument, fx.Node) else argument
-
     def _alike(self, node: fx.Node) -> bool:
         before, after = node.args[0].meta["val"], node.meta["val"]
         return before.dtype == after.dtype and before.device == after.device
@@ -251,9 +246,3 @@ class Reader:
             if node.call is not None:
                 node.call = (node.call[0], *map_values(moved, node.call[1:]))
         self.nodes[:] = kept
-
-    def is_batched(self, x: Any) -> bool:
-        return isinstance(x, Ref) and self.nodes[x.index].shape is not None
-
-    def is_image(self, x: Any) -> bool:
-        return self.is_batched(x) and len(self.nodes[x.index].shape) == 3

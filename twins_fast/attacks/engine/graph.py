@@ -1,13 +1,38 @@
-"""What the nodes of an exported graph say."""
+"""What the nodes of an exported graph say, and what has been read of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+from twins_fast.attacks.engine.nodes import Node, Ref
 
 aten = torch.ops.aten
+
+
+@dataclass
+class Reading:
+    """A model, the nodes made of its graph so far, and what each node of the graph has become.
+
+    Attributes:
+        values: node of the graph -> Ref, Param or number.
+    """
+
+    model: nn.Module
+    nodes: list[Node]
+    values: dict[fx.Node, Any]
+
+    def value(self, argument: Any) -> Any:
+        return self.values[argument] if isinstance(argument, fx.Node) else argument
+
+    def is_batched(self, x: Any) -> bool:
+        return isinstance(x, Ref) and self.nodes[x.index].shape is not None
+
+    def is_image(self, x: Any) -> bool:
+        return self.is_batched(x) and len(self.nodes[x.index].shape) == 3
 
 
 def one_memory(node: fx.Node, source: fx.Node) -> bool:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-from twins_fast.attacks.engine.graph import arguments, aten, module_of, pair, shape_of, size_of
+from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Param, Ref, tensor_of
 from twins_fast.models.clamp import torch_passes_at_bounds
 
-if TYPE_CHECKING:
-    from twins_fast.attacks.engine.capture import Reader
-
 Match = tuple[str, list[Ref], dict[str, Any]] | None  # op, inputs and options of a node
-PATTERNS: dict[str, Callable[[Reader, fx.Node], Match]] = {}
+PATTERNS: dict[str, Callable[[Reading, fx.Node], Match]] = {}
 
 _ARITHMETIC = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
 
@@ -27,7 +24,7 @@ _ARITHMETIC = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: 
 def pattern(*names: str):
     """Enter a function into the table under the names of its ATen operations, without overloads."""
 
-    def enter(function: Callable[[Reader, fx.Node], Match]) -> Callable[[Reader, fx.Node], Match]:
+    def enter(function: Callable[[Reading, fx.Node], Match]) -> Callable[[Reading, fx.Node], Match]:
         PATTERNS.update(dict.fromkeys(names, function))
         return function
 
@@ -35,9 +32,9 @@ def pattern(*names: str):
 
 
 @pattern("conv2d")
-def conv2d(reader: Reader, node: fx.Node) -> Match:
-    x, weight, bias, stride, padding, dilation, groups = arguments(node, reader.value)
-    if not reader.is_image(x) or not isinstance(weight, Param) or isinstance(padding, str):
+def conv2d(reading: Reading, node: fx.Node) -> Match:
+    x, weight, bias, stride, padding, dilation, groups = arguments(node, reading.value)
+    if not reading.is_image(x) or not isinstance(weight, Param) or isinstance(padding, str):
         return None
     if bias is not None and not isinstance(bias, Param):
         return None
@@ -46,37 +43,37 @@ def conv2d(reader: Reader, node: fx.Node) -> Match:
 
 
 @pattern("linear")
-def linear(reader: Reader, node: fx.Node) -> Match:
-    x, weight, bias = arguments(node, reader.value)
+def linear(reading: Reading, node: fx.Node) -> Match:
+    x, weight, bias = arguments(node, reading.value)
     if not isinstance(x, Ref) or not isinstance(weight, Param) or not (bias is None or isinstance(bias, Param)):
         return None
-    shape = reader.nodes[x.index].shape
+    shape = reading.nodes[x.index].shape
     return ("linear", [x], {"weight": weight, "bias": bias}) if shape and len(shape) == 1 else None
 
 
 @pattern("batch_norm")
-def batch_norm(reader: Reader, node: fx.Node) -> Match:
-    x, weight, bias, mean, var, training, _, eps, _ = arguments(node, reader.value)
-    if training or not reader.is_image(x) or not all(v is None or isinstance(v, Param) for v in (weight, bias)):
+def batch_norm(reading: Reading, node: fx.Node) -> Match:
+    x, weight, bias, mean, var, training, _, eps, _ = arguments(node, reading.value)
+    if training or not reading.is_image(x) or not all(v is None or isinstance(v, Param) for v in (weight, bias)):
         return None
     if not isinstance(mean, Param) or not isinstance(var, Param):
         return None
     return "batch_norm", [x], {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
 
 
-def twin_batch_norm(reader: Reader, node: fx.Node) -> tuple[Ref, None, None]:
+def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
     """All rows on one wing, with residual sum and ReLU (ops.py)."""
-    x, residual, split, mean, var, weight, bias, *_, eps, relu, _, _ = arguments(node, reader.value)
-    rows = isinstance(split, Ref) and reader.nodes[split.index].op == "rows"
+    x, residual, split, mean, var, weight, bias, *_, eps, relu, _, _ = arguments(node, reading.value)
+    rows = isinstance(split, Ref) and reading.nodes[split.index].op == "rows"
     vectors = (mean, var, weight, bias)
-    if not rows or not reader.is_image(x) or not all(v is None or isinstance(v, Param) for v in vectors):
+    if not rows or not reading.is_image(x) or not all(v is None or isinstance(v, Param) for v in vectors):
         raise NotCaptured(f"{module_of(node)}: two wings at once")
     options = {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
-    shape, where = reader.nodes[x.index].shape, module_of(node)
+    shape, where = reading.nodes[x.index].shape, module_of(node)
 
     def add(op: str, inputs: list[int], options: dict) -> Ref:
-        reader.nodes.append(Node(op, inputs, shape, where, True, options))
-        return Ref(len(reader.nodes) - 1)
+        reading.nodes.append(Node(op, inputs, shape, where, True, options))
+        return Ref(len(reading.nodes) - 1)
 
     result = add("batch_norm", [x.index], options)
     if residual is not None:
@@ -87,56 +84,56 @@ def twin_batch_norm(reader: Reader, node: fx.Node) -> tuple[Ref, None, None]:
 
 
 @pattern("relu")
-def relu(reader: Reader, node: fx.Node) -> Match:
-    x = reader.value(node.args[0])
-    return ("relu", [x], {}) if reader.is_batched(x) else None
+def relu(reading: Reading, node: fx.Node) -> Match:
+    x = reading.value(node.args[0])
+    return ("relu", [x], {}) if reading.is_batched(x) else None
 
 
 @pattern("hardtanh")
-def hardtanh(reader: Reader, node: fx.Node) -> Match:
-    x, low, high = arguments(node, reader.value)
-    return ("clamp", [x], {"low": float(low), "high": float(high), "at_bounds": 0}) if reader.is_batched(x) else None
+def hardtanh(reading: Reading, node: fx.Node) -> Match:
+    x, low, high = arguments(node, reading.value)
+    return ("clamp", [x], {"low": float(low), "high": float(high), "at_bounds": 0}) if reading.is_batched(x) else None
 
 
 @pattern("clamp", "clip")
-def clamp(reader: Reader, node: fx.Node) -> Match:
-    x, low, high = arguments(node, reader.value)
-    if not reader.is_batched(x) or not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+def clamp(reading: Reading, node: fx.Node) -> Match:
+    x, low, high = arguments(node, reading.value)
+    if not reading.is_batched(x) or not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
         return None
     low, high = (float(d if b is None else b) for b, d in ((low, "-inf"), (high, "inf")))
     return "clamp", [x], {"low": low, "high": high, "at_bounds": int(torch_passes_at_bounds())}
 
 
 @pattern("masked_fill")
-def masked_fill(reader: Reader, node: fx.Node) -> Match:
+def masked_fill(reading: Reading, node: fx.Node) -> Match:
     """One side of :func:`twins_fast.models.clamp.clamp`."""
-    x, _, bound = arguments(node, reader.value)
+    x, _, bound = arguments(node, reading.value)
     compared = node.args[1]
     side = {aten.lt.Scalar: "low", aten.gt.Scalar: "high"}.get(compared.target)
-    if side is None or compared.args != (node.args[0], bound) or not reader.is_batched(x):
+    if side is None or compared.args != (node.args[0], bound) or not reading.is_batched(x):
         return None
     return "clamp", [x], {"low": -inf, "high": inf, side: float(bound), "at_bounds": 1}
 
 
 @pattern("add", "sub", "mul", "div")
-def arithmetic(reader: Reader, node: fx.Node) -> Match:
+def arithmetic(reading: Reading, node: fx.Node) -> Match:
     """A sum of two alike values, or arithmetic with a parameter or number that is the same for every row."""
     kind = _ARITHMETIC.get(node.target)
     if kind is None or any(node.kwargs.values()) or len(node.args) != 2:
         return None
-    x, other = (reader.value(a) for a in node.args)
+    x, other = (reading.value(a) for a in node.args)
     if isinstance(x, Ref) and isinstance(other, Ref):
-        alike = reader.is_batched(x) and reader.nodes[x.index].shape == reader.nodes[other.index].shape
+        alike = reading.is_batched(x) and reading.nodes[x.index].shape == reading.nodes[other.index].shape
         return ("add", [x, other], {}) if kind == "add" and alike else None
     if not isinstance(x, Ref):
         if kind not in ("add", "mul"):
             return None
         x, other = other, x
-    if not reader.is_image(x):
+    if not reading.is_image(x):
         return None
     if isinstance(other, Param):
-        per_channel = tensor_of(reader.model, other.name)
-        channels = reader.nodes[x.index].shape[0]
+        per_channel = tensor_of(reading.model, other.name)
+        channels = reading.nodes[x.index].shape[0]
         if per_channel.numel() not in (1, channels) or list(per_channel.shape[-3:]) not in (
             [per_channel.numel(), 1, 1], [], [1],
         ):  # fmt: skip
@@ -147,63 +144,63 @@ def arithmetic(reader: Reader, node: fx.Node) -> Match:
 
 
 @pattern("max_pool2d")
-def max_pool2d(reader: Reader, node: fx.Node) -> Match:
-    x, kernel, stride, padding, dilation, ceil = arguments(node, reader.value)
+def max_pool2d(reading: Reading, node: fx.Node) -> Match:
+    x, kernel, stride, padding, dilation, ceil = arguments(node, reading.value)
     kernel = pair(kernel)
-    if not reader.is_image(x) or pair(dilation) != (1, 1) or ceil or kernel[0] * kernel[1] > 255:
+    if not reading.is_image(x) or pair(dilation) != (1, 1) or ceil or kernel[0] * kernel[1] > 255:
         return None
     return "max_pool", [x], {"kernel": kernel, "stride": pair(stride or kernel), "padding": pair(padding)}
 
 
 @pattern("avg_pool2d")
-def avg_pool2d(reader: Reader, node: fx.Node) -> Match:
-    x, kernel, stride, padding, ceil, _, divisor = arguments(node, reader.value)
-    if not reader.is_image(x) or pair(padding) != (0, 0) or ceil or divisor is not None:
+def avg_pool2d(reading: Reading, node: fx.Node) -> Match:
+    x, kernel, stride, padding, ceil, _, divisor = arguments(node, reading.value)
+    if not reading.is_image(x) or pair(padding) != (0, 0) or ceil or divisor is not None:
         return None
     return "avg_pool", [x], {"kernel": pair(kernel), "stride": pair(stride or kernel)}
 
 
 @pattern("adaptive_avg_pool2d")
-def adaptive_avg_pool2d(reader: Reader, node: fx.Node) -> Match:
-    x = reader.value(node.args[0])
-    if not reader.is_image(x) or shape_of(node)[1:] != (1, 1):
+def adaptive_avg_pool2d(reading: Reading, node: fx.Node) -> Match:
+    x = reading.value(node.args[0])
+    if not reading.is_image(x) or shape_of(node)[1:] != (1, 1):
         return None
-    size = reader.nodes[x.index].shape[1:]
+    size = reading.nodes[x.index].shape[1:]
     return "avg_pool", [x], {"kernel": size, "stride": size}
 
 
 @pattern("mean")
-def mean(reader: Reader, node: fx.Node) -> Match:
-    x = reader.value(node.args[0])
+def mean(reading: Reading, node: fx.Node) -> Match:
+    x = reading.value(node.args[0])
     dims = node.args[1] if len(node.args) > 1 and not node.kwargs else None
-    if not reader.is_image(x) or dims is None or sorted(d % 4 for d in dims) != [2, 3]:
+    if not reading.is_image(x) or dims is None or sorted(d % 4 for d in dims) != [2, 3]:
         return None
-    size = reader.nodes[x.index].shape[1:]
+    size = reading.nodes[x.index].shape[1:]
     return "avg_pool", [x], {"kernel": size, "stride": size}
 
 
 @pattern("flatten")
-def flatten(reader: Reader, node: fx.Node) -> Match:
-    x, start, end = arguments(node, reader.value)
-    if not reader.is_image(x) or start != 1 or end not in (-1, 3) or reader.nodes[x.index].shape[1:] != (1, 1):
+def flatten(reading: Reading, node: fx.Node) -> Match:
+    x, start, end = arguments(node, reading.value)
+    if not reading.is_image(x) or start != 1 or end not in (-1, 3) or reading.nodes[x.index].shape[1:] != (1, 1):
         return None
     return "flatten", [x], {}
 
 
 @pattern("view", "reshape")
-def view(reader: Reader, node: fx.Node) -> Match:
-    x = reader.value(node.args[0])
-    if not reader.is_image(x) or reader.nodes[x.index].shape != (*(shape_of(node) or ()), 1, 1):
+def view(reading: Reading, node: fx.Node) -> Match:
+    x = reading.value(node.args[0])
+    if not reading.is_image(x) or reading.nodes[x.index].shape != (*(shape_of(node) or ()), 1, 1):
         return None
     return "flatten", [x], {}
 
 
 @pattern("upsample_nearest2d")
-def upsample_nearest2d(reader: Reader, node: fx.Node) -> Match:
-    x, *sizes = arguments(node, reader.value)
-    if not reader.is_image(x):
+def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match:
+    x, *sizes = arguments(node, reading.value)
+    if not reading.is_image(x):
         return None
-    before, after = reader.nodes[x.index].shape[1:], shape_of(node)[1:]
+    before, after = reading.nodes[x.index].shape[1:], shape_of(node)[1:]
     scales = sizes[1] if node.target is aten.upsample_nearest2d.vec else sizes[1:]
     scales = [scale for scale in scales or () if scale is not None]
     # With a scale, PyTorch looks up pixels by it and not by the sizes' ratio.

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-from twins_fast.attacks.engine.graph import arguments, shape_of
+from twins_fast.attacks.engine.graph import Reading, arguments, shape_of
 from twins_fast.attacks.engine.nodes import Ref
-
-if TYPE_CHECKING:
-    from twins_fast.attacks.engine.capture import Reader
 
 # They do so whatever their arguments, if all operands are batched.
 _ALWAYS = {
@@ -22,7 +18,7 @@ _ALWAYS = {
 }  # fmt: skip
 
 
-def keeps_samples_apart(reader: Reader, node: fx.Node, name: str, shapes: list[tuple[int, ...]]) -> bool:
+def keeps_samples_apart(reading: Reading, node: fx.Node, name: str, shapes: list[tuple[int, ...]]) -> bool:
     """Whether every sample of the result depends on that sample of the operands alone.
 
     Args:
@@ -32,10 +28,10 @@ def keeps_samples_apart(reader: Reader, node: fx.Node, name: str, shapes: list[t
     if name in _ALWAYS and len({len(shape) for shape in shapes}) == 1:
         return True
     rank = len(shapes[0]) + 1
-    values = arguments(node, reader.value)
+    values = arguments(node, reading.value)
     if name in ("view", "reshape"):  # the batch stays in front, and what it leads stays together
         first = values[1][0]
-        rows = isinstance(first, Ref) and reader.nodes[first.index].op == "rows"
+        rows = isinstance(first, Ref) and reading.nodes[first.index].op == "rows"
         return (rows or first == -1) and prod(shapes[0]) == prod(shape_of(node))
     if name == "batch_norm":
         return not values[5]

@@ -14,9 +14,10 @@ from tests.kernels.test_twin_bn import DEVICE, RELEASES, host, results, subproce
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache
 from twins_fast.attacks.engine import program as programs
+from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
-from twins_fast.attacks.engine.plan import Convolution, Stage
+from twins_fast.attacks.engine.plan import Stage
 from twins_fast.models import CifarResNet
 from twins_fast.ops import native
 
@@ -27,9 +28,9 @@ FENCE = 64
 
 
 def cuda():
-    from twins_fast.attacks.engine.executors import cuda as cuda  # imports Triton
+    from twins_fast.attacks.engine.executors import cuda as executor  # imports Triton
 
-    return cuda
+    return executor
 
 
 @host

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twins_fast.attacks.engine.plan import Convolution
+from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.ops import native
 
 if native._C is None:

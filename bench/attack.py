@@ -26,9 +26,10 @@ from bench.harness import PARTIAL, PEERS, RESULTS, Benchmark, Record, fails, lim
 from bench.header import ROOT
 from bench.peers import ALPHA, ATTACK, ENGINES, EPS, TRAINING, engine_attack, published_attack
 from bench.workloads import NETWORKS, Attack, Inputs, cost, inputs, own_copy, workload
-from twins_fast.train import data
+from twins_fast.train.build import make_network
+from twins_fast.train.datasets import load_datasets
+from twins_fast.train.loaders import eval_transform
 from twins_fast.train.recipes import get_recipe
-from twins_fast.train.trainer import make_network
 
 SCALING, PRECISION, LAYERS = "attack_scaling", "attack_precision", "attack_layers"
 ROUNDS, STEPS = 2, 10
@@ -214,10 +215,9 @@ def scaling(axes: dict, names: list[str], rounds: int, record: Record) -> list[s
 
 def embedded(device: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The embedded robust network with a head fitted to the embedded training images, and the test images."""
-    recipe = get_recipe("mini", method="at", beside=())
-    train, test, classes = data.load_datasets(recipe, None)
-    model = make_network(recipe, len(classes)).eval().requires_grad_(False)
-    transform = data.eval_transform(recipe.augmentation)
+    train, test, classes = load_datasets("embedded")
+    model = make_network(get_recipe("mini").network, len(classes)).eval().requires_grad_(False)
+    transform = eval_transform("cifar")
     (images, labels), (test_images, test_labels) = (
         (torch.stack([transform(image) for image, _ in part]), torch.from_numpy(part.labels)) for part in (train, test)
     )

@@ -5,7 +5,7 @@ import re
 import torch
 
 from bench import report
-from twins_fast.train import trainer
+from twins_fast.models import build_model
 from twins_fast.train.recipes import RECIPES
 
 TEXT = report.README.read_text()
@@ -20,7 +20,7 @@ def test_tables_are_those_of_the_files():
 def test_the_five_lines_run():
     code = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "adversarial_loss" in block)
     names = {
-        "model": trainer.build_model("cifar-resnet18-w16", 5),
+        "model": build_model("cifar-resnet18-w16", 5),
         "loader": [(torch.rand(8, 3, 16, 16), torch.randint(0, 5, (8,)))],
         "torch": torch,
     }

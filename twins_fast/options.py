@@ -14,18 +14,26 @@ from twins_fast.validation import check_choice, check_not_negative
 T = TypeVar("T")
 
 
-def check_options(options: Any) -> None:
+def check_options(options: Any, least: Mapping[str, int] | None = None) -> None:
     """Require every field of the dataclass instance to hold what its annotation says, numbers finite and >= 0.
 
+    Args:
+        options: the dataclass instance.
+        least: field -> smallest number that it may hold, where that is not 0.
+
     Raises:
-        ValueError: it does not; the message names the field.
+        ValueError: a field does not; the message names it.
     """
-    for name, kind in hints(type(options)).items():
+    for name, kind in _kinds(type(options)).items():
         _check(name, kind, getattr(options, name))
+    for name, smallest in (least or {}).items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
 def to_plain(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance as JSON types, None included."""
+    """The fields of a dataclass instance as JSON types."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -33,19 +41,26 @@ def to_plain(options: Any) -> dict[str, Any]:
 def from_plain(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """The inverse of :func:`to_plain`; a field that is missing takes its default.
 
+    As JSON and TOML lack some values, ``"none"`` is None where a field may be None, and ``"8/255"`` a number.
+
     Raises:
-        ValueError: unknown fields, or one that is needed and missing; ``where`` says of what.
+        ValueError: unknown fields, one that is needed and missing, or a wrong value; ``where`` says of what.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a table of fields, got {values!r}")
-    fields = dataclasses.fields(cls)
-    unknown = sorted(set(values) - {field.name for field in fields})
-    if unknown:
-        raise ValueError(f"unknown {where} fields: {', '.join(unknown)}")
-    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING and f.name not in values]
+    _check_fields(cls, values, where)
+    needed = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values
+    ]
     if needed:
         raise ValueError(f"{where} lacks {', '.join(needed)}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return cls(**_read_values(cls, values, where))
+
+
+def updated(options: T, values: Mapping[str, Any], where: str) -> T:
+    """A copy of a dataclass instance with some fields read from ``values``, as :func:`from_plain` reads them."""
+    _check_fields(type(options), values, where)
+    return dataclasses.replace(options, **_read_values(type(options), values, where))
 
 
 def known(cls: type[T], **values: Any) -> T:
@@ -54,15 +69,55 @@ def known(cls: type[T], **values: Any) -> T:
     return cls(**{name: value for name, value in values.items() if name in names})
 
 
+def fraction(text: str) -> float:
+    """A number, or a fraction such as ``8/255``.
+
+    Raises:
+        ValueError: neither.
+    """
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number or fraction") from None
+
+
 @functools.cache
-def hints(cls: type) -> dict[str, Any]:
-    """The resolved annotation of every field."""
+def _kinds(cls: type) -> dict[str, Any]:
+    """The type of every field."""
     resolved = typing.get_type_hints(cls)
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
 
 
+def _check_fields(cls: type, values: Mapping[str, Any], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a table of fields, got {values!r}")
+    unknown = sorted(set(values) - set(_kinds(cls)))
+    if unknown:
+        raise ValueError(f"unknown {where} fields: {', '.join(unknown)}; choose from {', '.join(_kinds(cls))}")
+
+
+def _read_values(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return {name: _read(_kinds(cls)[name], value) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read(kind: Any, value: Any) -> Any:
+    if value == "none" and _optional(kind):
+        return None
+    if isinstance(value, list):
+        return tuple(value)
+    return fraction(value) if kind is float and isinstance(value, str) else value
+
+
+def _optional(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
 def _check(name: str, kind: Any, value: Any) -> None:
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+    if _optional(kind):
         (item,) = (part for part in typing.get_args(kind) if part is not type(None))
         if value is not None:
             _check(name, item, value)

@@ -48,3 +48,13 @@ def test_entries_are_named_as_published():
 def test_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="unknown arch 'vgg'"):
         build_model("vgg", 5)
+
+
+def test_a_network_takes_images_of_any_size_and_upsamples_those_it_is_told_to():
+    for name in ("cifar-resnet18-w16", "resnet18"):
+        assert build_model(name, 3).eval()(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+    model = build_model("resnet18", 3, upsample=64).eval()
+    x = torch.rand(1, 3, 32, 32)
+    expected = model(x)
+    model.upsample = None
+    torch.testing.assert_close(model(torch.nn.functional.interpolate(x, size=(64, 64), mode="nearest")), expected)

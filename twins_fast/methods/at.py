@@ -21,8 +21,7 @@ class AT(Method):
     name: ClassVar[str] = "at"
 
     adversary: Adversary = "ce"
-    """What the attack maximises: cross-entropy from a uniform start (what the TWINS code uses for every method), or
-    the KL divergence from the clean prediction (the original TRADES one)."""
+    """What the attack maximises: cross-entropy (the TWINS code's, for every method), or TRADES's own KL divergence."""
 
     def attack(self, model: nn.Module, **options) -> PGD:
         return named_attack(self.adversary, model, **options)

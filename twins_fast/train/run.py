@@ -1,86 +1,87 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints and the picture of the curves."""
+"""A recipe from its data to its result, with the baselines beside it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from twins_fast.checkpoints import write_atomically
-from twins_fast.train.recipes import Recipe
+import torch
+
+from twins_fast.train.build import make_network
+from twins_fast.train.datasets import load_datasets
+from twins_fast.train.loaders import loaders
+from twins_fast.train.recipe import Data, Evaluation, Recipe
+from twins_fast.train.run_folder import RunFolder
+from twins_fast.train.trainer import Trainer
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
+def run_with_baselines(
+    recipe: Recipe, folder: Path, data_root: str | None, device: torch.device | str, *, resume: bool
+) -> list[dict]:
+    """Train a recipe into ``folder`` and its baselines into ``folder/METHOD``; their results, the recipe's own first.
 
-
-class Run:
-    """The files of one run.
-
-    ``config.json`` holds the recipe and where the data is; ``metrics.jsonl`` one line per step and
-    per evaluation; ``last.safetensors`` everything to go on from; ``best.safetensors`` the network
-    with the best robust accuracy; ``result.json`` the final figures; ``curves.png`` the picture.
+    A baseline shares everything but the method, and keeps the method's options that both have. Arguments and errors
+    are those of :func:`run_recipe`.
     """
+    results = [run_recipe(recipe, RunFolder(folder), data_root, device, resume=resume)]
+    for name in recipe.run.baselines:
+        if name == recipe.method.name:
+            continue
+        other = RunFolder(folder / name)
+        baseline = recipe.replaced(method=name, run={"baselines": []}, evaluation={"before": False})
+        if resume and other.exists():  # of an older version, perhaps, with an option that the main method lacks
+            baseline, _ = other.load_config()
+        results.append(run_recipe(baseline, other, data_root, device, resume=resume))
+    return results
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.config = self.folder / "config.json"
-        self.metrics = self.folder / "metrics.jsonl"
-        self.last = self.folder / "last.safetensors"
-        self.best = self.folder / "best.safetensors"
-        self.result = self.folder / "result.json"
-        self.curves = self.folder / "curves.png"
 
-    def exists(self) -> bool:
-        return self.config.exists()
+def run_recipe(
+    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str, *, resume: bool
+) -> dict:
+    """Train a recipe into a run folder and return its result.
 
-    def create(self, recipe: Recipe, data_root: str | None) -> None:
-        """Make the folder.
+    The folder is made only once the data, the network and its checkpoint have been read.
 
-        Raises:
-            RunError: it cannot be written, or already holds a run.
-        """
-        if self.exists() or self.last.exists():
-            raise RunError(f"run folder {str(self.folder)!r} already holds a run; use --resume {self.folder}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
-            config = {"recipe": recipe.to_dict(), "data_root": root}
-            write_atomically(self.config, json.dumps(config, indent=2).encode())
-        except OSError as error:
-            raise RunError(f"run folder {str(self.folder)!r} cannot be written: {error}") from error
+    Args:
+        recipe: all hyper-parameters.
+        folder: where everything is written.
+        data_root: see :func:`twins_fast.train.datasets.load_datasets`.
+        device: where to train.
+        resume: resume the run if the folder holds one (of this very recipe).
 
-    def load_config(self) -> tuple[Recipe, str | None]:
-        """The recipe and data root the run was made with."""
-        try:
-            config = json.loads(self.config.read_text())
-            return Recipe.from_dict(config["recipe"]), config["data_root"]
-        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
+    Raises:
+        DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
+    """
+    (train, test), classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
+    network = recipe.network
+    if resume and folder.last.exists():  # then the pre-trained file is no longer needed
+        network = recipe.replaced(network={"checkpoint": None}).network
+    model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
+    if resume and folder.exists():
+        folder.check_recipe(recipe)
+    else:
+        folder.create(recipe, data_root)
+    print(
+        f"{recipe.name}: {recipe.method.name} on {recipe.data.dataset} ({len(train.dataset)} training images, "
+        f"{len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
+        flush=True,
+    )
+    return Trainer(recipe, folder, model, train, test, classes, device).fit()
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Require the run to be of this very recipe."""
-        mine, asked = self.load_config()[0].to_dict(), recipe.to_dict()
-        differing = [f"{k} is {mine[k]!r}, asked {asked[k]!r}" for k in mine if mine[k] != asked[k]]
-        if differing:
-            raise RunError(f"run folder {str(self.folder)!r} belongs to another recipe: {'; '.join(differing)}")
 
-    def log(self, **line) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+def data_loaders(data: Data, evaluation: Evaluation, data_root: str | None, seed: int):
+    """Training and test loaders, and the class names.
 
-    def read_metrics(self) -> list[dict]:
-        """All lines; a last one that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = []
-        for text in self.metrics.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after ``step``, because it will be computed again."""
-        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        write_atomically(self.metrics, "".join(kept).encode())
+    Raises:
+        DataError: no such data there, or not in the expected form.
+    """
+    train, test, classes = load_datasets(data.dataset, data_root, classes=data.classes, seed=seed)
+    pair = loaders(
+        train,
+        test,
+        batch_size=data.batch_size,
+        augmentation=data.augmentation,
+        test_images=evaluation.images,
+        seed=seed,
+        workers=data.workers,
+    )
+    return pair, classes

@@ -1,0 +1,122 @@
+"""The command line: its commands, and what it refuses in one line."""
+
+import json
+
+import pytest
+import torch
+
+from tests.train.helpers import refused, train
+from twins_fast.checkpoints import load_checkpoint
+from twins_fast.train import cli
+from twins_fast.train.config_file import read_recipe
+from twins_fast.train.recipes import RECIPES
+from twins_fast.train.run_folder import RunFolder
+
+
+def test_names_are_checked(capsys):
+    assert "unknown recipe 'cifar11'" in refused(capsys, "train", "--recipe", "cifar11")
+    assert "unknown method 'fat'" in refused(capsys, "train", "--recipe", "mini", "--method", "fat")
+    assert "unknown arch 'resnet51'" in refused(capsys, "train", "--recipe", "mini", "--arch", "resnet51")
+    assert "--recipe or --config is needed" in refused(capsys, "train")
+    assert "Unrecognized options: --lrate" in refused(capsys, "train", "--recipe", "mini", "--lrate", "1")
+    assert "trian" in refused(capsys, "trian")
+
+
+def test_values_are_checked(capsys):
+    for words, message in (
+        ("--eps -1", "eps must be a finite number >= 0, got -1"),
+        ("--eps 8/x", "'8/x' is not a number or fraction"),
+        ("--steps 2.5", "--steps"),
+        ("--amp fp8", "fp8"),
+        ("--network.upsample 0", "upsample must be at least 1, got 0"),
+        ("--run.baselines trades,trades", "baselines must name each method once, got trades, trades"),
+        ("--method at --method.beta 3", "Unrecognized options: --method.beta"),
+        ("--config x.toml", "--recipe and --config exclude each other"),
+        ("--resume a --run b", "--run and --resume exclude each other|is not a run folder"),
+    ):
+        said = refused(capsys, "train", "--recipe", "mini", *words.split())
+        assert any(part in said for part in message.split("|")), said
+
+
+def test_a_network_that_cannot_upsample_is_refused_before_a_folder_is_made(capsys, tmp_path):
+    run = ["--run", str(tmp_path / "run"), "--checkpoint", "none"]
+    said = refused(capsys, "train", "--recipe", "mini", "--network.upsample", "64", *run)
+    assert "upsample must be none" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, device):
+    arguments = ["train", "--recipe", "mini", "--run", str(tmp_path / "run"), "--device", device]
+    assert f"no device '{device}' here" in refused(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_has_a_sentence_for_every_field(capsys):
+    assert cli.main(["train", "--method", "twins-trades", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in (
+        "--eps N/255, --attack.eps N/255 Radius of the ball. (default: 8/255)",
+        "--amp {none,bf16,fp16}, --run.amp {none,bf16,fp16} Half-precision dtype of autocast. (default: none)",
+        "--method.beta FLOAT Weight of the KL term. (default: 6.0)",
+        "--data.dataset {cifar10,cifar100,caltech256,folder,npz,embedded} Which images;",
+    ):
+        assert words in text
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "eval", "recipes", "pretrain", "convert-checkpoint", "info"))
+
+
+def test_recipes_are_printed_as_files_that_config_reads(capsys, tmp_path, npz):
+    assert cli.main(["recipes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+    assert cli.main(["recipes", "mini-pretrain"]) == 0
+    path = tmp_path / "own.toml"
+    path.write_text(capsys.readouterr().out.replace('"mini-pretrain"', '"own"'))
+    assert cli.main(["recipes", "cifar11"]) == 2
+
+    own = read_recipe(path)
+    assert own.name == "own" and own.optimizer == RECIPES["mini-pretrain"].optimizer
+    short = ["--arch", "tiny", "--epochs", "1", "--batch-size", "8", "--steps", "1", "--evaluation.steps", "1"]
+    run = ["--run", str(tmp_path / "run"), "--data-root", str(npz), "--data.classes", ""]
+    assert cli.main(["train", "--config", str(path), *short, *run]) == 0
+    recipe, _ = RunFolder(tmp_path / "run").load_config()
+    assert recipe.name == "own" and recipe.optimizer.schedule == "onecycle" and recipe.optimizer.epochs == 1
+
+
+def test_eval_reads_what_a_run_wrote(tmp_path, npz, capsys):
+    train(tmp_path / "run", npz, "--method", "twins-at", "--run.baselines", "at")
+    result = json.loads(RunFolder(tmp_path / "run").result.read_text())
+    capsys.readouterr()
+    for wing, key in (("adaptive", "after"), ("frozen", "after_frozen_wing")):
+        checkpoint = str(tmp_path / "run" / "last.safetensors")
+        assert cli.main(["eval", "--checkpoint", checkpoint, "--data-root", str(npz), "--wing", wing]) == 0
+        said = capsys.readouterr().out
+        assert f"clean {result[key]['clean']:.2%}" in said and f"{result[key]['robust']:.2%}, on 12" in said
+    baseline = str(tmp_path / "run" / "at" / "best.safetensors")
+    assert cli.main(["eval", "--checkpoint", baseline, "--data-root", str(npz)]) == 0
+
+
+def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
+    assert "--checkpoint is needed" in refused(capsys, "eval")
+    assert "knows the classes airplane" in refused(capsys, "eval", "--checkpoint", "embedded", "--recipe", "mini")
+    assert "not a readable checkpoint" in refused(capsys, "eval", "--checkpoint", str(npz), "--recipe", "mini")
+    train(tmp_path / "run", npz, "--method", "at", "--epochs", "1")
+    own = ["eval", "--checkpoint", str(tmp_path / "run" / "best.safetensors"), "--data-root", str(npz)]
+    assert "has no two-wing layers" in refused(capsys, *own, "--wing", "frozen")
+    assert "needs an .npz file" in refused(capsys, *own[:3], "--data-root", str(tmp_path))
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    assert "does not say how it was made" in refused(capsys, "eval", "--checkpoint", str(tmp_path / "a.pt"))
+
+
+def test_the_embedded_network_is_evaluated_on_its_own_classes(capsys, tmp_path):
+    """Its checkpoint holds a recipe in the flat form of version 0.1."""
+    said = refused(capsys, "eval", "--checkpoint", "embedded")
+    assert "classes can be chosen from an .npz file only, got airplane, automobile, bird, cat, horse" in said
+
+
+def test_convert_checkpoint_and_info(capsys, tmp_path):
+    torch.save({"state_dict": {"module.model.conv1.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    assert cli.main(["convert-checkpoint", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors")]) == 0
+    assert load_checkpoint(tmp_path / "b.safetensors")[0].keys() == {"conv1.weight"}
+    assert cli.main(["info"]) == 0
+    assert "twin_batch_norm on cpu:" in capsys.readouterr().out

@@ -1,0 +1,221 @@
+"""Runs: what they write, that they repeat and resume bit for bit, and what they refuse."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.train.helpers import REGISTER_TINY, TINY, refused, train
+from twins_fast.checkpoints import load_checkpoint, save_checkpoint
+from twins_fast.methods import METHODS
+from twins_fast.models import build_model
+from twins_fast.train import cli, trainer
+from twins_fast.train.run_folder import RunFolder
+
+
+def assert_same_run(left, right):
+    """Bit-equal checkpoints and metrics, times apart."""
+    for name in ("last.safetensors", "best.safetensors"):
+        (a, meta_a), (b, meta_b) = load_checkpoint(left / name), load_checkpoint(right / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        meta_a.pop("seconds", None), meta_b.pop("seconds", None)
+        assert meta_a == meta_b
+
+    def lines(folder):
+        return [
+            {k: v for k, v in line.items() if k != "images_per_second"} for line in RunFolder(folder).read_metrics()
+        ]
+
+    assert lines(left) == lines(right)
+
+
+@pytest.mark.parametrize("method", ["at", "twins-at", "twins-trades"])
+def test_a_run_writes_everything_and_learns(tmp_path, npz, capsys, method):
+    assert train(tmp_path / "run", npz, "--method", method, "--epochs", "4") == 0
+    run = RunFolder(tmp_path / "run")
+    lines = run.read_metrics()
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["epoch"] for line in lines if line["kind"] == "test"] == [1, 2, 3, 4]
+    assert sum(line["loss"] for line in steps[-3:]) < sum(line["loss"] for line in steps[:3])
+    assert ("frozen_accuracy" in steps[0]) == (METHODS[method].wings == 2)
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    result = json.loads(run.result.read_text())
+    assert result["test_images"] == 12 and ("after_frozen_wing" in result) == (METHODS[method].wings == 2)
+    assert method.upper() in capsys.readouterr().out
+    names = load_checkpoint(run.best)[0]
+    assert any(".main_bn." in name for name in names) == (METHODS[method].wings == 2)
+
+
+def test_seed_repeats_a_run_and_another_one_differs(tmp_path, npz):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train(tmp_path / name, npz, "--seed", seed, "--method", "twins-at") == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    a, c = (load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in "ac")
+    assert not torch.equal(a["model.conv1.weight"], c["model.conv1.weight"])
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4])
+def test_resuming_continues_the_very_same_trajectory(tmp_path, npz, monkeypatch, killed_at):
+    assert train(tmp_path / "whole", npz, "--method", "twins-at") == 0
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    step = trainer.Trainer.train_step
+
+    def interrupted(self, images, labels):
+        if self.step == killed_at:
+            raise KeyboardInterrupt
+        return step(self, images, labels)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert train(tmp_path / "cut", npz, "--method", "twins-at") == 130
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    assert cli.main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_kill_at_any_moment_loses_nothing(tmp_path, npz):
+    """A real SIGKILL in the middle of training, several times over, then a resume to the end."""
+    program = f"{REGISTER_TINY}; from twins_fast.train import cli, trainer; trainer.SAVE_EVERY_SECONDS = 0.0; "
+    arguments = ["train", "--recipe", "mini-pretrain", "--run", str(tmp_path / "cut"), "--data-root", str(npz), *TINY]
+    arguments += ["--epochs", "6", "--workers", "0"]
+    assert cli.main([*arguments[:4], str(tmp_path / "whole"), *arguments[5:]]) == 0
+    run = RunFolder(tmp_path / "cut")
+    for attempt, lines_before_kill in enumerate((2, 9)):
+        command = arguments if attempt == 0 else ["train", "--resume", str(run.folder)]
+        process = subprocess.Popen([sys.executable, "-c", program + f"import sys; sys.exit(cli.main({command!r}))"])
+        deadline = time.monotonic() + 240
+        while len(run.read_metrics()) < lines_before_kill and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()  # does nothing to a child that has ended and was reaped
+        process.wait()
+        load_checkpoint(run.last)
+    assert cli.main(["train", "--resume", str(run.folder)]) == 0
+    assert_same_run(tmp_path / "whole", run.folder)
+
+
+def test_a_resume_needs_the_pretrained_file_no_more(tmp_path, npz, monkeypatch):
+    source = tmp_path / "source.safetensors"
+    save_checkpoint(source, build_model("tiny", 3).state_dict(), {})
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "run", npz, "--checkpoint", source.name, "--method", "twins-at") == 0
+    source.unlink()
+    monkeypatch.chdir("/")
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_lost_files_of_a_run(capsys, tmp_path, npz):
+    run = RunFolder(tmp_path / "run")
+    assert train(run.folder, npz, "--epochs", "1") == 0
+    run.metrics.unlink()
+    assert cli.main(["train", "--resume", str(run.folder)]) == 0
+    run.config.write_text("[]")
+    assert "is not a run folder" in refused(capsys, "train", "--resume", str(run.folder))
+    run.config.unlink()
+    assert train(run.folder, npz, "--lr", "0.001") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_amp_and_channels_last_are_options_of_every_run(tmp_path, npz):
+    options = ["--amp", "bf16", "--network.channels-last", "--method", "twins-trades", "--epochs", "1"]
+    assert train(tmp_path / "run", npz, *options) == 0
+    losses = [line["loss"] for line in RunFolder(tmp_path / "run").read_metrics() if line["kind"] == "train"]
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def test_a_baseline_runs_another_method_on_the_same_budget(tmp_path, npz, capsys):
+    options = ["--method", "twins-at", "--run.baselines", "at,twins-at", "--evaluation.before", "--epochs", "1"]
+    assert train(tmp_path / "run", npz, *options) == 0
+    table = capsys.readouterr().out
+    for row in ("before (fresh head)", "TWINS-AT | adaptive", "TWINS-AT | frozen", "| AT |"):
+        assert row in table
+    assert RunFolder(tmp_path / "run" / "at").result.exists()
+
+
+def test_data_errors_leave_no_run_folder(capsys, tmp_path):
+    run = tmp_path / "run"
+    said = refused(capsys, "train", "--recipe", "cub200", "--run", str(run), "--data-root", str(tmp_path / "no"))
+    assert "no' is not a folder" in said and not run.exists()
+    said = refused(capsys, "train", "--recipe", "mini", "--run", str(run), "--checkpoint", str(tmp_path / "no.ckpt"))
+    assert "no.ckpt" in said and not run.exists()
+
+
+def test_run_folder_that_cannot_be_used_is_refused(capsys, tmp_path, npz):
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    assert train(tmp_path / "file" / "run", npz) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    assert train(tmp_path / "run", npz) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"), "--recipe", "cifar10")
+    assert "belongs to another recipe" in said and "network.arch is 'tiny'" in said
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"), "--eps", "4/255")
+    assert "belongs to another recipe: attack.eps is" in said
+    assert "is not a run folder" in refused(capsys, "train", "--resume", str(tmp_path / "nothing"))
+
+
+def test_truncated_checkpoint_is_refused_and_kept(capsys, tmp_path, npz):
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    last = tmp_path / "run" / "last.safetensors"
+    cut = last.read_bytes()[:5000]
+    last.write_bytes(cut)
+    assert "last.safetensors" in refused(capsys, "train", "--resume", str(tmp_path / "run"))
+    assert last.read_bytes() == cut
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, npz):
+    assert train(tmp_path / "run", npz, "--lr", "1e30", "--epochs", "3") == 2
+    assert "the loss is" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_version_0_1_resumes(tmp_path, npz, monkeypatch):
+    """config.json as version 0.1 wrote it for these very runs."""
+    options = ["--method", "twins-trades", "--method.adversary", "trades", "--method.beta", "5"]
+    options += ["--method.frozen-weight", "0.4", "--run.baselines", "trades"]
+    assert train(tmp_path / "whole", npz, *options) == 0
+    step = trainer.Trainer.train_step
+
+    def interrupted(self, images, labels):
+        if self.step == 3 and "trades" not in self.folder.folder.name:
+            raise KeyboardInterrupt
+        return step(self, images, labels)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    folder = RunFolder(tmp_path / "old")
+    assert train(folder.folder, npz, *options) == 130
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    folder.config.write_text(json.dumps({"recipe": OLD_RECIPE, "data_root": str(npz)}))
+    assert cli.main(["train", "--resume", str(folder.folder)]) == 0
+    assert_same_run(tmp_path / "whole", folder.folder)
+    assert_same_run(tmp_path / "whole" / "trades", folder.folder / "trades")
+
+
+def test_the_baselines_of_an_old_run_keep_their_own_options(tmp_path, npz):
+    """The flat form had options of every method, so that a baseline may have one that the run's method has not."""
+    config = OLD_RECIPE | {"method": "twins-at", "adversary": "published"}
+    for folder, recipe in ((tmp_path, config), (tmp_path / "trades", config | {"method": "trades", "beside": []})):
+        folder.mkdir(exist_ok=True)
+        RunFolder(folder).config.write_text(json.dumps({"recipe": recipe, "data_root": str(npz)}))
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 0
+    assert load_checkpoint(tmp_path / "trades" / "last.safetensors")[1]["recipe"]["method"] == {
+        "name": "trades",
+        "adversary": "ce",
+        "beta": 5.0,
+    }
+
+
+# fmt: off
+OLD_RECIPE = {
+    "name": "mini-pretrain", "dataset": "npz", "arch": "tiny", "checkpoint": None, "method": "twins-trades",
+    "beside": ["trades"], "classes": [], "epochs": 2, "batch_size": 8, "lr": 0.05, "momentum": 0.9,
+    "weight_decay": 0.0005, "schedule": "multistep", "milestones": [1], "lr_gamma": 0.1, "warmup": 0.3,
+    "twins_lambda": 0.4, "trades_beta": 5.0, "adversary": "trades", "norm": "linf", "eps": 0.03137254901960784,
+    "alpha": 0.01568627450980392, "steps": 2, "eval_alpha": 0.00784313725490196, "eval_steps": 2, "eval_images": 0,
+    "eval_every": 1, "eval_before": False, "augmentation": "cifar", "upsample": None, "amp": None, "engine": "auto",
+    "channels_last": True, "seed": 0, "workers": 0,
+}
+# fmt: on

@@ -1,0 +1,61 @@
+"""What a recipe describes, as PyTorch objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from twins_fast.attacks import PGD
+from twins_fast.checkpoints import load_pretrained, read_state_dict
+from twins_fast.models import build_model
+from twins_fast.train import assets
+from twins_fast.train.recipe import Network, Recipe
+
+_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def checkpoint_path(checkpoint: str) -> str:
+    """The file that a recipe's checkpoint names."""
+    return str(assets.NETWORK) if checkpoint == "embedded" else checkpoint
+
+
+def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module:
+    """The network before its method prepares it: a pre-trained body, if there is one, and a fresh head.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is of another network.
+        ValueError: the network cannot upsample its images.
+    """
+    torch.manual_seed(seed)
+    model = build_model(network.arch, num_classes, network.upsample)
+    if network.checkpoint is not None:
+        load_pretrained(model, read_state_dict(checkpoint_path(network.checkpoint)))
+    return model.to(memory_format=torch.channels_last) if network.channels_last else model
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
+    """SGD on the parameters that the method trains."""
+    options = recipe.optimizer
+    return torch.optim.SGD(
+        recipe.method.parameters(model), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    )
+
+
+def training_attack(recipe: Recipe, model: nn.Module):
+    """The method's adversary, or None."""
+    return recipe.method.attack(model, **dataclasses.asdict(recipe.attack))
+
+
+def evaluation_attack(recipe: Recipe, model: nn.Module) -> PGD:
+    """The attack of the published evaluation: no random start."""
+    options = dataclasses.asdict(recipe.attack) | {"alpha": recipe.evaluation.alpha, "steps": recipe.evaluation.steps}
+    return PGD(model, random_start=False, **options)
+
+
+def autocast(amp: str, device: torch.device | str):
+    """The context that a recipe's network runs in: ``amp`` is "none", "bf16" or "fp16"."""
+    dtype = _AMP_DTYPES.get(amp)
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)

@@ -1,0 +1,232 @@
+"""A recipe: every hyper-parameter of a run, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from tyro.conf import Suppress, arg
+
+from twins_fast.attacks.pgd import ENGINES, NORMS
+from twins_fast.methods import METHODS, Method, TwinsAT
+from twins_fast.models import ARCHITECTURES
+from twins_fast.options import check_options, from_plain, known, to_plain, updated
+from twins_fast.train.datasets import DATASETS
+from twins_fast.train.field_types import Fraction, Integers, Names, OptionalInteger, OptionalPath, Pixels, short
+from twins_fast.train.loaders import AUGMENTATIONS
+from twins_fast.train.old_recipe import from_flat, is_flat
+from twins_fast.validation import check_choice
+
+M = TypeVar("M", bound=Method)
+
+
+class RecipeError(ValueError):
+    """An unknown recipe, or a field with a value that makes no sense."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, and how they are fed."""
+
+    dataset: Literal[tuple(DATASETS)]
+    """Which images; --data-root says where they are."""
+    classes: Names = ()
+    """Subset of the classes of an .npz file, in label order; empty for all."""
+    augmentation: Literal[tuple(AUGMENTATIONS)] = "cifar"
+    """Of training images: none; crop and flip of 32 x 32 pixels; resize, crop and flip to 224 x 224."""
+    batch_size: Annotated[int, short("--batch-size")] = 128
+    """Images of a training step; half of them for each wing."""
+    workers: Annotated[int, short("--workers")] = 4
+    """Processes that load images; 0 loads them in the training process."""
+
+    def __post_init__(self):
+        check_options(self, least={"batch_size": 2})
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network that is fine-tuned."""
+
+    arch: Annotated[str, arg(aliases=("--arch",), metavar="{" + ",".join(ARCHITECTURES) + "}")] = "resnet50"
+    """Name of a network; twins_fast.models.register adds one."""
+    checkpoint: Annotated[OptionalPath, short("--checkpoint")] = None
+    """Pre-trained network: a file, "embedded", or none for random weights."""
+    upsample: OptionalInteger = None
+    """Side in pixels to which the network upsamples its images; none for their own."""
+    channels_last: bool = False
+    """Whether images and network are channels-last in memory."""
+
+    def __post_init__(self):
+        check_options(self, least={"upsample": 1})
+        check_choice("arch", self.arch, ARCHITECTURES)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """PGD in training; evaluation shares its norm, radius and engine. Pixels are in [0, 1]."""
+
+    norm: Literal[tuple(NORMS)] = "linf"
+    """Norm of the ball around the clean images."""
+    eps: Annotated[Pixels, short("--eps")] = 8 / 255
+    """Radius of the ball."""
+    alpha: Pixels = 2 / 255
+    """Length of a step."""
+    steps: Annotated[int, short("--steps")] = 10
+    """Steps of the attack in training."""
+    engine: Literal[tuple(ENGINES)] = "auto"
+    """Planned attack steps, plain PyTorch, or whichever is known to be right and faster."""
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """SGD and its learning rates."""
+
+    epochs: Annotated[int, short("--epochs")] = 60
+    """Passes over the training images."""
+    lr: Annotated[Fraction, short("--lr")] = 3e-3
+    """Learning rate, the highest one of the run."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-5
+    """Of SGD, on every parameter."""
+    schedule: Literal["multistep", "onecycle"] = "multistep"
+    """Learning rate: divided at milestones, or linear up from and down to zero."""
+    milestones: Integers = (30, 50)
+    """Epochs after which multistep multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of multistep."""
+    warmup: float = 0.3
+    """Part of the run, in (0, 1), in which onecycle rises."""
+
+    def __post_init__(self):
+        check_options(self, least={"epochs": 1})
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"warmup must be in (0, 1), got {self.warmup!r}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy on clean test images and under PGD without a random start."""
+
+    alpha: Pixels = 2 / 255
+    """Length of an attack step, pixels in [0, 1]."""
+    steps: int = 10
+    """Steps of the attack."""
+    images: int = 0
+    """Test images, chosen by the seed; 0 for all."""
+    every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    before: bool = False
+    """Whether the network is evaluated before the first step, too."""
+
+    def __post_init__(self):
+        check_options(self, least={"every": 1})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What concerns the run as a whole."""
+
+    seed: Annotated[int, short("--seed")] = 0
+    """The trajectory depends on it and on nothing else that is random."""
+    amp: Annotated[Literal["none", "bf16", "fp16"], short("--amp")] = "none"
+    """Half-precision dtype of autocast."""
+    baselines: Names = ()
+    """Methods to train on the same budget, for one table; the run's own method is left out."""
+
+    def __post_init__(self):
+        check_options(self)
+        for name in self.baselines:
+            check_choice("method", name, METHODS)
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError(f"baselines must name each method once, got {', '.join(self.baselines)}")
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[M]):
+    """One run; the defaults are the published ones (arXiv 2303.11135)."""
+
+    name: Suppress[str]
+    data: Data
+    method: M = field(default_factory=TwinsAT)
+    network: Network = Network()
+    attack: Attack = Attack()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    run: Run = Run()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: a table for each section."""
+        method = {"method": {"name": self.method.name, **to_plain(self.method)}}
+        return {"name": self.name} | {name: to_plain(getattr(self, name)) for name in SECTIONS} | method
+
+    @staticmethod
+    def from_dict(tables: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; what is missing takes its default. Reads version 0.1's flat form, too.
+
+        Raises:
+            RecipeError: unknown sections or fields, or a value that makes no sense.
+        """
+        if is_flat(tables):
+            tables = from_flat(tables)
+        name = tables.get("name", "unnamed")
+        if not isinstance(name, str):
+            raise RecipeError(f"the name of a recipe must be a string, got {name!r}")
+        _check_sections(tables)
+        try:
+            sections = {k: from_plain(cls, tables[k], k) for k, cls in SECTIONS.items() if k in tables or k == "data"}
+            recipe = Recipe(name, **sections)
+        except KeyError:
+            raise RecipeError(f"recipe {name!r} lacks data.dataset") from None
+        except ValueError as error:
+            raise RecipeError(f"recipe {name!r}: {error}") from None
+        return recipe.replaced(method=tables["method"]) if "method" in tables else recipe
+
+    def replaced(self, **sections: Any) -> Recipe:
+        """A copy with some fields replaced: ``recipe.replaced(method="at", optimizer={"lr": 1e-3})``.
+
+        Args:
+            sections: name of a section -> a table of fields. ``method`` may be a name, which keeps the options
+                that both methods have, or a table with or without a ``name``.
+
+        Raises:
+            RecipeError: as in :meth:`from_dict`.
+        """
+        _check_sections(sections)
+        try:
+            new = {k: updated(getattr(self, k), table, k) for k, table in sections.items() if k in SECTIONS}
+            if "method" in sections:
+                new["method"] = _replaced_method(self.method, sections["method"])
+        except ValueError as error:
+            raise RecipeError(f"recipe {self.name!r}: {error}") from None
+        return dataclasses.replace(self, **new)
+
+
+SECTIONS = {
+    "data": Data,
+    "network": Network,
+    "attack": Attack,
+    "optimizer": Optimizer,
+    "evaluation": Evaluation,
+    "run": Run,
+}
+
+
+def _check_sections(tables: Mapping[str, Any]) -> None:
+    unknown = sorted(set(tables) - {"name", "method", *SECTIONS})
+    if unknown:
+        raise RecipeError(f"unknown recipe sections: {', '.join(unknown)}; choose from method, {', '.join(SECTIONS)}")
+
+
+def _replaced_method(method: Method, wanted: str | Mapping[str, Any]) -> Method:
+    if not isinstance(wanted, str | Mapping):
+        raise ValueError(f"method must be a name or a table of fields, got {wanted!r}")
+    table = {"name": wanted} if isinstance(wanted, str) else dict(wanted)
+    name = table.pop("name", method.name)
+    check_choice("method", name, METHODS)
+    return updated(known(METHODS[name], **dataclasses.asdict(method)), table, "method")

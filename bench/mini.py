@@ -21,8 +21,8 @@ def main() -> None:
             raise SystemExit("the mini recipe failed")
         seconds = round(time.monotonic() - started, 1)
         results = [json.loads(path.read_text()) for path in (run / "result.json", *run.glob("*/result.json"))]
-    kept = {"header": header(), "command": " ".join(["twins-fast", *COMMAND]), "seconds": seconds, "results": results}
-    RESULT.write_text(json.dumps(kept, indent=2) + "\n")
+    record = {"header": header(), "command": " ".join(["twins-fast", *COMMAND]), "seconds": seconds, "results": results}
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

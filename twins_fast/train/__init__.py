@@ -1,1 +1,1 @@
-"""The laboratory: recipes, data, trainer, evaluation, checkpoints, command line."""
+"""Training code: recipes, data, trainer, run folders, command line."""

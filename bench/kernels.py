@@ -138,8 +138,8 @@ def main() -> None:
     rows = [asdict(kernel) for kernel in cuda_kernels() + triton_kernels()]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     nvcc = re.search(r"release ([\d.]+)", version)[1]
-    result = {"header": header(), "nvcc": nvcc, "kernels": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    content = {"header": header(), "nvcc": nvcc, "kernels": rows}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
 

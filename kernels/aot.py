@@ -25,10 +25,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twins_fast.kernels import attack, tuning, twin_bn
+from . import attack, tuning, twin_bn
 
 ARCHS = (80, 90, 100)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = ("bfloat16", "float16", "float32")  # names in torch
 TWIN_BN = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
 TWIN_BN += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
 ATTACK = ("pointwise_kernel", "matmul_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
@@ -41,7 +41,7 @@ _TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 class Variant(NamedTuple):
     """A call of the op: forward with residual, ReLU and bits, as far as asked for, and its backward."""
 
-    dtype: torch.dtype
+    dtype: str
     channels_last: bool
     size: str  # key of SIZES
     residual: bool
@@ -57,7 +57,7 @@ class Variant(NamedTuple):
 class AttackVariant(NamedTuple):
     """A step of an attack's plan."""
 
-    dtype: torch.dtype
+    dtype: str
     size: str
     step: str  # key of ATTACK_STEPS
 
@@ -95,7 +95,7 @@ def variants(candidates: bool = False, brief: bool = False) -> list[Variant]:
 
 
 def attack_variants(brief: bool = False) -> list[AttackVariant]:
-    """The steps that are compiled; products are for half precision and whole vectors of channels.
+    """The steps that are compiled; matmuls are for half precision and whole vectors of channels.
 
     ``brief`` is as for :func:`variants`.
     """
@@ -104,41 +104,40 @@ def attack_variants(brief: bool = False) -> list[AttackVariant]:
     return [
         AttackVariant(dtype, size, step)
         for dtype, size, step in itertools.product(dtypes, sizes, steps)
-        if (dtype != torch.float32 and size != "odd") or not step.startswith("product")
+        if (dtype != "float32" and size != "odd") or not step.startswith("matmul")
     ]
 
 
 def launches(variant: Variant | AttackVariant) -> list[Launch]:
     """What the call would launch, as recorded from tensors without data."""
+    shape, dtype = SIZES[variant.size], getattr(torch, variant.dtype)
     if isinstance(variant, AttackVariant):
         with _recording(None) as calls:
-            ATTACK_STEPS[variant.step](variant.dtype, *SIZES[variant.size])
+            ATTACK_STEPS[variant.step](dtype, *shape)
         return list(calls)
-    shape = SIZES[variant.size]
-    memory_format = torch.channels_last if variant.channels_last else torch.contiguous_format
-    x = torch.empty(shape, dtype=variant.dtype, device="meta").contiguous(memory_format=memory_format)
-    residual = torch.empty_like(x) if variant.residual else None
-    wing = tuple(torch.empty(shape[1], device="meta") for _ in range(4))
-    split, eps, wanted = shape[0] // 2, 1e-5, [True] * 6
+    images, channels, *_ = shape
+    geometry = twin_bn.Geometry.of(shape, images // 2, variant.channels_last, variant.dtype)
+    x, stats, wing, eps = _empty(*shape, dtype=dtype), _empty(2, channels), (_empty(channels),) * 4, 1e-5
+    residual = x if variant.residual else None
+    bits = _empty(1, dtype=torch.uint8) if variant.relu else None
     with _recording(variant.candidate) as calls:
-        _, bits, stats = twin_bn.forward(x, residual, split, wing, wing, 0.1, eps, variant.relu, variant.relu)
-        wanted[1] = variant.residual
-        twin_bn.backward(x, x, bits, split, *wing[:3], wing[2], stats, eps, wanted)
+        twin_bn.forward(x, residual, geometry, wing, wing, x, bits, stats, 0.1, eps, variant.relu)
+        twin_bn.backward(x, x, bits, geometry, wing, wing, stats, x, residual, wing, eps)
         if not variant.relu:  # the phases of several processes
-            twin_bn.moments(x, split)
-            twin_bn.sums(x, x, bits, split, wing[0], stats)
-            twin_bn.apply_backward(x, x, bits, split, wing[1], wing[2], wing[2], stats, stats, eps, [True, False])
+            twin_bn.moments(x, geometry, stats)
+            twin_bn.sums(x, x, bits, geometry, wing, stats, _empty(4, channels))
+            twin_bn.apply_backward(x, x, bits, geometry, wing, wing, stats, stats, x, None, eps)
     return list(calls)
 
 
-def _made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _values(dtype: torch.dtype, images: int, channels: int, height: int, width: int) -> tuple:
     pixels = images * height * width
-    bits = _made(pixels, -(-channels // 8), dtype=torch.uint8)
-    return _made(pixels, channels, dtype=dtype), _made(channels), bits, (pixels, channels)
+    bits = _empty(pixels, -(-channels // 8), dtype=torch.uint8)
+    return _empty(pixels, channels, dtype=dtype), _empty(channels), bits, (pixels, channels)
 
 
 def _finish(*shape) -> None:
@@ -162,28 +161,28 @@ def _pool(backward: bool, max: bool, *shape) -> None:
     _, images, channels, height, width = shape
     window = (images, channels, height, width, height // 2, width // 2, 3, 3, 2, 2, 1, 1)
     small = x.new_empty(images * (height // 2) * (width // 2), channels)
-    argmax = _made(*small.shape, dtype=torch.uint8) if max else None
+    argmax = _empty(*small.shape, dtype=torch.uint8) if max else None
     attack.pool_backward(small, x, window, argmax, x, bits) if backward else attack.pool(x, small, window, argmax)
 
 
-def _pixels(enlarged: bool, results: str, dtype: torch.dtype, images: int, _: int, height: int, width: int) -> None:
-    x, out = _made(images, 3, height, width), _made(images, 3, height, width, dtype=dtype)
-    starts = (_made(n + 1, dtype=torch.int32) for n in (height, width))
-    tables = attack.Tables(*starts, (height, width), (7, 7)) if enlarged else None
+def _pixels(upsampled: bool, results: str, dtype: torch.dtype, images: int, _: int, height: int, width: int) -> None:
+    x, out = _empty(images, 3, height, width), _empty(images, 3, height, width, dtype=dtype)
+    starts = (_empty(n + 1, dtype=torch.int32) for n in (height, width))
+    tables = attack.Tables(*starts, (height, width), (7, 7)) if upsampled else None
     arguments = {
         "prepare": dict(out=out),
         "gradient": dict(gradient=out, result=x),
-        "step": dict(gradient=out, clean=x, nan=_made(images, dtype=torch.int64), result=x, out=out),
+        "step": dict(gradient=out, clean=x, nan=_empty(images, dtype=torch.int64), result=x, out=out),
     }[results]
     codes = [0, 8, 2, 4]  # clamp, clamp that passes gradients at its bounds, sub, div
-    attack.pixels(x, _made(8, 4), codes, tables, **arguments, alpha=0.1, eps=0.1)
+    attack.pixels(x, _empty(8, 4), codes, tables, **arguments, alpha=0.1, eps=0.1)
 
 
 ATTACK_STEPS = {
     "finish": _finish,
     "gated affine": _gated,
     **{
-        f"product{' backward' * (not transposed)} {config.rows}x{config.width}x{config.inner}": partial(
+        f"matmul{' backward' * (not transposed)} {config.rows}x{config.width}x{config.inner}": partial(
             _matmul, config, transposed
         )
         for config in attack.MATMUL_CONFIGS
@@ -195,13 +194,13 @@ ATTACK_STEPS = {
         for backward in (False, True)
     },
     **{
-        f"{results}{' of the enlarged image' * enlarged}": partial(_pixels, enlarged, results)
-        for enlarged in (False, True)
+        f"{results}{' of the upsampled image' * upsampled}": partial(_pixels, upsampled, results)
+        for upsampled in (False, True)
         for results in ("prepare", "gradient", "step")
     },
 }
 BRIEF_STEPS = ["finish", "gated affine", *[step for step in ATTACK_STEPS if "128x128" in step]]
-BRIEF_STEPS += ["max", "max backward", "step", "step of the enlarged image"]
+BRIEF_STEPS += ["max", "max backward", "step", "step of the upsampled image"]
 
 
 class _Recorder:
@@ -283,7 +282,7 @@ def table(
             {
                 "kernel": row["kernel"],
                 "arch": arch,
-                "dtype": str(row["variant"].dtype).removeprefix("torch."),
+                "dtype": row["variant"].dtype,
                 "variant": str(row["variant"]),
                 **result,
             }

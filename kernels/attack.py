@@ -1,8 +1,8 @@
-"""The leaves of an attack's plan in Triton, on channels-last memory [pixels, C]. Not yet run on a GPU.
+"""The steps of an attack's plan in Triton, on channels-last memory [pixels, C]. Not yet run on a GPU.
 
-Storage is float32, bfloat16 or float16, arithmetic float32; ReLU masks are bits: [pixels, ceil(C / 8)] uint8, where
-bit k of byte b is channel 8 b + k and what is left over is 0. A program has a tile of pixels and channels. The
-functions write to tensors that are given; :mod:`twins_fast.attacks.engine.executors.torch` says what.
+Storage is float32, bfloat16 or float16, arithmetic float32; ReLU masks are bits, [pixels, ceil(C / 8)] uint8 (see
+tiles.py). A program has a tile of pixels and channels. The functions write to tensors of the caller's;
+:mod:`twins_fast.attacks.engine.executors.torch` says what.
 """
 
 from __future__ import annotations
@@ -15,21 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twins_fast.kernels.twin_bn import (
-    _INTERPRETED,
-    _WIDE,
-    _block,
-    _ceil_div,
-    _gradient,
-    _jit,
-    _load_bits,
-    _on_device_of,
-    _power_of_2,
-    _store,
-    _store_bits,
-    _vector,
-    _wide,
-)
+from . import tiles
 
 KINDS = ("clamp", "add", "sub", "mul", "div")  # steps of an input program; enum PixelStep::Kind in pixels.h
 MOST_STEPS = 8
@@ -37,7 +23,7 @@ MOST_CHANNELS = 4  # of images
 
 
 class MatmulConfig(NamedTuple):
-    """Block sizes of a matrix product."""
+    """Block sizes of a matmul."""
 
     rows: int
     width: int
@@ -52,7 +38,7 @@ INTERPRETER_MATMUL = MatmulConfig(32, 16, 16, 4, 1)
 
 
 class Tables(NamedTuple):
-    """How an image is enlarged: row r is repeated as rows [row_start[r], row_start[r + 1]), and columns alike."""
+    """How an image is upsampled: row r is repeated as rows [row_start[r], row_start[r + 1]), and columns alike."""
 
     row_start: Tensor  # [height + 1] int32
     column_start: Tensor
@@ -61,7 +47,7 @@ class Tables(NamedTuple):
 
     @classmethod
     def of(cls, rows: list[int], columns: list[int], size: tuple[int, int], device: torch.device) -> Tables:
-        """From which of the ``size`` rows and columns each of the enlarged image's shows."""
+        """From which of the ``size`` rows and columns each of the upsampled image's shows."""
         starts = [
             torch.searchsorted(torch.tensor(index), torch.arange(n + 1)).int()
             for index, n in zip((rows, columns), size, strict=True)
@@ -71,8 +57,8 @@ class Tables(NamedTuple):
 
 
 @triton.jit
-def _start(program, BLOCK_U: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
+def _start(program, BLOCK_U: tl.constexpr, INDEX64: tl.constexpr):
+    if INDEX64:
         program = program.to(tl.int64)
     return program * BLOCK_U
 
@@ -91,30 +77,30 @@ def _finish(
     groups,
     units,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """y = v + shift + other, then ReLU with its bits, or 0 where those of ``mask`` are."""
-    offset, inside, byte_offset, byte_inside = _block(
-        start, units, tile, channels, 0, groups, True, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    offset, inside, byte_offset, byte_inside = tiles.offsets_and_masks(
+        start, units, tile, channels, 0, groups, True, INDEX64, ALIGN, BLOCK_U, BLOCK_V
     )
     if shift is not None:
         c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        v += _vector(shift, c, c < channels, 0.0)[None, :]
+        v += tiles.load_vector(shift, c, c < channels, 0.0)[None, :]
     if other is not None:
-        v += _wide(other, offset, inside)
+        v += tiles.load_float32(other, offset, inside)
     if bits is not None:
-        _store_bits(bits, v, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
+        tiles.store_bits(bits, v, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
     if RELU:
         v = tl.where(v <= 0, 0.0, v)
     if mask is not None:
-        v = tl.where(_load_bits(mask, byte_offset, byte_inside, BLOCK_U, BLOCK_V), v, 0.0)
-    _store(y, offset, v, inside)
+        v = tl.where(tiles.load_bits(mask, byte_offset, byte_inside, BLOCK_U, BLOCK_V), v, 0.0)
+    tiles.store(y, offset, v, inside)
 
 
-@_jit()
+@tiles.jit()
 def pointwise_kernel(
     x,
     gate,  # bits: x counts as 0 where they are
@@ -128,25 +114,25 @@ def pointwise_kernel(
     groups,
     units,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
-    offset, inside, byte_offset, byte_inside = _block(
-        start, units, tile, channels, 0, groups, True, WIDE, ALIGN, BLOCK_U, BLOCK_V
+    start, tile = _start(tl.program_id(0), BLOCK_U, INDEX64), tl.program_id(1)
+    offset, inside, byte_offset, byte_inside = tiles.offsets_and_masks(
+        start, units, tile, channels, 0, groups, True, INDEX64, ALIGN, BLOCK_U, BLOCK_V
     )
-    v = _gradient(x, gate, offset, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
+    v = tiles.load_gated(x, gate, offset, inside, byte_offset, byte_inside, BLOCK_U, BLOCK_V)
     if scale is not None:
         c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        v *= _vector(scale, c, c < channels, 1.0)[None, :]
+        v *= tiles.load_vector(scale, c, c < channels, 1.0)[None, :]
     _finish(
-        v, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, WIDE, ALIGN, BLOCK_U, BLOCK_V
+        v, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, INDEX64, ALIGN, BLOCK_U, BLOCK_V
     )  # fmt: skip
 
 
-@_jit("inner", "tiles")
+@tiles.jit("inner", "channel_tiles")
 def matmul_kernel(
     x,
     weight,  # [channels, inner], or [inner, channels] if not TRANSPOSED
@@ -156,13 +142,13 @@ def matmul_kernel(
     y,
     bits,
     inner,
-    tiles,
+    channel_tiles,
     channels,
     groups,
     units,
     TRANSPOSED: tl.constexpr,
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     ALIGN_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -170,9 +156,9 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # Tiles of the same pixels follow on each other, so that x comes from the cache for all but the first one.
-    block = tl.program_id(0) // tiles
-    tile = tl.program_id(0) - block * tiles
-    start = _start(block, BLOCK_U, WIDE)
+    block = tl.program_id(0) // channel_tiles
+    tile = tl.program_id(0) - block * channel_tiles
+    start = _start(block, BLOCK_U, INDEX64)
     row = start + tl.arange(0, BLOCK_U)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     base = tl.multiple_of(row * inner, ALIGN_K)[:, None]
@@ -188,15 +174,16 @@ def matmul_kernel(
             offset = tl.multiple_of(k * channels, ALIGN)[:, None] + column[None, :]
             inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (1, ALIGN))
         right = tl.load(weight + offset, mask=inside, other=0.0)
-        if _INTERPRETED:  # whose bfloat16 is no number
+        if tiles.INTERPRETED:  # whose bfloat16 is no number
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
     _finish(
-        total, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, WIDE, ALIGN, BLOCK_U, BLOCK_V
+        total, shift, other, mask, y, bits, start, tile, channels, groups, units,
+        RELU, INDEX64, ALIGN, BLOCK_U, BLOCK_V,
     )  # fmt: skip
 
 
-@_jit("height", "width", "out_height", "out_width")
+@tiles.jit("height", "width", "out_height", "out_width")
 def pool_kernel(
     x,
     y,
@@ -213,42 +200,44 @@ def pool_kernel(
     STRIDE_X: tl.constexpr,
     PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
-    offset, inside, _, _ = _block(start, units, tile, channels, 0, 0, True, WIDE, ALIGN, BLOCK_U, BLOCK_V)
+    start, tile = _start(tl.program_id(0), BLOCK_U, INDEX64), tl.program_id(1)
+    offset, inside, _, _ = tiles.offsets_and_masks(
+        start, units, tile, channels, 0, 0, True, INDEX64, ALIGN, BLOCK_U, BLOCK_V
+    )
     unit = start + tl.arange(0, BLOCK_U)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    channel = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     line = unit // out_width
     left = (unit - line * out_width) * STRIDE_X - PAD_X
     image = line // out_height
     top = (line - image * out_height) * STRIDE_Y - PAD_Y
     best = tl.full((BLOCK_U, BLOCK_V), -float("inf") if argmax is not None else 0.0, tl.float32)
-    found = tl.full((BLOCK_U, BLOCK_V), -1, tl.int32)
+    best_k = tl.full((BLOCK_U, BLOCK_V), -1, tl.int32)
     for k in range(KERNEL_Y * KERNEL_X):
-        row, place = top + k // KERNEL_X, left + k % KERNEL_X
-        there = (unit < units) & (row >= 0) & (row < height) & (place >= 0) & (place < width)
-        there = tl.max_constancy(there[:, None] & (column < channels)[None, :], (1, ALIGN))
-        base = tl.multiple_of(((image * height + row) * width + place) * channels, ALIGN)
-        v = _wide(x, base[:, None] + column[None, :], there)
+        row, column = top + k // KERNEL_X, left + k % KERNEL_X
+        there = (unit < units) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        there = tl.max_constancy(there[:, None] & (channel < channels)[None, :], (1, ALIGN))
+        base = tl.multiple_of(((image * height + row) * width + column) * channels, ALIGN)
+        v = tiles.load_float32(x, base[:, None] + channel[None, :], there)
         if argmax is not None:
             # PyTorch's rule: the first of equal ones, and a NaN whatever was before.
-            better = there & ((v > best) | (v != v) | (found < 0))
+            better = there & ((v > best) | (v != v) | (best_k < 0))
             best = tl.where(better, v, best)
-            found = tl.where(better, k, found)
+            best_k = tl.where(better, k, best_k)
         else:
             best += v
     if argmax is not None:
-        tl.store(argmax + offset, found.to(tl.uint8), mask=inside)
+        tl.store(argmax + offset, best_k.to(tl.uint8), mask=inside)
     else:
         best = tl.div_rn(best, KERNEL_Y * KERNEL_X * 1.0)
-    _store(y, offset, best, inside)
+    tiles.store(y, offset, best, inside)
 
 
-@_jit("height", "width", "out_height", "out_width")
+@tiles.jit("height", "width", "out_height", "out_width")
 def pool_backward_kernel(
     g,
     argmax,
@@ -268,35 +257,36 @@ def pool_backward_kernel(
     STRIDE_X: tl.constexpr,
     PAD_Y: tl.constexpr,
     PAD_X: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    start, tile = _start(tl.program_id(0), BLOCK_U, WIDE), tl.program_id(1)
+    start, tile = _start(tl.program_id(0), BLOCK_U, INDEX64), tl.program_id(1)
     unit = start + tl.arange(0, BLOCK_U)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    channel = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     line = unit // width
     right = unit - line * width + PAD_X
     image = line // height
     bottom = line - image * height + PAD_Y
     total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     for k in range(KERNEL_Y * KERNEL_X):  # every window in which this pixel has place k
-        row, place = bottom - k // KERNEL_X, right - k % KERNEL_X
-        there = (unit < units) & (row >= 0) & (row % STRIDE_Y == 0) & (place >= 0) & (place % STRIDE_X == 0)
-        row, place = row // STRIDE_Y, place // STRIDE_X
-        there = there & (row < out_height) & (place < out_width)
-        there = tl.max_constancy(there[:, None] & (column < channels)[None, :], (1, ALIGN))
-        base = tl.multiple_of(((image * out_height + row) * out_width + place) * channels, ALIGN)
-        offset = base[:, None] + column[None, :]
-        v = _wide(g, offset, there)
+        row, column = bottom - k // KERNEL_X, right - k % KERNEL_X
+        there = (unit < units) & (row >= 0) & (row % STRIDE_Y == 0) & (column >= 0) & (column % STRIDE_X == 0)
+        row, column = row // STRIDE_Y, column // STRIDE_X
+        there = there & (row < out_height) & (column < out_width)
+        there = tl.max_constancy(there[:, None] & (channel < channels)[None, :], (1, ALIGN))
+        base = tl.multiple_of(((image * out_height + row) * out_width + column) * channels, ALIGN)
+        offset = base[:, None] + channel[None, :]
+        v = tiles.load_float32(g, offset, there)
         if argmax is not None:
             v = tl.where(tl.load(argmax + offset, mask=there, other=0).to(tl.int32) == k, v, 0.0)
         total += v
     if argmax is None:
         total = tl.div_rn(total, KERNEL_Y * KERNEL_X * 1.0)
     _finish(
-        total, None, other, mask, dx, None, start, tile, channels, groups, units, False, WIDE, ALIGN, BLOCK_U, BLOCK_V
+        total, None, other, mask, dx, None, start, tile, channels, groups, units,
+        False, INDEX64, ALIGN, BLOCK_U, BLOCK_V,
     )  # fmt: skip
 
 
@@ -340,7 +330,7 @@ def _step_backward(d, x, values, c, CODE: tl.constexpr, S: tl.constexpr):
     return d
 
 
-@_jit("alpha", "eps", "blocks", "height", "width", "out_height", "out_width")
+@tiles.jit("alpha", "eps", "blocks", "height", "width", "out_height", "out_width")
 def pixels_kernel(
     x,  # [N, C, H, W] float32, as clean and result
     gradient,  # channels-last, as out; None to write out alone
@@ -381,7 +371,7 @@ def pixels_kernel(
         v = tl.load(x + at, mask=inside, other=0.0)
         if gradient is not None:
             if row_start is None:
-                d = _wide(gradient, (image * (height * width) + pixel) * CHANNELS + c, inside)
+                d = tiles.load_float32(gradient, (image * (height * width) + pixel) * CHANNELS + c, inside)
             else:
                 d = tl.zeros((BLOCK,), tl.float32)
                 for j in range(COLUMNS):
@@ -389,7 +379,7 @@ def pixels_kernel(
                     for i in range(ROWS):
                         there = inside & (top + i < bottom) & (left + j < right)
                         copy = (image * out_height + (top + i)) * out_width + (left + j)
-                        part += _wide(gradient, copy * CHANNELS + c, there)
+                        part += tiles.load_float32(gradient, copy * CHANNELS + c, there)
                     d += part
             for s in tl.static_range(STEPS):
                 d = _step_backward(d, v, values, c, CODE, STEPS - 1 - s)
@@ -412,13 +402,13 @@ def pixels_kernel(
             for s in tl.static_range(STEPS):
                 v = _step(v, values, c, CODE, s)
             if row_start is None:
-                _store(out, (image * (height * width) + pixel) * CHANNELS + c, v, inside)
+                tiles.store(out, (image * (height * width) + pixel) * CHANNELS + c, v, inside)
             else:
                 for i in range(ROWS):
                     for j in range(COLUMNS):
                         there = inside & (top + i < bottom) & (left + j < right)
                         copy = (image * out_height + (top + i)) * out_width + (left + j)
-                        _store(out, copy * CHANNELS + c, v, there)
+                        tiles.store(out, copy * CHANNELS + c, v, there)
     if nan is not None:
         if count > 0:
             tl.atomic_add(nan + image, count.to(tl.int64))
@@ -441,7 +431,7 @@ def pointwise(
         size: pixels and channels.
     """
     sizes, blocks, grid = _tiled(y, *size)
-    with _on_device_of(y):
+    with tiles.on_device_of(y):
         pointwise_kernel[grid](
             x, gate, scale, shift, other, mask, y, bits, **sizes, RELU=bits is not None, **blocks, num_warps=4
         )  # fmt: skip
@@ -462,10 +452,10 @@ def matmul(
     """y = x @ weight.T if ``transposed``, else x @ weight, finished as by :func:`pointwise`; weight is [O, I]."""
     units, channels = size
     inner = weight.shape[1] if transposed else weight.shape[0]
-    width = min(config.width, max(16, _power_of_2(channels)))
-    tiles = _ceil_div(channels, width)
-    with _on_device_of(y):
-        matmul_kernel[(_ceil_div(units, config.rows) * tiles,)](
+    width = min(config.width, max(16, tiles.power_of_2(channels)))
+    channel_tiles = tiles.ceil_div(channels, width)
+    with tiles.on_device_of(y):
+        matmul_kernel[(tiles.ceil_div(units, config.rows) * channel_tiles,)](
             x,
             weight,
             shift,
@@ -474,13 +464,13 @@ def matmul(
             y,
             bits,
             inner,
-            tiles,
+            channel_tiles,
             channels,
-            _ceil_div(channels, 8),
+            tiles.ceil_div(channels, 8),
             units,
             TRANSPOSED=transposed,
             RELU=bits is not None,
-            WIDE=units * max(inner, channels) >= _WIDE,
+            INDEX64=units * max(inner, channels) >= tiles.INDEX64_FROM,
             ALIGN=gcd(channels, 16),
             ALIGN_K=gcd(inner, 16),
             BLOCK_U=config.rows,
@@ -500,8 +490,8 @@ def pool(x: Tensor, y: Tensor, window: tuple[int, ...], argmax: Tensor | None) -
     images, channels, _, _, height, width = window[:6]
     sizes, blocks, grid = _tiled(y, images * height * width, channels)
     del sizes["groups"]
-    blocks["WIDE"] |= x.numel() >= _WIDE
-    with _on_device_of(y):
+    blocks["INDEX64"] |= x.numel() >= tiles.INDEX64_FROM
+    with tiles.on_device_of(y):
         pool_kernel[grid](x, y, argmax, **_window(window), **sizes, **blocks, num_warps=4)
 
 
@@ -511,8 +501,8 @@ def pool_backward(
     """The input gradient of :func:`pool`, plus ``other``, 0 where the bits of ``mask`` are."""
     images, channels, height, width = window[:4]
     sizes, blocks, grid = _tiled(dx, images * height * width, channels)
-    blocks["WIDE"] |= g.numel() >= _WIDE
-    with _on_device_of(dx):
+    blocks["INDEX64"] |= g.numel() >= tiles.INDEX64_FROM
+    with tiles.on_device_of(dx):
         pool_backward_kernel[grid](g, argmax, other, mask, dx, **_window(window), **sizes, **blocks, num_warps=4)
 
 
@@ -537,8 +527,8 @@ def pixels(
     """
     images, channels, height, width = x.shape
     block = 256 if x.device.type != "cpu" else 32
-    blocks = _ceil_div(height * width, block)
-    with _on_device_of(x):
+    blocks = tiles.ceil_div(height * width, block)
+    with tiles.on_device_of(x):
         pixels_kernel[(images * blocks,)](
             x,
             gradient,
@@ -567,14 +557,14 @@ def pixels(
 
 
 def _tiled(y: Tensor, units: int, channels: int) -> tuple[dict, dict, tuple[int, int]]:
-    """Sizes, block sizes and grid of a walk over [units, channels]."""
+    """Sizes, block sizes and grid of a kernel over [units, channels]."""
     most, values = (64, 2048) if y.device.type != "cpu" else (16, 256)  # small in the interpreter: several tiles
-    width = min(most, max(8, _power_of_2(channels)))
+    width = min(most, max(8, tiles.power_of_2(channels)))
     align = gcd(channels, 16)
     rows = (values if align >= 8 else values // 2) // width  # more addresses are held at a time
-    sizes = dict(channels=channels, groups=_ceil_div(channels, 8), units=units)
-    blocks = dict(WIDE=units * channels >= _WIDE, ALIGN=align, BLOCK_U=rows, BLOCK_V=width)
-    return sizes, blocks, (_ceil_div(units, rows), _ceil_div(channels, width))
+    sizes = dict(channels=channels, groups=tiles.ceil_div(channels, 8), units=units)
+    blocks = dict(INDEX64=units * channels >= tiles.INDEX64_FROM, ALIGN=align, BLOCK_U=rows, BLOCK_V=width)
+    return sizes, blocks, (tiles.ceil_div(units, rows), tiles.ceil_div(channels, width))
 
 
 def _window(window: tuple[int, ...]) -> dict:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from twins_fast.kernels.twin_bn import Walk
+    from .twin_bn import Geometry
 
 
 class Config(NamedTuple):
@@ -54,11 +54,11 @@ _chosen: dict[str, dict[str, Config]] = {}  # device name -> problem -> configur
 _lock = threading.RLock()
 
 
-def choose(phase: str, walk: Walk, x: Tensor, launch: Callable[[Config], object]) -> Config:
+def choose(phase: str, geometry: Geometry, x: Tensor, launch: Callable[[Config], object]) -> Config:
     """The configuration for a phase: remembered, or else measured with ``launch``, which may write scratch only."""
     if x.device.type != "cuda" or x.numel() < SMALL or torch.are_deterministic_algorithms_enabled():
         return default(phase, x)
-    problem = describe(phase, walk, x)
+    problem = describe(phase, geometry)
     name = torch.cuda.get_device_name(x.device)
     with _lock:
         chosen = _chosen.get(name)
@@ -83,14 +83,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def describe(phase: str, walk: Walk, x: Tensor) -> str:
+def describe(phase: str, geometry: Geometry) -> str:
     """What problems have in common that share a configuration; sizes up to a factor of 2."""
     import triton
 
-    memory = "channels_last" if walk.last else "contiguous"
-    dtype = str(x.dtype).removeprefix("torch.")
-    sizes = f"2^{(walk.channels - 1).bit_length()} channels 2^{(walk.units - 1).bit_length()} units"
-    return f"triton {triton.__version__} {phase} {memory} {dtype} {sizes}"
+    memory = "channels_last" if geometry.channels_last else "contiguous"
+    sizes = f"2^{(geometry.channels - 1).bit_length()} channels 2^{(geometry.units - 1).bit_length()} units"
+    return f"triton {triton.__version__} {phase} {memory} {geometry.dtype} {sizes}"
 
 
 def fastest(candidates: list[Config], launch: Callable[[Config], object], seconds: Callable) -> Config:

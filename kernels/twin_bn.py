@@ -8,13 +8,15 @@ and a tile BLOCK_V of them; in contiguous memory a unit is 8 neighbouring pixels
 single channel. Arithmetic is float32. There are no atomics and every sum has a fixed order, so that results are the
 same from run to run for a given choice of block sizes (see tuning.py).
 
-The functions have the signatures of :mod:`twins_fast.ops.phases`; formulas are those of csrc/cpu/twin_bn.cpp.
+The functions write to tensors of the caller's, :mod:`twins_fast.ops.triton`; formulas are those of
+csrc/cpu/twin_bn.cpp. x, residual, dy and the results of their shape are [N, C, H, W], dense and of one layout; a wing
+is (running_mean, running_var, weight, bias), each [C] float32 or None; stats are [2, C] float32, mean and 1 / std of
+the adaptive rows; bits are as in tiles.py, None without.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -22,59 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twins_fast.kernels import tuning
-from twins_fast.kernels.tuning import Config
-from twins_fast.ops import layout
+from . import tiles, tuning
+from .tuning import Config
 
 _MAX_SLABS = 128  # partial results per channel, which every program of the second launch reads
 _MAX_PROGRAMS = 2**15  # per tile, less than CUDA's limit
-_WIDE = 2**30  # from here on offsets are 64-bit: half the range of 32 bits leaves room for blocks that stick out
-
-
-# Sizes reach the kernels as plain numbers and ALIGN says what they are multiples of: otherwise Triton would
-# compile anew for every combination of sizes that are 1 or multiples of 16.
-def _jit(*sizes: str):
-    return triton.jit(do_not_specialize=[*sizes, "channels", "pixels", "groups", "first", "units", "chunk"])
-
-
-@triton.jit
-def _block(
-    start,
-    end,
-    tile,
-    channels,
-    pixels,
-    groups,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Offsets and masks of units [start, start + BLOCK_U): [BLOCK_U, BLOCK_V], and [BLOCK_U, BLOCK_V / 8] for bits."""
-    unit = start + tl.arange(0, BLOCK_U)
-    inside = (unit < end)[:, None]
-    if WIDE:
-        unit = unit.to(tl.int64)
-    if LAST:
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        byte = tile * (BLOCK_V // 8) + tl.arange(0, BLOCK_V // 8)
-        base = unit * channels
-        mask = inside & (column < channels)[None, :]
-        byte_offset = (unit * groups)[:, None] + byte[None, :]
-        byte_mask = inside & (byte < groups)[None, :]
-        offset = tl.multiple_of(base, ALIGN)[:, None] + column[None, :]
-    else:
-        image = unit // groups
-        group = unit - image * groups
-        row = image * channels + tile
-        base = row * pixels + group * 8
-        column = tl.arange(0, BLOCK_V)
-        mask = inside & (group[:, None] * 8 + column[None, :] < pixels)
-        byte_offset = (row * groups + group)[:, None]
-        byte_mask = inside
-        offset = tl.multiple_of(base, ALIGN)[:, None] + column[None, :]
-    return offset, tl.max_constancy(mask, (1, ALIGN)), byte_offset, byte_mask
 
 
 @triton.jit
@@ -96,59 +50,8 @@ def _total(v, LAST: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointer, c, live, default: tl.constexpr):
-    """Values of a per-channel vector; ``default`` without one."""
-    if pointer is None:
-        return tl.full(c.shape, default, tl.float32)
-    else:
-        return tl.load(pointer + c, mask=live, other=default)
-
-
-@triton.jit
 def _rstd(variance, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-
-
-@triton.jit
-def _wide(pointer, offset, mask):
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-# Triton's interpreter cuts float32 down to bfloat16 instead of rounding it.
-_INTERPRETED = tl.constexpr(not isinstance(_wide, triton.JITFunction))
-
-
-@triton.jit
-def _store(pointer, offset, v, mask):
-    dtype: tl.constexpr = pointer.dtype.element_ty
-    if _INTERPRETED and dtype == tl.bfloat16:
-        integer = v.to(tl.int32, bitcast=True)
-        even = (integer + 0x7FFF + ((integer >> 16) & 1)) & -0x10000
-        v = tl.where(v == v, even.to(tl.float32, bitcast=True), v)
-    tl.store(pointer + offset, v.to(dtype), mask=mask)
-
-
-@triton.jit
-def _load_bits(bits, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
-    byte = tl.load(bits + byte_offset, mask=byte_mask, other=0).to(tl.int32)
-    bit = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(bit, (BLOCK_U, BLOCK_V)) != 0
-
-
-@triton.jit
-def _store_bits(bits, v, mask, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
-    passes = tl.where(v <= 0, 0, mask.to(tl.int32))  # a NaN passes, as in torch.relu
-    passes = tl.reshape(passes, (BLOCK_U, BLOCK_V // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    tl.store(bits + byte_offset, tl.sum(passes, 2).to(tl.uint8), mask=byte_mask)
-
-
-@triton.jit
-def _gradient(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr):
-    """dy where the ReLU passed, everywhere without bits."""
-    g = _wide(dy, offset, mask)
-    if bits is not None:
-        g = tl.where(_load_bits(bits, byte_offset, byte_mask, BLOCK_U, BLOCK_V), g, 0.0)
-    return g
 
 
 @triton.jit
@@ -176,7 +79,7 @@ def _merge_moments(
     first,
     units,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -192,7 +95,7 @@ def _merge_moments(
         slab = s + tl.arange(0, BLOCK_S)
         means = _load_partial(partial, 0, slab, slabs, c, live, channels, LAST, ALIGN)
         m2 = _load_partial(partial, 1, slab, slabs, c, live, channels, LAST, ALIGN)
-        if WIDE:
+        if INDEX64:
             slab = slab.to(tl.int64)
         start = tl.minimum(first + slab * slab_chunk, units)
         end = tl.minimum(start + slab_chunk, units)
@@ -229,7 +132,7 @@ def _merge_sums(
     return tl.sum(sum1, 0), tl.sum(sum2, 0)
 
 
-@_jit()
+@tiles.jit()
 def moments_kernel(
     x,
     partial,  # [slabs, 2, C]: mean and sum of squared deviations of each slab
@@ -240,7 +143,7 @@ def moments_kernel(
     units,
     chunk,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -251,20 +154,24 @@ def moments_kernel(
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < channels
     row = partial + slab * 2 * channels
-    if WIDE:
+    if INDEX64:
         slab = slab.to(tl.int64)
     start = first + slab * chunk
     end = tl.minimum(start + chunk, units)
     before = _values_before(start, pixels, groups, LAST)
     # Squares about the mean of the first block lose at most a factor of the number of blocks.
-    offset, mask, _, _ = _block(start, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V)
+    offset, mask, _, _ = tiles.offsets_and_masks(
+        start, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
+    )
     count = _values_before(tl.minimum(start + BLOCK_U, end), pixels, groups, LAST) - before
-    pivot = tl.div_rn(_total(_wide(x, offset, mask), LAST), count.to(tl.float32))
+    pivot = tl.div_rn(_total(tiles.load_float32(x, offset, mask), LAST), count.to(tl.float32))
     sum1 = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     sum2 = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     for u in range(start, end, BLOCK_U):
-        offset, mask, _, _ = _block(u, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V)
-        d = tl.where(mask, _wide(x, offset, mask) - pivot[None, :], 0.0)
+        offset, mask, _, _ = tiles.offsets_and_masks(
+            u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
+        )
+        d = tl.where(mask, tiles.load_float32(x, offset, mask) - pivot[None, :], 0.0)
         sum1 += d
         sum2 += d * d
     total = _total(sum1, LAST)
@@ -275,7 +182,7 @@ def moments_kernel(
     tl.store(row + channels + c, tl.where(m2 < 0, 0.0, m2), mask=live)
 
 
-@_jit("slabs", "slab_chunk", "count")
+@tiles.jit("slabs", "slab_chunk", "count")
 def merge_moments_kernel(
     partial,
     moments,  # [2, C]
@@ -288,7 +195,7 @@ def merge_moments_kernel(
     first,
     units,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -312,7 +219,7 @@ def merge_moments_kernel(
             first,
             units,
             LAST,
-            WIDE,
+            INDEX64,
             ALIGN,
             BLOCK_S,
             BLOCK_C,
@@ -321,7 +228,7 @@ def merge_moments_kernel(
     tl.store(moments + channels + c, m2, mask=live)
 
 
-@_jit("slabs", "slab_chunk", "count", "momentum", "eps", "programs")
+@tiles.jit("slabs", "slab_chunk", "count", "momentum", "eps", "programs")
 def apply_kernel(
     x,
     residual,
@@ -336,8 +243,8 @@ def apply_kernel(
     weight,
     bias,
     partial,  # of the moments, or
-    given,  # the statistics themselves, or neither where there is no adaptive row
-    stats,
+    stats_in,  # mean and 1 / std, or neither where there is no adaptive row
+    stats_out,
     momentum,
     eps,
     count,
@@ -352,7 +259,7 @@ def apply_kernel(
     chunk,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -378,15 +285,15 @@ def apply_kernel(
                 first,
                 units,
                 LAST,
-                WIDE,
+                INDEX64,
                 ALIGN,
                 BLOCK_S,
                 BLOCK_C,
             )
             rstd = _rstd(tl.div_rn(m2, count), eps)
             if program == 0:  # nobody else reads what it writes
-                tl.store(stats + c, mean, mask=live)
-                tl.store(stats + channels + c, rstd, mask=live)
+                tl.store(stats_out + c, mean, mask=live)
+                tl.store(stats_out + channels + c, rstd, mask=live)
                 if running_mean is not None:
                     old = tl.load(running_mean + c, mask=live)
                     tl.store(running_mean + c, (1.0 - momentum) * old + momentum * mean, mask=live)
@@ -395,42 +302,42 @@ def apply_kernel(
                     new = tl.div_rn(m2, count - 1.0)
                     tl.store(running_var + c, (1.0 - momentum) * old + momentum * new, mask=live)
         else:
-            mean = _vector(given, c, live, 0.0)
-            rstd = _vector(given, channels + c, live, 0.0)
-        scale = rstd * _vector(weight, c, live, 1.0)
-        shift = _vector(bias, c, live, 0.0)
+            mean = tiles.load_vector(stats_in, c, live, 0.0)
+            rstd = tiles.load_vector(stats_in, channels + c, live, 0.0)
+        scale = rstd * tiles.load_vector(weight, c, live, 1.0)
+        shift = tiles.load_vector(bias, c, live, 0.0)
         # From the last slab to the first: what was read last is still in the cache.
         start = programs - 1 - program
-        if WIDE:
+        if INDEX64:
             start = start.to(tl.int64)
         start = first + start * chunk
         end = tl.minimum(start + chunk, units)
     else:
-        mean = _vector(frozen_mean, c, live, 0.0)
-        scale = _rstd(_vector(frozen_var, c, live, 1.0), eps) * _vector(frozen_weight, c, live, 1.0)
-        shift = _vector(frozen_bias, c, live, 0.0)
+        mean = tiles.load_vector(frozen_mean, c, live, 0.0)
+        scale = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps) * tiles.load_vector(frozen_weight, c, live, 1.0)
+        shift = tiles.load_vector(frozen_bias, c, live, 0.0)
         start = program - programs
-        if WIDE:
+        if INDEX64:
             start = start.to(tl.int64)
         start = start * chunk
         end = tl.minimum(start + chunk, first)
-    if stats is not None and partial is None:
+    if stats_out is not None and partial is None:
         if program == 0:
-            tl.store(stats + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
-            tl.store(stats + channels + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
+            tl.store(stats_out + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
+            tl.store(stats_out + channels + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
     for u in range(start, end, BLOCK_U):
-        offset, mask, byte_offset, byte_mask = _block(
-            u, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V
+        offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
+            u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
         )
         # x - mean first, since it is exact where they are close.
-        v = (_wide(x, offset, mask) - mean[None, :]) * scale[None, :] + shift[None, :]
+        v = (tiles.load_float32(x, offset, mask) - mean[None, :]) * scale[None, :] + shift[None, :]
         if residual is not None:
-            v += _wide(residual, offset, mask)
+            v += tiles.load_float32(residual, offset, mask)
         if bits is not None:
-            _store_bits(bits, v, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
+            tiles.store_bits(bits, v, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
         if RELU:
             v = tl.where(v <= 0, 0.0, v)
-        _store(y, offset, v, mask)
+        tiles.store(y, offset, v, mask)
 
 
 # With g = dy where the ReLU passed, xc = x - mean and M values per channel, the adaptive half has
@@ -439,7 +346,7 @@ def apply_kernel(
 # and the frozen half, whose statistics are constants, dx = weight * rstd * g.
 
 
-@_jit("eps", "programs")
+@tiles.jit("eps", "programs")
 def sums_kernel(
     dy,
     x,
@@ -461,7 +368,7 @@ def sums_kernel(
     units,
     chunk,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -474,25 +381,25 @@ def sums_kernel(
     sum_g = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     sum_gx = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     if program < programs:
-        mean = _vector(frozen_mean, c, live, 0.0)
-        scale = _rstd(_vector(frozen_var, c, live, 1.0), eps) * _vector(frozen_weight, c, live, 1.0)
+        mean = tiles.load_vector(frozen_mean, c, live, 0.0)
+        scale = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps) * tiles.load_vector(frozen_weight, c, live, 1.0)
         slab = program
-        if WIDE:
+        if INDEX64:
             slab = slab.to(tl.int64)
         start = slab * chunk
         end = tl.minimum(start + chunk, first)
         for u in range(start, end, BLOCK_U):
-            offset, mask, byte_offset, byte_mask = _block(
-                u, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V
+            offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
+                u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
             )
-            g = _gradient(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
+            g = tiles.load_gated(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
             if frozen_partial is not None:
                 sum_g += g
-                sum_gx += g * (_wide(x, offset, mask) - mean[None, :])
+                sum_gx += g * (tiles.load_float32(x, offset, mask) - mean[None, :])
             if dx is not None:
-                _store(dx, offset, g * scale[None, :], mask)
+                tiles.store(dx, offset, g * scale[None, :], mask)
             if dresidual is not None:
-                _store(dresidual, offset, g, mask)
+                tiles.store(dresidual, offset, g, mask)
         if frozen_partial is not None:
             row = frozen_partial + program * 2 * channels
             tl.store(row + c, _total(sum_g, LAST), mask=live)
@@ -502,22 +409,22 @@ def sums_kernel(
             mean = tl.load(stats + c, mask=live, other=0.0)
             slab = program - programs
             row = partial + slab * 2 * channels
-            if WIDE:
+            if INDEX64:
                 slab = slab.to(tl.int64)
             start = first + slab * chunk
             end = tl.minimum(start + chunk, units)
             for u in range(start, end, BLOCK_U):
-                offset, mask, byte_offset, byte_mask = _block(
-                    u, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V
+                offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
+                    u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
                 )
-                g = _gradient(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
+                g = tiles.load_gated(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
                 sum_g += g
-                sum_gx += g * (_wide(x, offset, mask) - mean[None, :])
+                sum_gx += g * (tiles.load_float32(x, offset, mask) - mean[None, :])
             tl.store(row + c, _total(sum_g, LAST), mask=live)
             tl.store(row + channels + c, _total(sum_gx, LAST), mask=live)
 
 
-@_jit("frozen_slabs", "slabs")
+@tiles.jit("frozen_slabs", "slabs")
 def merge_sums_kernel(
     frozen_partial,
     partial,
@@ -561,7 +468,7 @@ def _sums_of(
     return g, gx
 
 
-@_jit("eps", "count", "frozen_slabs", "slabs", "programs")
+@tiles.jit("eps", "count", "frozen_slabs", "slabs", "programs")
 def apply_backward_kernel(
     dy,
     x,
@@ -590,7 +497,7 @@ def apply_backward_kernel(
     units,
     chunk,
     LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX64: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -609,7 +516,7 @@ def apply_backward_kernel(
                 frozen_partial, c, live, frozen_slabs, channels, LAST, ALIGN, BLOCK_S, BLOCK_C
             )
             if dfrozen_weight is not None:
-                frozen_rstd = _rstd(_vector(frozen_var, c, live, 1.0), eps)
+                frozen_rstd = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps)
                 tl.store(dfrozen_weight + c, frozen_gx * frozen_rstd, mask=live)
             if dfrozen_bias is not None:
                 tl.store(dfrozen_bias + c, frozen_g, mask=live)
@@ -626,37 +533,30 @@ def apply_backward_kernel(
                 mean_g = tl.load(means + c, mask=live, other=0.0)
                 mean_gx = tl.load(means + channels + c, mask=live, other=0.0)
             mean = tl.load(stats + c, mask=live, other=0.0)
-            scale = rstd * _vector(weight, c, live, 1.0)
+            scale = rstd * tiles.load_vector(weight, c, live, 1.0)
             slope = mean_gx * rstd * rstd
         start = programs - 1 - program  # the last first, as in the forward pass
-        if WIDE:
+        if INDEX64:
             start = start.to(tl.int64)
         start = first + start * chunk
         end = tl.minimum(start + chunk, units)
         for u in range(start, end, BLOCK_U):
-            offset, mask, byte_offset, byte_mask = _block(
-                u, end, tile, channels, pixels, groups, LAST, WIDE, ALIGN, BLOCK_U, BLOCK_V
+            offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
+                u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
             )
-            g = _gradient(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
+            g = tiles.load_gated(dy, bits, offset, mask, byte_offset, byte_mask, BLOCK_U, BLOCK_V)
             if dx is not None:
-                xc = _wide(x, offset, mask) - mean[None, :]
-                _store(dx, offset, (g - mean_g[None, :] - xc * slope[None, :]) * scale[None, :], mask)
+                xc = tiles.load_float32(x, offset, mask) - mean[None, :]
+                tiles.store(dx, offset, (g - mean_g[None, :] - xc * slope[None, :]) * scale[None, :], mask)
             if dresidual is not None:
-                _store(dresidual, offset, g, mask)
+                tiles.store(dresidual, offset, g, mask)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-class Walk(NamedTuple):
+class Geometry(NamedTuple):
     """How the kernels go through a tensor: sizes, and what these promise about addresses."""
 
-    last: bool
+    channels_last: bool
+    dtype: str  # which tuning goes by
     channels: int
     pixels: int
     groups: int  # of 8 values, per row of memory
@@ -664,51 +564,53 @@ class Walk(NamedTuple):
     units: int
     count: int  # values per channel in the adaptive half
     align: int
-    wide: bool
+    index_64: bool
 
     @classmethod
-    def of(cls, x: Tensor, split: int) -> Walk:
-        images, channels, height, width = x.shape
-        last, pixels, run = layout.is_channels_last(x), height * width, layout.run(x)
+    def of(cls, shape: tuple[int, int, int, int], split: int, channels_last: bool, dtype: str) -> Geometry:
+        """Of a dense tensor [N, C, H, W] whose adaptive half starts at row ``split``; dtype as ``"bfloat16"``."""
+        images, channels, height, width = shape
+        pixels = height * width
+        run = channels if channels_last else pixels
         groups = (run + 7) // 8
-        per_image = pixels if last else groups
+        per_image = pixels if channels_last else groups
         # A unit starts at a multiple of the run, or of 8 pixels in it.
-        align = gcd(run, 16 if last else 8)
+        align = gcd(run, 16 if channels_last else 8)
         sizes = split * per_image, images * per_image, (images - split) * pixels
-        return cls(last, channels, pixels, groups, *sizes, align, x.numel() >= _WIDE)
+        return cls(channels_last, dtype, channels, pixels, groups, *sizes, align, prod(shape) >= tiles.INDEX64_FROM)
 
     def sizes(self) -> dict:
         return dict(channels=self.channels, pixels=self.pixels, groups=self.groups, first=self.first, units=self.units)
 
     def blocks(self, config: Config) -> dict:
-        """Block sizes of a walk over values: BLOCK_U units of BLOCK_V values, and BLOCK_C channels."""
-        width = min(config.width, max(8, _power_of_2(self.channels))) if self.last else 8
+        """Block sizes of a kernel that goes over values: BLOCK_U units of BLOCK_V values, and BLOCK_C channels."""
+        width = min(config.width, max(8, tiles.power_of_2(self.channels))) if self.channels_last else 8
         values = config.values if self.align >= 8 else config.values // 2  # more addresses are held at a time
         return dict(
-            LAST=self.last,
-            WIDE=self.wide,
+            LAST=self.channels_last,
+            INDEX64=self.index_64,
             ALIGN=self.align,
             BLOCK_U=max(values // width, 1),
             BLOCK_V=width,
-            BLOCK_C=width if self.last else 1,
+            BLOCK_C=width if self.channels_last else 1,
         )
 
     def slabs(self, config: Config, blocks: dict, halves: tuple[int, int], limit: int, device: torch.device) -> Slabs:
         """Divide the units of the two halves evenly into slabs of whole blocks, at most ``limit`` in each half."""
-        tiles = _ceil_div(self.channels, blocks["BLOCK_C"])
-        wanted = min(max(config.programs * tuning.processors(device) // tiles, 1), limit)
-        chunk = _ceil_div(max(sum(halves), 1), wanted * blocks["BLOCK_U"]) * blocks["BLOCK_U"]
-        return Slabs(tiles, chunk, *(_ceil_div(units, chunk) for units in halves))
+        channel_tiles = tiles.ceil_div(self.channels, blocks["BLOCK_C"])
+        wanted = min(max(config.programs * tuning.processors(device) // channel_tiles, 1), limit)
+        chunk = tiles.ceil_div(max(sum(halves), 1), wanted * blocks["BLOCK_U"]) * blocks["BLOCK_U"]
+        return Slabs(channel_tiles, chunk, *(tiles.ceil_div(units, chunk) for units in halves))
 
 
 class Slabs(NamedTuple):
-    tiles: int
+    channel_tiles: int
     chunk: int  # units of each slab but the last one
     frozen: int
     adaptive: int
 
     def grid(self) -> tuple[int, int]:
-        return self.tiles, self.frozen + self.adaptive
+        return self.channel_tiles, self.frozen + self.adaptive
 
 
 class Partial(NamedTuple):
@@ -722,112 +624,109 @@ class Partial(NamedTuple):
 _NOTHING = Partial(None, None, Slabs(0, 0, 0, 0))
 
 
-def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
-    y, bits, stats = layout.forward_results(x, keep_bits)
-    walk = Walk.of(x, split)
-    with _on_device_of(x):
-        partial = _partial_moments(x, walk)
-        _apply(x, residual, walk, frozen, adaptive, y, bits, stats, partial, None, momentum, eps, relu)
-    return y, bits, stats
+def forward(x, residual, geometry, frozen, adaptive, y, bits, stats, momentum, eps, relu) -> None:
+    """Writes y, bits and stats, and updates the running statistics of ``adaptive``."""
+    with tiles.on_device_of(x):
+        partial = _partial_moments(x, geometry)
+        _apply(x, residual, geometry, frozen, adaptive, y, bits, None, partial, stats, momentum, eps, relu)
 
 
-def moments(x, split) -> Tensor:
-    stats = layout.empty_stats(x)
-    walk = Walk.of(x, split)
-    with _on_device_of(x):
-        partial = _partial_moments(x, walk)
-        blocks = _merging(walk)
-        merge_moments_kernel[(_ceil_div(walk.channels, blocks["BLOCK_C"]),)](
-            partial.adaptive, stats, **_merging_sizes(walk, partial), **walk.sizes(), WIDE=walk.wide, **blocks
+def moments(x, geometry, moments) -> None:
+    """Writes [2, C], mean and sum of squared deviations of the adaptive rows."""
+    with tiles.on_device_of(x):
+        partial = _partial_moments(x, geometry)
+        blocks = _merging(geometry)
+        merge_moments_kernel[(tiles.ceil_div(geometry.channels, blocks["BLOCK_C"]),)](
+            partial.adaptive,
+            moments,
+            **_merging_sizes(geometry, partial),
+            **geometry.sizes(),
+            INDEX64=geometry.index_64,
+            **blocks,
         )
-    return stats
 
 
-def apply(x, residual, split, frozen, weight, bias, stats, eps, relu, keep_bits) -> tuple[Tensor, Tensor]:
-    y, bits, _ = layout.forward_results(x, keep_bits)
-    walk = Walk.of(x, split)
-    with _on_device_of(x):
-        _apply(x, residual, walk, frozen, (None, None, weight, bias), y, bits, None, _NOTHING, stats, 0.0, eps, relu)
-    return y, bits
+def apply(x, residual, geometry, frozen, adaptive, y, bits, stats, eps, relu) -> None:
+    """Writes y and bits from ``stats``; the running statistics of ``adaptive`` stay as they are."""
+    adaptive = (None, None, *adaptive[2:])
+    with tiles.on_device_of(x):
+        _apply(x, residual, geometry, frozen, adaptive, y, bits, stats, _NOTHING, None, 0.0, eps, relu)
 
 
-def backward(
-    dy, x, bits, split, frozen_mean, frozen_var, frozen_weight, weight, stats, eps, wanted
-) -> tuple[Tensor, ...]:
-    results = layout.backward_results(x, wanted)
-    dx, dresidual, *vectors = (result if want else None for result, want in zip(results, wanted, strict=True))
-    frozen_sums, adaptive_sums = any(wanted[2:4]), wanted[0] or any(wanted[4:])
-    walk = Walk.of(x, split)
-    frozen = (frozen_mean, frozen_var, frozen_weight)
-    with _on_device_of(x):
-        partial = _partial_sums(dy, x, bits, walk, frozen, stats, dx, dresidual, eps, sums=(frozen_sums, adaptive_sums))
-        _apply_backward(dy, x, bits, walk, frozen_var, weight, stats, partial, None, dx, dresidual, vectors, eps)
-    return tuple(results)
-
-
-def sums(dy, x, bits, split, frozen_mean, stats) -> Tensor:
-    totals = layout.empty_stats(x, 4)
-    walk = Walk.of(x, split)
-    with _on_device_of(x):
-        partial = _partial_sums(dy, x, bits, walk, (frozen_mean, None, None), stats, None, None, 0.0, sums=(True, True))
-        blocks = _merging(walk)
-        merge_sums_kernel[(_ceil_div(walk.channels, blocks["BLOCK_C"]),)](
-            partial.frozen, partial.adaptive, totals, *partial.slabs[2:], walk.channels, **blocks
+def backward(dy, x, bits, geometry, frozen, adaptive, stats, dx, dresidual, vectors, eps) -> None:
+    """Writes dx, dresidual and ``vectors``, the gradients of both wings' weight and bias; None where not wanted."""
+    frozen_sums = any(vector is not None for vector in vectors[:2])
+    adaptive_sums = dx is not None or any(vector is not None for vector in vectors[2:])
+    with tiles.on_device_of(x):
+        partial = _partial_sums(
+            dy, x, bits, geometry, frozen[:3], stats, dx, dresidual, eps, sums=(frozen_sums, adaptive_sums)
         )
-    return totals
+        _apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, partial, None, dx, dresidual, vectors, eps)
 
 
-def apply_backward(
-    dy, x, bits, split, frozen_var, frozen_weight, weight, stats, means, eps, wanted
-) -> tuple[Tensor, Tensor]:
-    results = layout.backward_results(x, [*wanted, *[False] * 4])
-    dx, dresidual = (result if want else None for result, want in zip(results[:2], wanted, strict=True))
-    walk = Walk.of(x, split)
-    frozen = (None, frozen_var, frozen_weight)
-    with _on_device_of(x):
-        _partial_sums(dy, x, bits, walk, frozen, stats, dx, dresidual, eps, sums=(False, False))
-        _apply_backward(dy, x, bits, walk, frozen_var, weight, stats, _NOTHING, means, dx, dresidual, [None] * 4, eps)
-    return results[0], results[1]
+def sums(dy, x, bits, geometry, frozen, stats, totals) -> None:
+    """Writes [4, C]: sums of g and g * (x - mean) over the frozen, then over the adaptive rows."""
+    with tiles.on_device_of(x):
+        vectors = (frozen[0], None, None)
+        partial = _partial_sums(dy, x, bits, geometry, vectors, stats, None, None, 0.0, sums=(True, True))
+        blocks = _merging(geometry)
+        merge_sums_kernel[(tiles.ceil_div(geometry.channels, blocks["BLOCK_C"]),)](
+            partial.frozen,
+            partial.adaptive,
+            totals,
+            partial.slabs.frozen,
+            partial.slabs.adaptive,
+            geometry.channels,
+            **blocks,
+        )
 
 
-def _partial_moments(x: Tensor, walk: Walk) -> Partial:
-    if walk.first == walk.units:
+def apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, means, dx, dresidual, eps) -> None:
+    """Writes dx and dresidual from ``means`` [2, C], sums of the adaptive rows per value; None where not wanted."""
+    with tiles.on_device_of(x):
+        vectors = (None, *frozen[1:3])
+        _partial_sums(dy, x, bits, geometry, vectors, stats, dx, dresidual, eps, sums=(False, False))
+        _apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, _NOTHING, means, dx, dresidual, [None] * 4, eps)
+
+
+def _partial_moments(x: Tensor, geometry: Geometry) -> Partial:
+    if geometry.first == geometry.units:
         return _NOTHING
 
     def launch(config: Config) -> Partial:
-        blocks = walk.blocks(config)
-        slabs = walk.slabs(config, blocks, (0, walk.units - walk.first), _MAX_SLABS, x.device)
+        blocks = geometry.blocks(config)
+        slabs = geometry.slabs(config, blocks, (0, geometry.units - geometry.first), _MAX_SLABS, x.device)
         partial = _empty_partial(x, slabs.adaptive)
-        moments_kernel[slabs.grid()](x, partial, **walk.sizes(), chunk=slabs.chunk, **blocks, **_options(config))
+        moments_kernel[slabs.grid()](x, partial, **geometry.sizes(), chunk=slabs.chunk, **blocks, **_options(config))
         return Partial(None, partial, slabs)
 
-    return launch(tuning.choose("moments", walk, x, launch))
+    return launch(tuning.choose("moments", geometry, x, launch))
 
 
-def _apply(x, residual, walk, frozen, adaptive, y, bits, stats, partial, given, momentum, eps, relu) -> None:
+def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, stats_out, momentum, eps, relu) -> None:
     running, affine = adaptive[:2], adaptive[2:]
-    has_rows = walk.first < walk.units
-    halves = walk.first, walk.units - walk.first
+    has_rows = geometry.first < geometry.units
+    halves = geometry.first, geometry.units - geometry.first
 
     def launch(config: Config, running: tuple) -> None:
-        blocks = walk.blocks(config)
-        slabs = walk.slabs(config, blocks, halves, _MAX_PROGRAMS, x.device)
+        blocks = geometry.blocks(config)
+        slabs = geometry.slabs(config, blocks, halves, _MAX_PROGRAMS, x.device)
         apply_kernel[slabs.grid()](
             x,
             residual,
             y,
-            bits if bits.numel() else None,
+            bits,
             *frozen,
             *running,
             *affine,
             partial.adaptive,
-            given if has_rows else None,
-            stats,
+            stats_in if has_rows else None,
+            stats_out,
             momentum,
             eps,
-            **_merging_sizes(walk, partial),
+            **_merging_sizes(geometry, partial),
             programs=slabs.adaptive,
-            **walk.sizes(),
+            **geometry.sizes(),
             chunk=slabs.chunk,
             RELU=relu,
             **blocks,
@@ -838,27 +737,28 @@ def _apply(x, residual, walk, frozen, adaptive, y, bits, stats, partial, given, 
     def trial(config: Config) -> None:
         launch(config, [None if t is None else t.clone() for t in running])
 
-    launch(tuning.choose("apply", walk, x, trial), running)
+    launch(tuning.choose("apply", geometry, x, trial), running)
 
 
-def _partial_sums(dy, x, bits, walk, frozen, stats, dx, dresidual, eps, sums: tuple[bool, bool]) -> Partial:
+def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums: tuple[bool, bool]) -> Partial:
+    """``frozen`` is (running_mean, running_var, weight) of the frozen wing."""
     images = dx is not None or dresidual is not None
     halves = (
-        walk.first if sums[0] or images else 0,
-        walk.units - walk.first if sums[1] else 0,
+        geometry.first if sums[0] or images else 0,
+        geometry.units - geometry.first if sums[1] else 0,
     )
     if halves == (0, 0):
         return _NOTHING
 
     def launch(config: Config) -> Partial:
-        blocks = walk.blocks(config)
-        slabs = walk.slabs(config, blocks, halves, _MAX_SLABS if any(sums) else _MAX_PROGRAMS, x.device)
+        blocks = geometry.blocks(config)
+        slabs = geometry.slabs(config, blocks, halves, _MAX_SLABS if any(sums) else _MAX_PROGRAMS, x.device)
         wanted = zip(sums, (slabs.frozen, slabs.adaptive), strict=True)
         partial = Partial(*(_empty_partial(x, number) if want and number else None for want, number in wanted), slabs)
         sums_kernel[slabs.grid()](
             dy,
             x,
-            bits if bits.numel() else None,
+            bits,
             *frozen,
             stats,
             dx,
@@ -867,31 +767,36 @@ def _partial_sums(dy, x, bits, walk, frozen, stats, dx, dresidual, eps, sums: tu
             partial.adaptive,
             eps,
             slabs.frozen,
-            **walk.sizes(),
+            **geometry.sizes(),
             chunk=slabs.chunk,
             **blocks,
             **_options(config),
         )
         return partial
 
-    return launch(tuning.choose("sums", walk, x, launch))
+    return launch(tuning.choose("sums", geometry, x, launch))
 
 
-def _apply_backward(dy, x, bits, walk, frozen_var, weight, stats, partial, means, dx, dresidual, vectors, eps) -> None:
-    if walk.first == walk.units:
+def _apply_backward(
+    dy, x, bits, geometry, frozen, adaptive, stats, partial, means, dx, dresidual, vectors, eps
+) -> None:
+    if geometry.first == geometry.units:
         dx = dresidual = None
     images = dx is not None or dresidual is not None
     if not images and all(vector is None for vector in vectors):
         return
+    _, frozen_var, _, _ = frozen
+    _, _, weight, _ = adaptive
+    halves = 0, geometry.units - geometry.first if images else 0
 
     def launch(config: Config) -> None:
-        blocks = walk.blocks(config)
-        slabs = walk.slabs(config, blocks, (0, walk.units - walk.first if images else 0), _MAX_PROGRAMS, x.device)
+        blocks = geometry.blocks(config)
+        slabs = geometry.slabs(config, blocks, halves, _MAX_PROGRAMS, x.device)
         slabs = slabs._replace(adaptive=max(slabs.adaptive, 1))  # one writes the vectors in any case
         apply_backward_kernel[slabs.grid()](
             dy,
             x,
-            bits if bits.numel() else None,
+            bits,
             frozen_var,
             weight,
             stats,
@@ -902,18 +807,18 @@ def _apply_backward(dy, x, bits, walk, frozen_var, weight, stats, partial, means
             dresidual,
             *vectors,
             eps,
-            float(max(walk.count, 1)),
+            float(max(geometry.count, 1)),
             partial.slabs.frozen,
             partial.slabs.adaptive,
             slabs.adaptive,
-            **walk.sizes(),
+            **geometry.sizes(),
             chunk=slabs.chunk,
             **blocks,
             BLOCK_S=_merged_at_once(blocks["BLOCK_C"]),
             **_options(config),
         )
 
-    launch(tuning.choose("apply_backward", walk, x, launch) if images else tuning.default("apply_backward", x))
+    launch(tuning.choose("apply_backward", geometry, x, launch) if images else tuning.default("apply_backward", x))
 
 
 def _options(config: Config) -> dict:
@@ -925,26 +830,22 @@ def _merged_at_once(channels: int) -> int:
     return min(max(2048 // channels, 1), 64)
 
 
-def _merging(walk: Walk) -> dict:
+def _merging(geometry: Geometry) -> dict:
     """Block sizes of the kernels that only merge."""
-    channels = min(_power_of_2(walk.channels), 32)
+    channels = min(tiles.power_of_2(geometry.channels), 32)
     return dict(
-        LAST=walk.last,
-        ALIGN=walk.align,
+        LAST=geometry.channels_last,
+        ALIGN=geometry.align,
         BLOCK_S=_merged_at_once(channels),
         BLOCK_C=channels,
         **_options(tuning.INTERPRETER),
     )
 
 
-def _merging_sizes(walk: Walk, partial: Partial) -> dict:
+def _merging_sizes(geometry: Geometry, partial: Partial) -> dict:
     slabs = partial.slabs
-    return dict(count=float(max(walk.count, 1)), slabs=slabs.adaptive, slab_chunk=slabs.chunk)
+    return dict(count=float(max(geometry.count, 1)), slabs=slabs.adaptive, slab_chunk=slabs.chunk)
 
 
 def _empty_partial(x: Tensor, slabs: int) -> Tensor:
     return x.new_empty((slabs, 2, x.shape[1]), dtype=torch.float32)
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cuda_emulator.build import CUDA_FLAGS, CXX, LINK_FLAGS
+from twins_fast.ops.native import dtype_name
 
 pytestmark = pytest.mark.skipif(CXX is None or not sys.platform.startswith("linux"), reason="needs g++ on Linux")
 
@@ -267,8 +268,7 @@ def test_rounding(cuda, dtype):
     random = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0))
     values = torch.cat([*near, small.view(torch.int32), (-small).view(torch.int32), random.int()]).view(torch.float32)
     narrow, wide = torch.empty_like(values, dtype=dtype), torch.empty_like(values)
-    name = str(dtype).removeprefix("torch.")
-    assert getattr(cuda, f"run_{name}")(*pointers(values, narrow, wide), len(values)) == 0
+    assert getattr(cuda, f"run_{dtype_name(dtype)}")(*pointers(values, narrow, wide), len(values)) == 0
     nan = values.isnan()
     assert nan.any() and wide[nan].isnan().all()
     expected = values[~nan].to(dtype)

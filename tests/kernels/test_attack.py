@@ -1,7 +1,4 @@
-"""An attack's leaves in Triton: in the interpreter, or on a GPU where there is one; their compilation; CUDA graphs.
-
-As in test_triton.py the tests of results run in a process of their own without a GPU.
-"""
+"""The steps of an attack's plan in Triton against those in PyTorch, and CUDA graphs."""
 
 import warnings
 from itertools import product
@@ -10,14 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.kernels.test_twin_bn import DEVICE, RELEASES, host, results, subprocess_of_python
+from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache
 from twins_fast.attacks.engine import program as programs
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
+from twins_fast.attacks.engine.executors.cuda import CudaExecutor
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
 from twins_fast.attacks.engine.plan import Stage
+from twins_fast.kernels import attack as kernels
+from twins_fast.kernels import tiles
 from twins_fast.models import CifarResNet
 from twins_fast.ops import native
 
@@ -27,20 +27,9 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 3, 3), (3, 17, 4, 2), (2, 64, 3, 2)
 FENCE = 64
 
 
-def cuda():
-    from twins_fast.attacks.engine.executors import cuda as executor  # imports Triton
-
-    return executor
-
-
 @host
-@pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU")
-@pytest.mark.skipif(
-    RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4), reason="Triton's interpreter is too old for NumPy"
-)
 def test_in_the_interpreter():
-    run = subprocess_of_python("-m", "pytest", "-q", "-rf", __file__, TRITON_INTERPRET="1", TWINS_FAST_BACKEND="")
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +38,7 @@ def exact_convolutions(exact):
 
 
 class Memory:
-    """Tensors between fences, results full of NaN, and what both leaves make of the same inputs."""
+    """Tensors between fences, results full of NaN."""
 
     def __init__(self, dtype, seed=0):
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
@@ -98,7 +87,7 @@ def packed(mask):
 
 
 def both(dtype):
-    return TorchExecutor(dtype, torch.device(DEVICE)), cuda().CudaExecutor(dtype, torch.device(DEVICE))
+    return TorchExecutor(dtype, torch.device(DEVICE)), CudaExecutor(dtype, torch.device(DEVICE))
 
 
 def close(got, want, dtype):
@@ -155,7 +144,7 @@ def test_affine_of_a_gated_gradient():
     memory, shape = Memory(torch.float32), (2, 11, 3, 5)
     g, other, (bytes_, bits) = memory.values(shape), memory.values(shape), memory.bits(shape)
     scale, got = torch.randn(11, device=DEVICE), memory.empty(shape)
-    cuda().attack.pointwise(g, got, (30, 11), gate=bits, scale=scale, other=other)
+    kernels.pointwise(g, got, (30, 11), gate=bits, scale=scale, other=other)
     gate = bytes_.view(2, 3, 5, 11).permute(0, 3, 1, 2)
     close(got, g * gate * scale.view(-1, 1, 1) + other, torch.float32)
 
@@ -179,11 +168,11 @@ def test_max_pool(kernel, stride, padding, dtype):
     truth.max_pool(state, {"x": x, "y": want, "argmax": want_index})()
     ours.max_pool(state, {"x": x, "y": got, "argmax": index})()
     close(got, want, dtype)
-    found = want_index.index.permute(0, 2, 3, 1)  # in the image; ours is in the window
+    want_place = want_index.index.permute(0, 2, 3, 1)  # in the image; ours is in the window
     rows, columns = (torch.arange(n, device=DEVICE) * s - p for n, s, p in zip(small[2:], stride, padding, strict=True))
-    place = index.view(found.shape).long()
+    place = index.view(want_place.shape).long()
     row, column = rows[:, None, None] + place // kernel[1], columns[:, None] + place % kernel[1]
-    assert torch.equal(row * shape[3] + column, found)
+    assert torch.equal(row * shape[3] + column, want_place)
 
     g, other, (bytes_, bits) = memory.values(small), memory.values(shape), memory.bits(shape)
     for summand, mask in ((None, False), (other, True)):
@@ -221,7 +210,7 @@ def test_avg_pool(kernel, stride, dtype):
 
 @results
 @pytest.mark.parametrize("inner, channels, dtype", with_dtypes((3, 5), (16, 24), (40, 33)))
-def test_product(inner, channels, dtype):
+def test_matmul(inner, channels, dtype):
     memory, size = Memory(dtype), (3, 5)
     truth, ours = both(dtype)
     geometry = Convolution(inner, size, channels, size)
@@ -231,7 +220,7 @@ def test_product(inner, channels, dtype):
     for each in (want_state, state):
         each.convolution.fold(weight, None)
         each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
-    way = cuda().attack.INTERPRETER_MATMUL
+    way = kernels.INTERPRETER_MATMUL
     state.convolution.way = lambda backward, launch: way
     for images in (1, 5):
         before, after = (images, inner, *size), (images, channels, *size)
@@ -240,7 +229,7 @@ def test_product(inner, channels, dtype):
         got, bits = memory.empty(after), memory.empty_bits(after)
         truth.conv(want_state, {"x": x, "other": other, "mask": want_mask, "y": want})()
         ours.conv(state, {"x": x, "other": other, "mask": bits, "y": got})()
-        # PyTorch rounds the product to the dtype before it goes on.
+        # PyTorch rounds the matmul to the dtype before it goes on.
         torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
         assert torch.equal(bits, packed((got > 0).permute(0, 2, 3, 1).reshape(-1, channels)))
         bytes_, bits = memory.bits(before)
@@ -253,11 +242,11 @@ def test_product(inner, channels, dtype):
 
 @results
 def test_64_bit_offsets(monkeypatch):
-    monkeypatch.setattr(cuda().attack, "_WIDE", 0)
+    monkeypatch.setattr(tiles, "INDEX64_FROM", 0)
     test_finish_and_affine(SHAPES[1], torch.bfloat16)
     test_max_pool(*WINDOWS[2], torch.float32)
     test_avg_pool((3, 2), (2, 1), torch.float32)
-    test_product(16, 24, torch.float16)
+    test_matmul(16, 24, torch.float16)
 
 
 PROGRAMS = {
@@ -287,7 +276,7 @@ def check_pixels(program, resized, dtype, native=False):
     ]
     shape = (3, *size)
     truth = Input(steps, shape, resized)
-    ours = cuda().CudaExecutor(dtype, torch.device(DEVICE)).input(steps, shape, resized)
+    ours = CudaExecutor(dtype, torch.device(DEVICE)).input(steps, shape, resized)
     ours.bind(native)
     clean = torch.rand(3, *shape, generator=memory.generator)
     x = (clean + 0.1 * torch.randn(clean.shape, generator=memory.generator)).clamp(0, 1)
@@ -317,7 +306,7 @@ def check_pixels(program, resized, dtype, native=False):
 
 @results
 def test_inputs_that_have_no_kernel():
-    ours = cuda().CudaExecutor(torch.float32, torch.device(DEVICE))
+    ours = CudaExecutor(torch.float32, torch.device(DEVICE))
     assert type(ours.input([], (5, 4, 4), None)) is Input
     assert type(ours.input([("add", 1.0)] * 9, (3, 4, 4), None)) is Input
 
@@ -358,8 +347,8 @@ def test_whole_plans(number, dtype, monkeypatch):
     model = networks()[number].to(DEVICE).eval()
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.rand(2, 3, 8, 8, generator=generator).to(DEVICE), torch.tensor([0, 3], device=DEVICE)
-    found, amp = [], None if dtype == torch.float32 else dtype
-    for executor in (TorchExecutor, cuda().CudaExecutor):
+    outputs, amp = [], None if dtype == torch.float32 else dtype
+    for executor in (TorchExecutor, CudaExecutor):
         monkeypatch.setattr(cache, "executor_for", executor)
         program = cache.PlanCache().program(model, images, dtype)
         program.fold(model)
@@ -371,8 +360,8 @@ def test_whole_plans(number, dtype, monkeypatch):
             programs._run(bound.backward)
             gradient = program.input.gradient(images, bound.image_gradient)
             program._release()
-        found.append((logits, gradient))
-    for got, want in zip(found[1], found[0], strict=True):
+        outputs.append((logits, gradient))
+    for want, got in zip(*outputs, strict=True):
         assert (got - want).norm() <= (16 * TOLERANCE[dtype] + 1e-5) * want.norm()
     made = PGD(model, steps=1, random_start=False, engine="plan", amp_dtype=amp)(images, labels)
     assert (made - images).abs().max() <= 8 / 255 + 1e-6 and not torch.equal(made, images)
@@ -388,7 +377,7 @@ class Device:
         class Graph:
             def replay(self):
                 outer.replays += 1
-                for ours, new in zip(self.results, self.attack(*self.given), strict=True):
+                for ours, new in zip(self.results, self.attack(*self.inputs), strict=True):
                     ours.copy_(new)
 
         class Nothing:
@@ -419,11 +408,11 @@ class Device:
     def recorded(self, attack):
         """``attack``, which tells a graph under capture what it consists of."""
 
-        def recorded(*given):
-            results = attack(*given)
+        def recorded(*inputs):
+            results = attack(*inputs)
             if self.recording is not None:
                 graph, self.recording = self.recording, None
-                graph.attack, graph.given, graph.results = attack, given, results
+                graph.attack, graph.inputs, graph.results = attack, inputs, results
             return results
 
         return recorded
@@ -444,7 +433,7 @@ def device(monkeypatch):
     monkeypatch.setattr(
         programs.Program,
         "graphed",
-        lambda self, o, m, attack, given: graphed(self, o, m, device.recorded(attack), given),
+        lambda self, o, m, attack, inputs: graphed(self, o, m, device.recorded(attack), inputs),
     )
     return device
 
@@ -456,9 +445,9 @@ def test_graphs_replay_with_what_is_new(device, loss, tiny_model, batch):
 
     def check(images, labels):
         start = 0.98 * images  # where KL has a gradient
-        found = attack(images, labels, start)
-        assert (found - plain(images, labels, start)).abs().max() < 1e-6
-        return found
+        adversarial = attack(images, labels, start)
+        assert (adversarial - plain(images, labels, start)).abs().max() < 1e-6
+        return adversarial
 
     images, labels = batch
     for i in range(3):
@@ -466,11 +455,11 @@ def test_graphs_replay_with_what_is_new(device, loss, tiny_model, batch):
             tiny_model.conv1.weight.mul_(1.1)
         check(images.roll(i, 0), labels.roll(i))
     assert (device.captures, device.replays) == (1, 3)
-    found = check(images[:3], labels[:3])
+    adversarial = check(images[:3], labels[:3])
     assert (device.captures, device.replays) == (2, 4)
-    kept = found.clone()
+    before = adversarial.clone()
     check(images[3:6], labels[3:6])
-    assert torch.equal(found, kept)
+    assert torch.equal(adversarial, before)
     tiny_model.conv1.weight = nn.Parameter(-tiny_model.conv1.weight.detach())
     check(images, labels)
     attack.alpha = plain.alpha = 0.001
@@ -495,10 +484,11 @@ def test_a_capture_that_fails_is_told_once(device, tiny_model, batch):
     device.fails = True
     attack = PGD(tiny_model, steps=2, random_start=False, engine="plan")
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
-        found = attack(*batch)
+        adversarial = attack(*batch)
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(attack(*batch), found)
+        assert torch.equal(attack(*batch), adversarial)
     assert device.captures == 1 and device.replays == 0
-    assert (found - PGD(tiny_model, steps=2, random_start=False, engine="eager")(*batch)).abs().max() < 1e-6
+    eager = PGD(tiny_model, steps=2, random_start=False, engine="eager")
+    assert (adversarial - eager(*batch)).abs().max() < 1e-6

@@ -1,62 +1,25 @@
-"""The Triton kernels: in Triton's interpreter, or on a GPU where there is one; and what the compilers make of them.
+"""The Triton kernels of two-wing batch norm: what they compute, and how their block sizes are chosen."""
 
-Whether kernels are interpreted is decided when Triton and they are imported, for the whole process. So without a GPU
-the tests of results run in a process of their own: test_in_the_interpreter runs this very file there.
-"""
-
-import os
-import subprocess
-import sys
 import threading
-from importlib.metadata import version
 
 import pytest
 import torch
 from hypothesis import given, settings
 
+from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from tests.ops.cases import DTYPES, EPS, FORMATS, MOMENTUM, Case, check_phases, random_cases, splits
 from twins_fast import ops
-from twins_fast.kernels import tuning
-from twins_fast.ops import backend, layout, phases, reference
+from twins_fast.kernels import tiles, tuning, twin_bn
+from twins_fast.ops import backend, layout, phases, reference, triton
+from twins_fast.ops.wing import Wing
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
-skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
-
-
-def results(test):
-    """Runs in the interpreter or on a GPU."""
-    return skipped(test if INTERPRETED else pytest.mark.gpu(test))
-
-
-host = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 # One program per channel of contiguous memory, one tile of 32 channels else: what takes time in the interpreter.
 SHAPES = [(2, 1, 1, 2), (2, 129, 1, 1), (5, 3, 1, 31), (4, 7, 7, 7), (3, 9, 2, 1)]
 
 
-def kernels():
-    from twins_fast.kernels import twin_bn  # not on top: see above
-
-    return twin_bn
-
-
-def subprocess_of_python(*arguments, **environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=900)
-
-
 @host
-@pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU")
-@pytest.mark.skipif(
-    RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4), reason="Triton's interpreter is too old for NumPy"
-)
 def test_in_the_interpreter():
-    # A backend that this process was told to use would be used in there, too.
-    run = subprocess_of_python("-m", "pytest", "-q", "-rf", __file__, TRITON_INTERPRET="1", TWINS_FAST_BACKEND="")
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)
 
 
 @results
@@ -77,7 +40,7 @@ def test_against_float64(shape, memory_format):
 @settings(max_examples=60, deadline=None)
 @given(case=random_cases(most_channels=9, most_pixels=6))
 def test_phases_of_any_call(case):
-    check_phases(kernels(), case.to(DEVICE))
+    check_phases(triton, case.to(DEVICE))
 
 
 @results
@@ -97,7 +60,7 @@ def test_any_block_sizes(config, memory_format, monkeypatch):
     case = Case(
         (4, 4 if memory_format == FORMATS[0] else 70, 5, 9), 2, torch.float32, memory_format, True, True, DEVICE
     )
-    check_phases(kernels(), case)
+    check_phases(triton, case)
     with backend.use_backend("triton"):
         case.check(case.run(), "triton")
 
@@ -105,9 +68,9 @@ def test_any_block_sizes(config, memory_format, monkeypatch):
 @results
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_64_bit_offsets(memory_format, monkeypatch):
-    monkeypatch.setattr(kernels(), "_WIDE", 0)
+    monkeypatch.setattr(tiles, "INDEX64_FROM", 0)
     case = Case((3, 5, 7, 5), 1, torch.float32, memory_format, True, True, DEVICE)
-    check_phases(kernels(), case)
+    check_phases(triton, case)
     with backend.use_backend("triton"):
         case.check(case.run(), "triton")
 
@@ -135,14 +98,14 @@ def test_writes_all_of_its_results_and_nothing_else(dtype, memory_format, monkey
 
     guard(layout, "forward_results", several)
     guard(layout, "backward_results", several)
-    guard(kernels(), "_empty_partial", guarded)
+    guard(twin_bn, "_empty_partial", guarded)
     for split in (0, 1, 3):
         case = Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE)
         with backend.use_backend("triton"):
             case.check(case.run(), "triton")
     guard(layout, "empty_stats", guarded)  # also part of forward_results
     for split in (0, 3):
-        check_phases(kernels(), Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE))
+        check_phases(triton, Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE))
     assert guards
     for buffer, inner in guards:
         assert (buffer[:32] == 77).all() and (buffer[32 + inner.numel() :] == 77).all()
@@ -152,34 +115,34 @@ def test_writes_all_of_its_results_and_nothing_else(dtype, memory_format, monkey
 @pytest.mark.parametrize("split", [0, 2, 4])
 def test_only_wanted_gradients(split):
     case = Case((4, 5, 3, 3), split, torch.float32, torch.channels_last, True, True, DEVICE)
-    twin_bn, (fm, fv, fw, _), (rm, rv, w, b) = kernels(), case.frozen, case.adaptive
-    y, bits, stats = twin_bn.forward(case.x, case.residual, split, case.frozen, (rm, rv, w, b), 0.1, EPS, True, True)
+    wings = Wing(*case.frozen), Wing(*case.adaptive)
+    y, bits, stats = triton.forward(case.x, case.residual, split, *wings, 0.1, EPS, True, True)
     assert (split < 4) or (stats == 0).all()
-    arguments = (case.dy, case.x, bits, split, fm, fv, fw, w, stats, EPS)
-    every = twin_bn.backward(*arguments, [True] * 6)
+    arguments = (case.dy, case.x, bits, split, *wings, stats, EPS)
+    every = triton.backward(*arguments, [True] * 6)
     for i in range(6):
         wanted = [i == j for j in range(6)]
-        got = twin_bn.backward(*arguments, wanted)
+        got = triton.backward(*arguments, wanted)
         assert torch.equal(got[i], every[i]) and [t.numel() > 0 for t in got] == wanted
-    assert all(t.numel() == 0 for t in twin_bn.backward(*arguments, [False] * 6))
+    assert all(t.numel() == 0 for t in triton.backward(*arguments, [False] * 6))
     if split == 0:
         assert all((t == 0).all() for t in every[2:4])
     if split == 4:
         assert all((t == 0).all() for t in every[4:])
     # What nobody asks for is not read: these would turn everything into NaN.
     nan = torch.full_like(case.x, torch.nan)
-    (got,) = [t for t in twin_bn.backward(case.dy, nan, *arguments[2:], [False, True, *[False] * 4]) if t.numel()]
+    (got,) = [t for t in triton.backward(case.dy, nan, *arguments[2:], [False, True, *[False] * 4]) if t.numel()]
     assert torch.equal(got, every[1])
 
 
 @results
 def test_without_weights_and_running_statistics():
     case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False, DEVICE)
-    x, frozen = case.x.clone().requires_grad_(), (*case.frozen[:2], None, None)
+    x, frozen = case.x.clone().requires_grad_(), Wing(*case.frozen[:2])
     with backend.use_backend("triton"):
-        y = ops.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+        y = ops.twin_batch_norm(x, 2, frozen, Wing(), MOMENTUM, EPS)
         (dx,) = torch.autograd.grad(y, x, case.dy)
-    want = reference.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+    want = reference.twin_batch_norm(x, 2, frozen, Wing(), MOMENTUM, EPS)
     (want_dx,) = torch.autograd.grad(want, x, case.dy)
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-5)
@@ -191,12 +154,12 @@ def test_constant_channel_with_a_large_mean(memory_format):
     x = torch.full((4, 3, 13, 17), 300.0, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=memory_format)
     x[:, 1] = -7.3
     one = torch.ones(3, device=DEVICE)
-    adaptive = (one * 0, one.clone(), one, one * 0.5)
+    adaptive = Wing(one * 0, one.clone(), one, one * 0.5)
     with backend.use_backend("triton"):
-        y = ops.twin_batch_norm(x, 0, (None,) * 4, adaptive, 1.0, EPS)
-    assert (y.double() - 0.5).abs().max() <= 0.008  # as in test_ops.py
-    torch.testing.assert_close(adaptive[0], x[0, :, 0, 0].float())
-    assert adaptive[1].abs().max() <= 1e-4  # of 300^2
+        y = ops.twin_batch_norm(x, 0, Wing(), adaptive, 1.0, EPS)
+    assert (y.double() - 0.5).abs().max() <= 0.008  # as in tests/ops/test_twin_bn.py
+    torch.testing.assert_close(adaptive.running_mean, x[0, :, 0, 0].float())
+    assert adaptive.running_var.abs().max() <= 1e-4  # of 300^2
 
 
 @results
@@ -206,7 +169,7 @@ def test_variance_about_an_outlier(memory_format):
     x = torch.randn(6, 2, 24, 24, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
     x[0, :, 0, 0] = 1e4
     want = phases.moments(x.double(), 0)
-    got = kernels().moments(x.to(DEVICE), 0).cpu().double()
+    got = triton.moments(x.to(DEVICE), 0).cpu().double()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -308,7 +271,7 @@ def test_the_fastest_candidate_is_chosen():
 class Fake:
     """A CUDA tensor, as far as tuning looks at it."""
 
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device = torch.device("cuda")
 
     def __init__(self, numel):
         self.numel = lambda: numel
@@ -330,28 +293,29 @@ def device(monkeypatch, folder):
 
 @host
 def test_measures_once(device, monkeypatch):
-    walk = kernels().Walk.of(torch.empty(8, 64, 56, 56, device="meta"), 4)
+    geometry = twin_bn.Geometry.of((8, 64, 56, 56), 4, False, "bfloat16")
     large, small = Fake(2**20), Fake(2**10)
-    assert tuning.choose("apply", walk, small, None) == CONFIGS[0]
+    assert tuning.choose("apply", geometry, small, None) == CONFIGS[0]
     device["capturing"] = True
-    assert tuning.choose("apply", walk, large, None) == CONFIGS[0]
+    assert tuning.choose("apply", geometry, large, None) == CONFIGS[0]
     device["capturing"] = False
     torch.use_deterministic_algorithms(True)
     try:
-        assert tuning.choose("apply", walk, large, None) == CONFIGS[0]
+        assert tuning.choose("apply", geometry, large, None) == CONFIGS[0]
     finally:
         torch.use_deterministic_algorithms(False)
     assert not device["measured"]
     for _ in range(2):
-        assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+        assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
     device["capturing"] = True  # what is known is used
-    assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+    assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
     device["capturing"] = False
     tuning._chosen.clear()  # another process reads the file
-    assert tuning.choose("apply", walk, large, None) == CONFIGS[-1]
+    assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
     assert device["measured"] == CONFIGS
-    tuning.choose("apply", walk._replace(channels=300), large, None)
-    assert len(device["measured"]) == 2 * len(CONFIGS)
+    for count, other in enumerate((geometry._replace(channels=300), geometry._replace(dtype="float16")), 2):
+        tuning.choose("apply", other, large, None)
+        assert len(device["measured"]) == count * len(CONFIGS)
 
 
 @results
@@ -360,7 +324,7 @@ def test_measuring_leaves_the_running_statistics_alone(monkeypatch):
     with backend.use_backend("triton"):
         want = case.run()
 
-    def choose(phase, walk, x, launch):
+    def choose(phase, geometry, x, launch):
         for values in (256, 64, 128):
             launch(tuning.Config(values, 8, 4, 6))
         return tuning.INTERPRETER

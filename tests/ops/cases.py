@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from twins_fast import ops
 from twins_fast.ops import layout, phases, reference
+from twins_fast.ops.wing import Wing
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,11 +151,10 @@ def check_phases(kernels, case):
         assert error.shape == want.shape and (error <= allowed).all(), (error / allowed).max().item()
 
     def wide(t):
-        return None if t is None else t.double()
+        return Wing(*map(wide, t)) if isinstance(t, Wing) else None if t is None else t.double()
 
     x, split, count = case.x, case.split, (case.x.shape[0] - case.split) * case.x[0, 0].numel()
-    fm, fv, fw, fb = case.frozen
-    _, _, w, b = case.adaptive
+    frozen, adaptive = Wing(*case.frozen), Wing(*case.adaptive)
 
     got, want = kernels.moments(x, split), phases.moments(wide(x), split)
     close(got[0], want[0], x.double().abs().mean((0, 2, 3)))
@@ -162,23 +162,25 @@ def check_phases(kernels, case):
     close(got[1], want[1], 10 * want[1])
 
     stats = torch.stack([want[0], (want[1] / max(count, 1) + EPS).rsqrt()]).float()
-    y, bits = kernels.apply(x, case.residual, split, (fm, fv, fw, fb), w, b, stats, EPS, case.relu, case.relu)
-    wings = [wide(t) for t in (fm, fv, fw, fb)], wide(w), wide(b), wide(stats)
+    y, bits = kernels.apply(x, case.residual, split, frozen, adaptive, stats, EPS, case.relu, case.relu)
+    wings = wide(frozen), wide(adaptive), wide(stats)
     want, _ = phases.apply(wide(x), wide(case.residual), split, *wings, EPS, case.relu, False)
-    scale = torch.cat([((fv + EPS).rsqrt() * fw).expand(split, -1), (stats[1] * w).expand(x.shape[0] - split, -1)])
+    frozen_scale, scale = (frozen.running_var + EPS).rsqrt() * frozen.weight, stats[1] * adaptive.weight
+    scale = torch.cat([frozen_scale.expand(split, -1), scale.expand(x.shape[0] - split, -1)])
     size = (x.double().abs() + 4) * scale.double().abs()[:, :, None, None] + 10
     close(y, want, size, of_image=True)
     assert bits.shape == layout.empty_bits(x, case.relu).shape
     if case.relu:
         assert torch.equal(bits, phases._pack(y > 0, x))
 
-    sums = kernels.sums(case.dy, x, bits, split, fm, stats)
-    want = phases.sums(wide(case.dy), wide(x), bits, split, wide(fm), wide(stats))
-    size = phases.sums(wide(case.dy).abs(), wide(x).abs(), bits, split, -wide(fm).abs(), -wide(stats).abs())
+    sums = kernels.sums(case.dy, x, bits, split, frozen, stats)
+    want = phases.sums(wide(case.dy), wide(x), bits, split, wide(frozen), wide(stats))
+    magnitude = Wing(running_mean=-wide(frozen.running_mean).abs())
+    size = phases.sums(wide(case.dy).abs(), wide(x).abs(), bits, split, magnitude, -wide(stats).abs())
     close(sums, want, size)
 
     means = sums[2:] / max(count, 1)
-    arguments = (split, fv, fw, w, stats, means)
+    arguments = (split, frozen, adaptive, stats, means)
     got = kernels.apply_backward(case.dy, x, bits, *arguments, EPS, [True, True])
     arguments = (split, *(wide(t) for t in arguments[1:]))
     want = phases.apply_backward(wide(case.dy), wide(x), bits, *arguments, EPS, [True, True])
@@ -187,5 +189,6 @@ def check_phases(kernels, case):
     size = inner * scale.double().abs()[:, :, None, None]
     close(got[0], want[0], size, of_image=True)
     close(got[1], want[1], 0 * size, of_image=True)
-    neither = kernels.apply_backward(case.dy, x, bits, split, fv, fw, w, stats, means, EPS, [False, False])
+    arguments = (split, frozen, adaptive, stats, means)
+    neither = kernels.apply_backward(case.dy, x, bits, *arguments, EPS, [False, False])
     assert [t.numel() for t in neither] == [0, 0]

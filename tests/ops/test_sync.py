@@ -53,8 +53,8 @@ def arguments(case, dtype, rank):
     rows = CASES[case][rank][0]
     images = [torch.randn(rows, 3, 2, 3, generator=generator).to(dtype) + rank for _ in range(3)]
     generator.manual_seed(5)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    wings = [[torch.rand(3, generator=generator).to(wide) + 0.5 for _ in range(4)] for _ in range(2)]
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    wings = [[torch.rand(3, generator=generator).to(compute_dtype) + 0.5 for _ in range(4)] for _ in range(2)]
     return *images, *wings
 
 
@@ -81,33 +81,33 @@ def images_of(rank):
 
 
 def ops_of_all_cases(rank):
-    found = {}
+    returned = {}
     for (name, dtype), case, relu in itertools.product(KERNELS, CASES, (False, True)):
         x, residual, dy, frozen, adaptive = arguments(case, dtype, rank)
         with backend.use_backend(name):
             result = run_op(x, CASES[case][rank][1], residual, dy, frozen, adaptive, relu, "world")
-        found[name, case, dtype, relu] = result
-    return found
+        returned[name, case, dtype, relu] = result
+    return returned
 
 
 def ops_without_a_frozen_wing(rank):
-    found = {}
+    returned = {}
     for name, dtype in KERNELS:
         x, residual, dy, _, adaptive = arguments("all adaptive", dtype, rank)
         with backend.use_backend(name):
-            found[name, dtype] = run_op(x, 0, residual, dy, (None,) * 4, adaptive, True, "world")
-    return found
+            returned[name, dtype] = run_op(x, 0, residual, dy, (None,) * 4, adaptive, True, "world")
+    return returned
 
 
 def layers(rank):
-    found = {}
+    returned = {}
     for name, options in LAYERS.items():
         layer = TwinBatchNorm2d(3, **options, process_group=dist.group.WORLD)
         for _ in range(2):
             x, residual, *_ = arguments("unequal", torch.float32, rank)
             layer(x, residual, relu=True)
-        found[name] = layer.state_dict()
-    return found
+        returned[name] = layer.state_dict()
+    return returned
 
 
 def half_precision_buffers(rank):
@@ -172,7 +172,7 @@ def without_collectives(rank):
 
 
 def data_parallel(rank):
-    found = {}
+    returned = {}
     for fused in (False, True):
         model = convert_sync_twin_bn(network())
         if fused:
@@ -180,8 +180,8 @@ def data_parallel(rank):
             assert sum(bool(row.fused) for row in fusion_report(model)) == 5
         parallel = DistributedDataParallel(model)
         (parallel(images_of(rank)) ** 2).mean().backward()
-        found[fused] = {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
-    return found
+        returned[fused] = {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+    return returned
 
 
 JOBS = [
@@ -266,8 +266,8 @@ def test_equal_to_one_batch(both, name, case, dtype, relu):
         want["images"][0].relu_()
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
 
-    def check(found, wanted):
-        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    def check(summed, wanted):
+        torch.testing.assert_close(summed.double(), wanted, rtol=tolerance, atol=tolerance)
 
     for i, wanted in enumerate(want["images"]):
         check(union([each["images"][i] for each in got], splits), wanted)

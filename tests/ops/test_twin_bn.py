@@ -11,6 +11,7 @@ from tests.ops.cases import DTYPES, EPS, FORMATS, MOMENTUM, UNIT, Case, check_ph
 from twins_fast import ops
 from twins_fast.ops import backend, layout, reference
 from twins_fast.ops import native as kernels
+from twins_fast.ops.wing import Wing
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 compiled = pytest.mark.skipif(kernels._C is None, reason="no compiled module")
@@ -84,7 +85,7 @@ def test_rounds_as_pytorch_does(isa, dtype, monkeypatch):
     zero, one = torch.zeros(1), torch.ones(1)
     for fraction in (0.0, 0.25, 0.5, 0.75, -0.5):
         residual = (x.float() * fraction * 2 * UNIT[dtype]).to(dtype)
-        y = ops.twin_batch_norm(x, 1, (zero, one, None, None), (None,) * 4, 0.1, 0.0, residual)
+        y = ops.twin_batch_norm(x, 1, Wing(zero, one), Wing(), 0.1, 0.0, residual)
         want = (x.float() + residual.float()).to(dtype)
         assert torch.equal(y.isnan(), want.isnan())
         assert torch.equal(y[~y.isnan()], want[~want.isnan()])
@@ -120,8 +121,8 @@ def test_gradcheck_of_the_reference(split, relu):
     mean, var = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
 
     def f(x, residual, a, b, c, d):
-        adaptive = (mean.clone(), var.clone(), c, d)
-        return reference.twin_batch_norm(x, split, (mean, var, a, b), adaptive, MOMENTUM, EPS, residual, relu)
+        adaptive = Wing(mean.clone(), var.clone(), c, d)
+        return reference.twin_batch_norm(x, split, Wing(mean, var, a, b), adaptive, MOMENTUM, EPS, residual, relu)
 
     assert torch.autograd.gradcheck(f, (x, residual, *weights))
 
@@ -190,15 +191,15 @@ def test_constant_channel_with_a_large_mean(name, device, memory_format):
     x = torch.full((4, 9, 33, 17), 300.0, dtype=torch.bfloat16, device=device).contiguous(memory_format=memory_format)
     x[:, 1] = -7.0
     one, zero = torch.ones(9, device=device), torch.zeros(9, device=device)
-    adaptive = (zero.clone(), one.clone(), one, one * 0.5)
+    adaptive = Wing(zero.clone(), one.clone(), one, one * 0.5)
     with backend.use_backend(name):
-        y = ops.twin_batch_norm(x, 0, (None,) * 4, adaptive, 1.0, EPS)
-    # The variance is 0, so that rstd = 316 enlarges any error of the mean: float32 keeps it below
+        y = ops.twin_batch_norm(x, 0, Wing(), adaptive, 1.0, EPS)
+    # The variance is 0, so that rstd = 316 multiplies any error of the mean: float32 keeps it below
     # 316 * 300 * 2^-24 = 0.006 for one rounding, and bf16 rounds 0.5 by at most 0.002.
     limit = 0.008 if name != "torch" else 0.05
     assert (y.double() - 0.5).abs().max() <= limit
-    torch.testing.assert_close(adaptive[0], torch.where(torch.arange(9, device=device) == 1, -7.0, 300.0))
-    assert adaptive[1].abs().max() <= 1e-4  # of 300^2
+    torch.testing.assert_close(adaptive.running_mean, torch.where(torch.arange(9, device=device) == 1, -7.0, 300.0))
+    assert adaptive.running_var.abs().max() <= 1e-4  # of 300^2
 
 
 @pytest.mark.parametrize(("name", "device"), BACKENDS)
@@ -249,7 +250,7 @@ def test_variance_with_an_outlier_first(name, device, memory_format):
 def test_a_wing_without_rows_has_no_gradient(name, device, split):
     case = Case((4, 3, 5, 5), split, torch.float32, torch.contiguous_format, False, True, device)
     leaves = [t.clone().requires_grad_() for wing in (case.frozen, case.adaptive) for t in wing[2:]]
-    wings = (*case.frozen[:2], *leaves[:2]), (*case.adaptive[:2], *leaves[2:])
+    wings = Wing(*case.frozen[:2], *leaves[:2]), Wing(*case.adaptive[:2], *leaves[2:])
     with backend.use_backend(name):
         ops.twin_batch_norm(case.x, split, *wings, MOMENTUM, EPS, relu=True).sum().backward()
     assert [leaf.grad is None for leaf in leaves] == [split == 0] * 2 + [split == 4] * 2
@@ -298,11 +299,11 @@ def test_only_wanted_gradients(name, device):
 def test_without_weights_and_running_statistics(name, device):
     case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, False, False, device)
     x = case.x.clone().requires_grad_()
-    frozen = (*case.frozen[:2], None, None)
+    frozen = Wing(*case.frozen[:2])
     with backend.use_backend(name):
-        y = ops.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+        y = ops.twin_batch_norm(x, 2, frozen, Wing(), MOMENTUM, EPS)
         (dx,) = torch.autograd.grad(y, x, case.dy)
-    want = reference.twin_batch_norm(x, 2, frozen, (None,) * 4, MOMENTUM, EPS)
+    want = reference.twin_batch_norm(x, 2, frozen, Wing(), MOMENTUM, EPS)
     (want_dx,) = torch.autograd.grad(want, x, case.dy)
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-5)
@@ -381,6 +382,18 @@ def test_compiles_to_one_graph():
     case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, True, True)
     traced = torch.compile(ops.twin_batch_norm, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(case.run(), case.run(traced), strict=True))
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("kind", [list, tuple, lambda vectors: Wing(*vectors)])
+def test_a_wing_is_any_sequence_of_its_vectors(kind, name, device):
+    case = Case((4, 3, 5, 5), 2, torch.float32, torch.contiguous_format, True, True, device)
+
+    def call(x, split, frozen, adaptive, *rest):
+        return ops.twin_batch_norm(x, split, kind(frozen), kind(adaptive), *rest)
+
+    with backend.use_backend(name):
+        assert all(torch.equal(a, b) for a, b in zip(case.run(call), case.run(), strict=True))
 
 
 def arguments(**changes):

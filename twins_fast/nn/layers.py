@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from twins_fast.nn.guards import is_untouched
 from twins_fast.ops import sync, twin_batch_norm
-from twins_fast.ops.reference import Wing
+from twins_fast.ops.wing import Wing
 
 
 class TwinBatchNorm2d(nn.BatchNorm2d):
@@ -78,8 +78,8 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         if group is None or sync.world_size(group) == 1:  # else the rows of all processes count
             self._check_statistics(x, split)
         frozen = self.main_bn
-        frozen_wing = (frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias)
-        adaptive_wing = (self.running_mean, self.running_var, self.weight, self.bias)
+        frozen_wing = Wing(frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias)
+        adaptive_wing = Wing(self.running_mean, self.running_var, self.weight, self.bias)
         if not self.training:
             if split in (0, rows):
                 return self._normalize(x, frozen_wing if split == rows else adaptive_wing, residual, relu)
@@ -91,7 +91,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         else:
             momentum = self.momentum
             if not self.track_running_stats:  # switched off later: no update, as in nn.BatchNorm2d
-                adaptive_wing, momentum = (None, None, self.weight, self.bias), 0.0
+                adaptive_wing, momentum = Wing(weight=self.weight, bias=self.bias), 0.0
             elif momentum is None:  # cumulative average
                 tracked = self.num_batches_tracked
                 momentum = 0.0 if tracked is None else 1.0 / (float(tracked) + 1.0)
@@ -121,7 +121,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         """All of ``x`` with the running statistics of ``wing``."""
         if x.numel() == 0 or (residual is None and not relu):
             return F.batch_norm(x, *wing, training=False, eps=self.eps)
-        return twin_batch_norm(x, x.shape[0], wing, (None,) * 4, 0.0, self.eps, residual, relu)
+        return twin_batch_norm(x, x.shape[0], wing, Wing(), 0.0, self.eps, residual, relu)
 
     def __deepcopy__(self, memo: dict) -> TwinBatchNorm2d:
         memo[id(self.process_group)] = self.process_group  # a connection: shared, as it cannot be copied

@@ -50,9 +50,9 @@ def implementation(name: str) -> ModuleType:
     if name == "torch":
         return phases
     if name == "triton":
-        from twins_fast.kernels import twin_bn  # imports Triton
+        from twins_fast.ops import triton  # imports Triton
 
-        return twin_bn
+        return triton
     return native
 
 

@@ -19,7 +19,7 @@ def nearest(x: Tensor) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """How a dense ``x`` is walked; one pixel per image is one run of channels either way."""
+    """Whether the rows of a dense ``x`` are channels; with one pixel per image they are either way."""
     return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
 
 
@@ -29,7 +29,7 @@ def run(x: Tensor) -> int:
 
 
 def empty_bits(x: Tensor, keep: bool) -> Tensor:
-    """[rows, ceil(run / 8)] uint8, one bit per value of ``x`` in memory order, lowest first; [0, 0] if not kept."""
+    """[rows, ceil(run / 8)] uint8, one bit per value of ``x`` in memory order, lowest first; [0, 0] unless ``keep``."""
     length = run(x)
     return x.new_empty((x.numel() // length, (length + 7) // 8) if keep else (0, 0), dtype=torch.uint8)
 

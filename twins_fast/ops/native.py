@@ -1,7 +1,7 @@
 """The C++ and CUDA kernels of ``twins_fast._C``: pointers in, device and stream of the tensors.
 
 The functions have the signatures of :mod:`twins_fast.ops.phases`, and :func:`forward` and :func:`backward` run
-all phases in one go. Tensors are dense and of one layout, vectors contiguous float32: ops.py sees to that.
+all phases in one go. Tensors are dense and of one layout, vectors contiguous float32: twin_bn.py sees to that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import layout
+from twins_fast.ops.wing import Wing
 
 _note = Path(__file__).parent.parent / "_build_failed.txt"  # written by setup.py
 _failure = _note.read_text().strip() if _note.exists() else ""
@@ -27,7 +28,6 @@ missing_cuda = _failure or "built without nvcc"  # why, if _C has no CUDA kernel
 cpu_isa = ""  # instruction set of the C++ kernels, one of _C.cpu_isas; "" is the best that this CPU has
 
 _ALL, _REDUCE, _APPLY = range(3)  # enum Phase in csrc/include/twin_bn.h
-_NO_WING = (None,) * 4
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -54,36 +54,34 @@ def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits
 
 def moments(x, split) -> Tensor:
     stats = layout.empty_stats(x)
-    _forward(x, None, split, _NO_WING, _NO_WING, None, None, stats, 0.0, 0.0, False, _REDUCE)
+    _forward(x, None, split, Wing(), Wing(), None, None, stats, 0.0, 0.0, False, _REDUCE)
     return stats
 
 
-def apply(x, residual, split, frozen, weight, bias, stats, eps, relu, keep_bits) -> tuple[Tensor, Tensor]:
+def apply(x, residual, split, frozen, adaptive, stats, eps, relu, keep_bits) -> tuple[Tensor, Tensor]:
     y, bits, _ = layout.forward_results(x, keep_bits)
-    _forward(x, residual, split, frozen, (None, None, weight, bias), y, bits, stats, 0.0, eps, relu, _APPLY)
+    adaptive = Wing(weight=adaptive.weight, bias=adaptive.bias)
+    _forward(x, residual, split, frozen, adaptive, y, bits, stats, 0.0, eps, relu, _APPLY)
     return y, bits
 
 
-def backward(
-    dy, x, bits, split, frozen_mean, frozen_var, frozen_weight, weight, stats, eps, wanted
-) -> tuple[Tensor, ...]:
+def backward(dy, x, bits, split, frozen, adaptive, stats, eps, wanted) -> tuple[Tensor, ...]:
     results = layout.backward_results(x, wanted)
-    vectors = (frozen_mean, frozen_var, frozen_weight, weight)
-    _backward(dy, x, bits, split, vectors, stats, results, None, eps, _ALL)
+    _backward(dy, x, bits, split, frozen, adaptive, stats, results, None, eps, _ALL)
     return tuple(results)
 
 
-def sums(dy, x, bits, split, frozen_mean, stats) -> Tensor:
+def sums(dy, x, bits, split, frozen, stats) -> Tensor:
     totals = layout.empty_stats(x, 4)
-    _backward(dy, x, bits, split, (frozen_mean, None, None, None), stats, (None,) * 6, totals, 0.0, _REDUCE)
+    frozen = Wing(running_mean=frozen.running_mean)
+    _backward(dy, x, bits, split, frozen, Wing(), stats, (None,) * 6, totals, 0.0, _REDUCE)
     return totals
 
 
-def apply_backward(
-    dy, x, bits, split, frozen_var, frozen_weight, weight, stats, means, eps, wanted
-) -> tuple[Tensor, Tensor]:
+def apply_backward(dy, x, bits, split, frozen, adaptive, stats, means, eps, wanted) -> tuple[Tensor, Tensor]:
     results = layout.backward_results(x, [*wanted, *[False] * 4])
-    _backward(dy, x, bits, split, (None, frozen_var, frozen_weight, weight), stats, results, means, eps, _APPLY)
+    frozen = frozen._replace(running_mean=None)
+    _backward(dy, x, bits, split, frozen, adaptive, stats, results, means, eps, _APPLY)
     return results[0], results[1]
 
 
@@ -91,7 +89,8 @@ def _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps
     _launch("forward", x, split, (x, residual, *frozen, *adaptive, y, bits, stats), momentum, eps, relu, phase)
 
 
-def _backward(dy, x, bits, split, vectors, stats, results, sums, eps, phase) -> None:
+def _backward(dy, x, bits, split, frozen, adaptive, stats, results, sums, eps, phase) -> None:
+    vectors = (*frozen[:3], adaptive.weight)
     _launch("backward", x, split, (dy, x, bits, *vectors, stats, *results, sums), eps, phase)
 
 

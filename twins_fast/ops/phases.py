@@ -3,8 +3,8 @@
 The functions have the signatures that every backend's module has (``implementation`` in backend.py). Between
 a reduction and the apply that follows it, partial results of several processes can be merged.
 
-x, residual and dy are [N, C, H, W], dense and of one layout; vectors are [C]. Arithmetic and statistics are
-float32 (float64 for float64 inputs).
+x, residual and dy are [N, C, H, W], dense and of one layout; vectors of a wing are [C]. Arithmetic and statistics
+are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import layout
-
-Vector = Tensor | None
+from twins_fast.ops.wing import Wing
 
 
 def moments(x: Tensor, split: int) -> Tensor:
     """[2, C]: mean and sum of squared deviations of rows [split, N) per channel; zeros if there are none."""
-    half = _wide(x[split:])
+    half = _at_least_float32(x[split:])
     if half.numel() == 0:
         return half.new_zeros(2, x.shape[1])
     mean = half.mean((0, 2, 3))
-    return torch.stack([mean, (half - _column(mean)).square().sum((0, 2, 3))])
+    return torch.stack([mean, (half - _per_channel(mean)).square().sum((0, 2, 3))])
 
 
 def combine(counts: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,9 +45,8 @@ def apply(
     x: Tensor,
     residual: Tensor | None,
     split: int,
-    frozen: tuple[Vector, Vector, Vector, Vector],
-    weight: Vector,
-    bias: Vector,
+    frozen: Wing,
+    adaptive: Wing,
     stats: Tensor,
     eps: float,
     relu: bool,
@@ -56,14 +54,14 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """y and the sign bits of the ReLU (see :func:`twins_fast.ops.layout.empty_bits`).
 
-    ``frozen`` is (mean, var, weight, bias), ``stats`` [2, C] mean and 1 / std of the adaptive rows.
+    ``stats`` is [2, C], mean and 1 / std of the adaptive rows, whose running statistics stay as they are.
     """
     halves = []
     if split > 0:
-        mean, var, frozen_weight, frozen_bias = frozen
-        halves.append(_affine(x[:split], mean, (var + eps).rsqrt(), frozen_weight, frozen_bias))
+        rstd = (frozen.running_var + eps).rsqrt()
+        halves.append(_affine(x[:split], frozen.running_mean, rstd, frozen.weight, frozen.bias))
     if split < x.shape[0]:
-        halves.append(_affine(x[split:], *stats, weight, bias))
+        halves.append(_affine(x[split:], *stats, adaptive.weight, adaptive.bias))
     y = torch.cat(halves)
     if residual is not None:
         y = y + residual
@@ -73,15 +71,15 @@ def apply(
     return _like(y, x), _pack(passes, x) if keep_bits else layout.empty_bits(x, False)
 
 
-def sums(dy: Tensor, x: Tensor, bits: Tensor, split: int, frozen_mean: Vector, stats: Tensor) -> Tensor:
+def sums(dy: Tensor, x: Tensor, bits: Tensor, split: int, frozen: Wing, stats: Tensor) -> Tensor:
     """[4, C]: sum of g and of g * (x - mean) over the frozen, then over the adaptive rows.
 
     g is dy where the ReLU passed (everywhere without bits).
     """
     g = _masked(dy, bits)
     parts = []
-    for rows, mean in ((slice(0, split), frozen_mean), (slice(split, None), stats[0])):
-        centred = _wide(x[rows]) - _column(stats[0] if mean is None else mean)
+    for rows, mean in ((slice(0, split), frozen.running_mean), (slice(split, None), stats[0])):
+        centred = _at_least_float32(x[rows]) - _per_channel(stats[0] if mean is None else mean)
         parts += [g[rows].sum((0, 2, 3)), (g[rows] * centred).sum((0, 2, 3))]
     return torch.stack(parts)
 
@@ -91,9 +89,8 @@ def apply_backward(
     x: Tensor,
     bits: Tensor,
     split: int,
-    frozen_var: Vector,
-    frozen_weight: Vector,
-    weight: Vector,
+    frozen: Wing,
+    adaptive: Wing,
     stats: Tensor,
     means: Tensor,
     eps: float,
@@ -106,28 +103,29 @@ def apply_backward(
     g = _masked(dy, bits)
     halves = []
     if split > 0:
-        halves.append(_affine(g[:split], None, (frozen_var + eps).rsqrt(), frozen_weight, None))
+        halves.append(_affine(g[:split], None, (frozen.running_var + eps).rsqrt(), frozen.weight, None))
     if split < x.shape[0]:
         mean, rstd = stats
-        centred = _wide(x[split:]) - _column(mean)
-        v = g[split:] - _column(means[0]) - centred * _column(means[1] * rstd.square())
-        halves.append(_affine(v, None, rstd, weight, None))
+        centred = _at_least_float32(x[split:]) - _per_channel(mean)
+        v = g[split:] - _per_channel(means[0]) - centred * _per_channel(means[1] * rstd.square())
+        halves.append(_affine(v, None, rstd, adaptive.weight, None))
     dx, dresidual = layout.backward_results(x, [*wanted, *[False] * 4])[:2]
     return _like(torch.cat(halves), x) if wanted[0] else dx, _like(g, x) if wanted[1] else dresidual
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _column(vector: Tensor) -> Tensor:
+def _per_channel(vector: Tensor) -> Tensor:
+    """[C] as [1, C, 1, 1]."""
     return vector.view(1, -1, 1, 1)
 
 
-def _affine(x: Tensor, mean: Vector, rstd: Tensor, weight: Vector, bias: Vector) -> Tensor:
-    v = _wide(x) if mean is None else _wide(x) - _column(mean)
-    v = v * _column(rstd if weight is None else rstd * weight)
-    return v if bias is None else v + _column(bias)
+def _affine(x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    v = _at_least_float32(x) if mean is None else _at_least_float32(x) - _per_channel(mean)
+    v = v * _per_channel(rstd if weight is None else rstd * weight)
+    return v if bias is None else v + _per_channel(bias)
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def _pack(passes: Tensor, x: Tensor) -> Tensor:
 
 
 def _masked(dy: Tensor, bits: Tensor) -> Tensor:
-    g = _wide(dy)
+    g = _at_least_float32(dy)
     if bits.numel() == 0:
         return g
     rows = (bits[:, :, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1).flatten(1)

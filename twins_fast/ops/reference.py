@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Wing = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from twins_fast.ops.wing import Wing
 
 
 def twin_batch_norm(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.ops.cases import DTYPES, UNIT
 from twins_fast.ops.native import _C
+from twins_fast.ops.native import dtype_name as name
 
 pytestmark = pytest.mark.skipif(_C is None, reason="no compiled module")
 ISAS = getattr(_C, "cpu_isas", [])
@@ -26,10 +27,6 @@ class Result:
     def get(self):
         assert (self.memory[:MARGIN] == 0xFF).all() and (self.memory[-MARGIN:] == 0xFF).all()
         return self.tensor
-
-
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 class Pointer(int):

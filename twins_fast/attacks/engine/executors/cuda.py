@@ -1,4 +1,4 @@
-"""TorchExecutor of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
+"""TorchExecutor of the Triton and CUDA kernels, convolutions by cuDNN or as a matmul. Not yet run on a GPU.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """
@@ -35,25 +35,25 @@ _ways: dict[tuple, Way] = {}  # (device name, geometry, dtype, backward) -> the 
 
 
 class CudaConvolution(TorchConvolution):
-    """A convolution by cuDNN, or one of single pixels by our product with all around it, whatever is faster."""
+    """A convolution by cuDNN, or one of single pixels by our matmul with all around it, whatever is faster."""
 
     def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
         super().__init__(geometry, dtype, device)
         g = geometry
         of_pixels = (g.kernel, g.stride, g.padding, g.groups, g.upsample) == ((1, 1), (1, 1), (0, 0), 1, (1, 1))
         # Float32 would go without tensor cores, and channels that fill no vector without room in the registers.
-        self.is_product = of_pixels and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
+        self.is_matmul = of_pixels and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
         self.device = device
         self._way: list[Way] = [None, None]
 
     @property
     def runs(self) -> str:
         library = "cuDNN" if self.device.type == "cuda" else "PyTorch"
-        return ", ".join(dict.fromkeys("Triton product" if way else library for way in self._way))
+        return ", ".join(dict.fromkeys("Triton matmul" if way else library for way in self._way))
 
     def way(self, backward: bool, launch: Callable[[Way], object]) -> Way:
         """The fastest way, measured with ``launch`` where it is not known yet."""
-        if self.is_product and self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        if self.is_matmul and self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
             if key not in _ways and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):

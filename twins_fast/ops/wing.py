@@ -1,0 +1,22 @@
+"""The vectors of one wing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Wing(NamedTuple):
+    """What a wing normalises with: each [C], or ``None``."""
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def wings_of(vectors: Sequence) -> tuple[Wing, Wing]:
+    """The frozen and the adaptive wing from their vectors in a row, or from what is known of each of these."""
+    return Wing(*vectors[:4]), Wing(*vectors[4:])

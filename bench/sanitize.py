@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from bench.twin_bn import Inputs, Layer, check, inputs, runner, twins_fast
-from twins_fast.ops import backend
+from twins_fast.ops import backend, oracle
 
 # Below, at and above a vector, a warp and a block; the last has several slices per channel.
 SHAPES = [(2, 1, 1, 2), (3, 3, 7, 1), (2, 129, 1, 1), (5, 7, 3, 31), (4, 31, 7, 7), (3, 64, 8, 8), (6, 40, 29, 31)]
@@ -36,10 +36,10 @@ def main() -> int:
             ]
             for split in splits[: 1 + number % 3]:
                 layer = Layer(f"{shape}, split {split}, {dtype}, {layout}", 1, shape, split, add, relu, dtype)
-                given = inputs(layer, "cpu", seed=number, layout=LAYOUTS[layout])  # the truth is made on the CPU
+                given = inputs(layer, "cpu", seed=number, layout=LAYOUTS[layout])  # where the oracle computes
                 there = Inputs(*(moved(getattr(given, field.name), device) for field in fields(given)))
                 run = runner(layer, there, twins_fast)
-                results = {key: tensor.cpu() for key, tensor in run.results(run.operands()).items()}
+                results = oracle.Results(*(moved(tensor, "cpu") for tensor in run.results(run.operands())))
                 errors = check(layer, given, results)
                 calls += 1
                 for key, error in errors.items():

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +31,13 @@ from bench.harness import (
 )
 from bench.header import ROOT
 from twins_fast import ops
-from twins_fast.ops import backend, reference
+from twins_fast.ops import backend, oracle
 
 NAME = "twin_bn"
 RESOLUTIONS = (224, 32)
 BATCH = {"cpu": 32, "cuda": 128}
 ROUNDS = 5
 EPS, MOMENTUM = 1e-5, 0.1
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
-CHECKED_AT_ONCE = 1 << 22  # values per float64 tensor of the check
 
 
 @dataclass(frozen=True)
@@ -128,95 +126,18 @@ def floor(layer: Layer) -> dict[str, int]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def check(layer: Layer, given: Inputs, results: dict[str, Tensor]) -> dict[str, float]:
-    """For each result, its worst error over what rounding explains; the truth is the reference in float64.
-
-    Errors come from two kinds of rounding, each applied to the magnitudes of the terms that a result is made of.
-    Of the image's dtype there are at most three per value: PyTorch rounds between norm, add and ReLU. Those of a
-    float32 sum of n terms (and some 16 scalings) add up to about sqrt(n) units in any order. 16 of these cover the
-    worst of many channels and a variance that is summed about a value of the set, three deviations from the mean,
-    say: that sum is ten times the one about the mean. Sums of terms of random sign, as the gradients of weights are,
-    have the root of the sum of squares as their magnitude.
-    """
-    rows, channels = given.x.shape[:2]
-    pixels = given.x[0, 0].numel()
-    step = max(1, CHECKED_AT_ONCE // (rows * pixels))
-    worst: dict[str, float] = {}
-    for first in range(0, channels, step):  # channels are independent
-        part = slice(first, first + step)
-
-        def of(tensor, part=part):
-            return None if tensor is None else (tensor[:, part] if tensor.dim() == 4 else tensor[part]).double()
-
-        wings = [[of(vector) for vector in wing] for wing in (given.frozen, given.adaptive)]
-        got = {name: of(tensor) for name, tensor in results.items()}
-        # Gradients are compared under the mask of the y at hand, which is itself compared: near zero either sign
-        # is right.
-        g = of(given.dy) * (got["y"] > 0) if layer.relu else of(given.dy)
-        truth = _expected(of(given.x), of(given.residual), g, *wings, layer)
-        sizes = _magnitudes(of(given.x), of(given.residual), g, *wings, layer.split)
-        chain = 16 * (max(layer.split, rows - layer.split) * pixels + 16) ** 0.5 * UNIT[torch.float32]
-        for name, tensor in got.items():
-            size = sizes[name]
-            allowed = chain * size
-            if tensor.dim() == 4:
-                dtype = results[name].dtype
-                allowed += 3 * UNIT[dtype] * size + torch.finfo(dtype).smallest_normal
-            elif not name.startswith("running"):
-                allowed += 4 * UNIT[results["y"].dtype] * size  # terms may have been rounded before they were summed
-            error = ((tensor - truth[name]).abs() / (allowed + 1e-300)).max().item()
-            worst[name] = max(worst.get(name, 0.0), error if error == error else float("inf"))
-    return worst | dict.fromkeys(set(truth) - set(results), float("inf"))
+def check(layer: Layer, given: Inputs, results: oracle.Results, **rounding: bool) -> dict[str, float]:
+    """As :func:`twins_fast.ops.oracle.errors`; a peer may compute a half-precision layer in float32."""
+    images = [given.x, given.residual, given.dy]
+    if results.y.dtype == torch.float32:
+        images = [image if image is None else image.float() for image in images]
+    call = oracle.Call(*images, layer.split, given.frozen, given.adaptive, MOMENTUM, EPS, layer.relu)
+    return oracle.errors(call, results, **rounding)
 
 
-def _expected(x, residual, g, frozen, adaptive, layer: Layer) -> dict[str, Tensor]:
-    adaptive = [t.clone() for t in adaptive]  # its statistics are written
-    leaves = [t.requires_grad_() for t in (x.clone(), *(t.clone() for t in (*frozen[2:], *adaptive[2:])))]
-    wings = (*frozen[:2], *leaves[1:3]), (*adaptive[:2], *leaves[3:])
-    y = reference.twin_batch_norm(leaves[0], layer.split, *wings, MOMENTUM, EPS, residual)
-    grads = torch.autograd.grad(y, leaves, g, allow_unused=True)
-    grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
-    y = y.detach().relu() if layer.relu else y.detach()
-    return _named(y, grads[0], None if residual is None else g, *grads[1:], *adaptive[:2])
-
-
-def _magnitudes(x, residual, g, frozen, adaptive, split) -> dict[str, Tensor]:
-    y, dx, gradients, dims = torch.empty_like(x), torch.empty_like(x), [], (0, 2, 3)
-    count = (x.shape[0] - split) * x.shape[2] * x.shape[3]
-    for rows, wing in ((slice(0, split), frozen), (slice(split, None), adaptive)):
-        half, dy = x[rows], g[rows]
-        mean, var, weight, bias = (v.view(-1, 1, 1) for v in wing)
-        batch = wing is adaptive and count > 0
-        offset = mean.abs()
-        if batch:
-            offset = half.abs().mean(dims, keepdim=True)[0]  # the mean is a sum of these
-            mean, var = half.mean(dims, keepdim=True)[0], half.var(dims, correction=0, keepdim=True)[0]
-        scale = (var + EPS).rsqrt()
-        xhat = (half.abs() + offset) * scale
-        y[rows] = xhat * weight.abs() + bias.abs()
-        dw, db = (dy * xhat).square().sum(dims).sqrt(), dy.square().sum(dims).sqrt()
-        gradients += [dw, db]
-        dx[rows] = dy.abs()
-        if batch:
-            # dx = weight / deviation * (g - mean(g) - xhat * mean(g * xhat)), and the means are small sums.
-            sums = (dy * (half - mean) * scale).sum(dims).abs() + dw, dy.sum(dims).abs() + db
-            dx[rows] += (xhat * sums[0].view(-1, 1, 1) + sums[1].view(-1, 1, 1)) / count
-        dx[rows] *= weight.abs() * scale
-    if residual is not None:
-        y += residual.abs()
-    half = x[split:]
-    means = half.abs().mean(dims) if count else 0.0, half.square().mean(dims) if count else 0.0
-    statistics = [old.abs() + new for old, new in zip(adaptive[:2], means, strict=True)]
-    return _named(y, dx, g.abs(), *gradients, *statistics)
-
-
-def _named(*results: Tensor | None) -> dict[str, Tensor]:
-    names = ("y", "dx", "dresidual", "dfrozen_weight", "dfrozen_bias", "dweight", "dbias")
-    named = zip((*names, "running_mean", "running_var"), results, strict=True)
-    return {name: tensor for name, tensor in named if tensor is not None}
-
-
-BENCHMARK = Benchmark(NAME, inputs, lambda given: given.x, floor, check)
+# What PyTorch's operations and its compiler round to half precision, and in which order they sum, is theirs to choose.
+check_of_others = partial(check, rounded_between=True, long_sums=True)
+BENCHMARK = Benchmark(NAME, inputs, lambda given: given.x, floor, check_of_others)
 
 
 def runner(
@@ -253,7 +174,7 @@ def runner(
         y, leaves, dy = forward(operands)
         grads = torch.autograd.grad(y, leaves, dy, materialize_grads=True)  # a wing without rows may have none
         grads = [grads[0], grads[1] if layer.add else None, *grads[-4:]]
-        return _named(y.detach(), *grads, adaptive.running_mean.clone(), adaptive.running_var.clone())
+        return oracle.Results(y.detach(), *grads, adaptive.running_mean.clone(), adaptive.running_var.clone())
 
     chains = [{"forward": forward, "backward": backward}, {"both": both}]
     return Runner(operands, chains, results, (dtype, layout), around)
@@ -315,7 +236,8 @@ def _with_backend(layer, given, name):
             pass
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
-    return runner(layer, given, twins_fast, around=partial(backend.use_backend, name))
+    built = runner(layer, given, twins_fast, around=partial(backend.use_backend, name))
+    return replace(built, check=check)
 
 
 for _name, _device in (("cuda", "cuda"), ("triton", "cuda"), ("cpp", "cpu")):

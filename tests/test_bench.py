@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torchvision.models import resnet50
 from bench import attack, harness, header, networks, peers, report, twin_bn, workloads
 from bench.twin_bn import Layer
 from twins_fast import PGD
+from twins_fast.ops import oracle
 
 SMALL = Layer("small", 2, (4, 3, 2, 2), 2, True, True)
 
@@ -21,7 +23,7 @@ SMALL = Layer("small", 2, (4, 3, 2, 2), 2, True, True)
 def small_cache(monkeypatch):
     """Two sets of operands are enough, and few values are checked at a time."""
     monkeypatch.setattr(harness, "last_level_cache", lambda device: 1)
-    monkeypatch.setattr(twin_bn, "CHECKED_AT_ONCE", 32)
+    monkeypatch.setattr(oracle, "AT_ONCE", 32)
 
 
 def measured(monkeypatch, function, layer=SMALL, **kwargs):
@@ -40,7 +42,7 @@ def wings_swapped(x, residual, split, frozen, adaptive, relu):
 
 def one_value_off(x, residual, split, frozen, adaptive, relu):
     y = twin_bn.as_published(x, residual, split, frozen, adaptive, relu)
-    return y + 0.1 * (torch.arange(y.numel()).view(y.shape) == y.numel() - 1)
+    return y + (0.1 * (torch.arange(y.numel()).view(y.shape) == y.numel() - 1)).to(y.dtype)
 
 
 def biased_gradient(x, residual, split, frozen, adaptive, relu):
@@ -65,6 +67,19 @@ def test_a_wrong_peer_is_reported_and_not_timed(function, dtype, monkeypatch):
     assert mine["error"]["result"] in mine["reason"]
     assert f"mine {'':17} wrong: {mine['reason']}" in harness.table(row)
     assert harness.fails([row]) == [f"small: mine wrong: {mine['reason']}"]
+
+
+@pytest.mark.parametrize(("check", "status"), [(None, "ok"), (twin_bn.check, "wrong")])
+def test_a_peer_may_have_a_check_of_its_own(check, status, monkeypatch):
+    """Kernels round once, and PyTorch after every operation."""
+    layer = Layer("small", 1, (4, 3, 9, 9), 2, True, True)
+
+    def build(layer, data):
+        return replace(twin_bn.runner(layer, data, twin_bn.as_published), check=check)
+
+    monkeypatch.setitem(harness.PEERS["twin_bn"], "mine", harness.Peer(build, ("cpu",)))
+    row = harness.measure(twin_bn.BENCHMARK, layer, "cpu", ["mine"], 1)
+    assert row["peers"]["mine"]["status"] == status
 
 
 def test_a_raising_peer_is_reported_with_its_reason(monkeypatch):

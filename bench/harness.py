@@ -128,7 +128,7 @@ def measure(
     runners: dict[str, Runner] = {}
     sets: dict[Any, list] = {}
     for name in names:
-        found = row["peers"][name] = {"status": "ok"}
+        outcome = row["peers"][name] = {"status": "ok"}
         try:
             known = PEERS[benchmark.name][name]
             if device not in known.devices:
@@ -141,25 +141,26 @@ def measure(
                 started = time.perf_counter()
                 results = runner.results(first)
                 synchronize(device)
-                found["first_seconds"] = time.perf_counter() - started
+                outcome["first_seconds"] = time.perf_counter() - started
                 errors = (runner.check or benchmark.check)(workload, inputs, results)
             worst = max(errors, key=errors.get)
             finite = math.isfinite(errors[worst])
-            found["error"] = {"result": worst, "times_allowed": errors[worst] if finite else None}
+            outcome["error"] = {"result": worst, "times_allowed": errors[worst] if finite else None}
             if errors[worst] > 1:
                 off = f"off by {errors[worst]:.3g} times what is allowed" if finite else "missing or not finite"
-                found.update(status="wrong", reason=f"{worst} is {off}")
+                outcome.update(status="wrong", reason=f"{worst} is {off}")
                 continue
             with runner.around():
                 measured = (runner.chains[0], first, device)
-                found["memory"] = benchmark.memory(workload, name, *measured) if benchmark.memory else memory(*measured)
-                found |= runner.more(first)
-            found["sets"] = len(sets[runner.form])
+                used = benchmark.memory(workload, name, *measured) if benchmark.memory else memory(*measured)
+                outcome["memory"] = used
+                outcome |= runner.more(first)
+            outcome["sets"] = len(sets[runner.form])
             runners[name] = replace(runner, chains=leading_to(stage, runner.chains))
         except Unavailable as reason:
-            found.update(status="unavailable", reason=str(reason))
+            outcome.update(status="unavailable", reason=str(reason))
         except Exception as error:
-            found.update(status="error", reason=one_line(error))
+            outcome.update(status="error", reason=one_line(error))
     try:
         time_all(row, runners, sets, benchmark.like(inputs), rounds, device, benchmark.long)
     except Exception as error:  # after a fault in one peer's kernel nothing runs on the device any more
@@ -186,14 +187,14 @@ def time_all(
         row["peak"] = limits["peak"]
     for name, stages in samples.items():
         times = row["peers"][name]["times"] = {stage: spread(seconds) for stage, seconds in stages.items()}
-        for stage, found in times.items():
+        for stage, timing in times.items():
             floor = row["floor_bytes"][stage]
-            found["bandwidth"] = floor / found["median"]
+            timing["bandwidth"] = floor / timing["median"]
             least = floor / bandwidth
             if counted is not None:
-                found["operations"] = counted[stage] / found["median"]
+                timing["operations"] = counted[stage] / timing["median"]
                 least = max(least, counted[stage] / row["peak"]["operations"])
-            found["times_floor"] = found["median"] / least
+            timing["times_floor"] = timing["median"] / least
 
 
 def yardsticks_of(like: torch.Tensor, device: str, products: bool) -> tuple[dict[str, Runner], dict[str, list]]:
@@ -411,10 +412,10 @@ def one_line(error: Exception) -> str:
 def fails(rows: list[dict]) -> list[str]:
     """What was wrong or raised, one line each."""
     return [
-        f"{row['name']}: {name} {found['status']}: {found['reason']}"
+        f"{row['name']}: {name} {outcome['status']}: {outcome['reason']}"
         for row in rows
-        for name, found in row["peers"].items()
-        if found["status"] in ("wrong", "error")
+        for name, outcome in row["peers"].items()
+        if outcome["status"] in ("wrong", "error")
     ]
 
 
@@ -422,15 +423,15 @@ def table(row: dict) -> str:
     """The times of one workload, for the terminal."""
     first = next(iter(row["peers"].values()))
     lines = []
-    for name, found in row["peers"].items():
-        if "times" not in found:
-            lines.append(f"  {name:22} {found['status']}: {found['reason']}")
+    for name, outcome in row["peers"].items():
+        if "times" not in outcome:
+            lines.append(f"  {name:22} {outcome['status']}: {outcome['reason']}")
             continue
-        peak = found["memory"]["peak"]
+        peak = outcome["memory"]["peak"]
         memory = "" if peak is None else f"{peak / 1e6:.1f} MB peak"
-        if "kept" in found["memory"]:
-            memory += f", {found['memory']['kept'] / 1e6:.1f} kept"
-        for stage, t in found["times"].items():
+        if "kept" in outcome["memory"]:
+            memory += f", {outcome['memory']['kept'] / 1e6:.1f} kept"
+        for stage, t in outcome["times"].items():
             base = first.get("times", {}).get(stage)
             rate = f"{t['operations'] / 1e9:8.1f} GFLOP/s" if "operations" in t else f"{t['bandwidth'] / 1e9:8.1f} GB/s"
             lines.append(
@@ -466,10 +467,10 @@ class Record:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        kept = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
-        kept |= {"command": self.command, "options": self.options, "workloads": self.rows}
+        content = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
+        content |= {"command": self.command, "options": self.options, "workloads": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+        self.unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
     @property
     def unfinished(self) -> Path:

@@ -36,11 +36,11 @@ def main() -> int:
             ]
             for split in splits[: 1 + number % 3]:
                 layer = Layer(f"{shape}, split {split}, {dtype}, {layout}", 1, shape, split, add, relu, dtype)
-                given = inputs(layer, "cpu", seed=number, layout=LAYOUTS[layout])  # where the oracle computes
-                there = Inputs(*(moved(getattr(given, field.name), device) for field in fields(given)))
+                tensors = inputs(layer, "cpu", seed=number, layout=LAYOUTS[layout])  # where the oracle computes
+                there = Inputs(*(moved(getattr(tensors, field.name), device) for field in fields(tensors)))
                 run = runner(layer, there, twins_fast)
                 results = oracle.Results(*(moved(tensor, "cpu") for tensor in run.results(run.operands())))
-                errors = check(layer, given, results)
+                errors = check(layer, tensors, results)
                 calls += 1
                 for key, error in errors.items():
                     if not error <= 1:

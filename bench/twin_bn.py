@@ -63,8 +63,8 @@ def layers(resolution: int, batch: int, dtype: str = "bfloat16") -> list[Layer]:
         seen[id(y)] = [y, y._version, False, False]
 
     def before_relu(module, args):
-        if found := seen.get(id(args[0])):
-            found[2:] = [args[0]._version != found[1], True]  # the residual is added in place
+        if entry := seen.get(id(args[0])):
+            entry[2:] = [args[0]._version != entry[1], True]  # the residual is added in place
 
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -74,11 +74,11 @@ def layers(resolution: int, batch: int, dtype: str = "bfloat16") -> list[Layer]:
     with torch.no_grad():
         model(images)
     counted = Counter((tuple(y.shape[1:]), add, relu) for y, _, add, relu in seen.values())
-    found = []
+    distinct = []
     for (shape, add, relu), count in counted.items():
         name = f"{resolution}/{'x'.join(map(str, shape))}/bn{'+add' * add}{'+relu' * relu}"
-        found.append(Layer(name, count, (batch, *shape), batch // 2, add, relu, dtype))
-    return sorted(found, key=lambda layer: -torch.Size(layer.shape).numel())
+        distinct.append(Layer(name, count, (batch, *shape), batch // 2, add, relu, dtype))
+    return sorted(distinct, key=lambda layer: -torch.Size(layer.shape).numel())
 
 
 @dataclass
@@ -126,35 +126,35 @@ def floor(layer: Layer) -> dict[str, int]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def check(layer: Layer, given: Inputs, results: oracle.Results, **rounding: bool) -> dict[str, float]:
+def check(layer: Layer, inputs: Inputs, results: oracle.Results, **rounding: bool) -> dict[str, float]:
     """As :func:`twins_fast.ops.oracle.errors`; a peer may compute a half-precision layer in float32."""
-    images = [given.x, given.residual, given.dy]
+    images = [inputs.x, inputs.residual, inputs.dy]
     if results.y.dtype == torch.float32:
         images = [image if image is None else image.float() for image in images]
-    call = oracle.Call(*images, layer.split, given.frozen, given.adaptive, MOMENTUM, EPS, layer.relu)
+    call = oracle.Call(*images, layer.split, inputs.frozen, inputs.adaptive, MOMENTUM, EPS, layer.relu)
     return oracle.errors(call, results, **rounding)
 
 
 # What PyTorch's operations and its compiler round to half precision, and in which order they sum, is theirs to choose.
 check_of_others = partial(check, rounded_between=True, long_sums=True)
-BENCHMARK = Benchmark(NAME, inputs, lambda given: given.x, floor, check_of_others)
+BENCHMARK = Benchmark(NAME, inputs, lambda inputs: inputs.x, floor, check_of_others)
 
 
 def runner(
     layer: Layer,
-    given: Inputs,
+    inputs: Inputs,
     function,
     dtype: torch.dtype | None = None,
     layout: torch.memory_format | None = None,
     around=nullcontext,
 ) -> Runner:
     """The stages of ``function(x, residual, split, frozen, adaptive, relu) -> y``, two ``nn.BatchNorm2d`` its wings."""
-    frozen, adaptive = (_module(vectors) for vectors in (given.frozen, given.adaptive))
+    frozen, adaptive = (_module(vectors) for vectors in (inputs.frozen, inputs.adaptive))
     frozen.eval()
     parameters = [frozen.weight, frozen.bias, adaptive.weight, adaptive.bias]
 
     def operands():
-        images = (None if t is None else t.detach().clone() for t in (given.x, given.residual, given.dy))
+        images = (None if t is None else t.detach().clone() for t in (inputs.x, inputs.residual, inputs.dy))
         images = [t if t is None or dtype is None else t.to(dtype) for t in images]
         x, residual, dy = (t if t is None or layout is None else t.contiguous(memory_format=layout) for t in images)
         return x.requires_grad_(), residual if residual is None else residual.requires_grad_(), dy
@@ -197,31 +197,31 @@ def as_published(x, residual, split, frozen, adaptive, relu):
     return F.relu(y, inplace=True) if relu else y
 
 
-def _autocast(layer: Layer, given: Inputs):
+def _autocast(layer: Layer, inputs: Inputs):
     enabled = layer.torch_dtype != torch.float32
-    return partial(torch.autocast, given.x.device.type, layer.torch_dtype if enabled else None, enabled=enabled)
+    return partial(torch.autocast, inputs.x.device.type, layer.torch_dtype if enabled else None, enabled=enabled)
 
 
 @peer(NAME, "published")
-def published(layer, given):
-    return runner(layer, given, as_published, torch.float32, torch.contiguous_format)
+def published(layer, inputs):
+    return runner(layer, inputs, as_published, torch.float32, torch.contiguous_format)
 
 
 @peer(NAME, "eager-amp")
-def eager_amp(layer, given):
-    return runner(layer, given, as_published, around=_autocast(layer, given))
+def eager_amp(layer, inputs):
+    return runner(layer, inputs, as_published, around=_autocast(layer, inputs))
 
 
 @peer(NAME, "compile")
-def compiled(layer, given, mode="default"):
+def compiled(layer, inputs, mode="default"):
     function = torch.compile(as_published, dynamic=False, mode=mode)
-    return runner(layer, given, function, around=_autocast(layer, given))
+    return runner(layer, inputs, function, around=_autocast(layer, inputs))
 
 
 @peer(NAME, "compile-max-autotune", devices=("cuda",))
-def compiled_max_autotune(layer, given):
+def compiled_max_autotune(layer, inputs):
     # With CUDA graphs a second forward pass would overwrite the results that the first one's backward pass needs.
-    return compiled(layer, given, "max-autotune-no-cudagraphs")
+    return compiled(layer, inputs, "max-autotune-no-cudagraphs")
 
 
 def twins_fast(x, residual, split, frozen, adaptive, relu):
@@ -230,13 +230,13 @@ def twins_fast(x, residual, split, frozen, adaptive, relu):
     return ops.twin_batch_norm(x, split, *wings, MOMENTUM, EPS, residual, relu)
 
 
-def _with_backend(layer, given, name):
+def _with_backend(layer, inputs, name):
     try:
         with backend.use_backend(name):
             pass
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
-    built = runner(layer, given, twins_fast, around=partial(backend.use_backend, name))
+    built = runner(layer, inputs, twins_fast, around=partial(backend.use_backend, name))
     return replace(built, check=check)
 
 
@@ -249,11 +249,11 @@ def totals(rows: list[dict]) -> dict[str, dict]:
 
     A peer that did not pass everywhere has a ``failed`` instead, which says where.
     """
-    found = {}
+    sums = {}
     for name in rows[0]["peers"]:
         peers = [(row, row["peers"][name]) for row in rows]
         if failed := [(row["name"], of["status"]) for row, of in peers if "times" not in of]:
-            found[name] = {"failed": f"{failed[0][1]} on {len(failed)} of {len(rows)} layers"}
+            sums[name] = {"failed": f"{failed[0][1]} on {len(failed)} of {len(rows)} layers"}
             continue
         stages = peers[0][1]["times"]
         seconds = {stage: sum(row["count"] * of["times"][stage]["median"] for row, of in peers) for stage in stages}
@@ -261,12 +261,12 @@ def totals(rows: list[dict]) -> dict[str, dict]:
             stage: sum(row["count"] * row["floor_bytes"][stage] / row["copy"]["bandwidth"] for row in rows)
             for stage in stages
         }
-        found[name] = {
+        sums[name] = {
             "seconds": seconds,
             "times_floor": {stage: seconds[stage] / floors[stage] for stage in stages},
             "kept": sum(row["count"] * of["memory"]["kept"] for row, of in peers),
         }
-    return found
+    return sums
 
 
 def summary_table(rows: list[dict], options: dict) -> str:
@@ -307,15 +307,15 @@ def layer_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def quick(found: list[Layer]) -> list[Layer]:
+def quick(layers: list[Layer]) -> list[Layer]:
     """The layer that moves most, for each resolution and kind."""
-    kept = {}
-    for layer in found:
+    chosen = {}
+    for layer in layers:
         kind = layer.name.split("/")[0], layer.name.split("/")[-1]
-        best = kept.get(kind)
+        best = chosen.get(kind)
         if best is None or layer.count * floor(layer)["both"] > best.count * floor(best)["both"]:
-            kept[kind] = layer
-    return list(kept.values())
+            chosen[kind] = layer
+    return list(chosen.values())
 
 
 def main(arguments: list[str] | None = None) -> int:

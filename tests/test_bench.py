@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,8 +30,8 @@ def small_cache(monkeypatch):
 def measured(monkeypatch, function, layer=SMALL, **kwargs):
     """The row of a peer that computes ``function``, beside the published one."""
 
-    def build(layer, given):
-        return twin_bn.runner(layer, given, function)
+    def build(layer, inputs):
+        return twin_bn.runner(layer, inputs, function)
 
     monkeypatch.setitem(harness.PEERS["twin_bn"], "mine", harness.Peer(build, ("cpu",)))
     return harness.measure(twin_bn.BENCHMARK, layer, "cpu", ["published", "mine"], 1, **kwargs)
@@ -74,8 +75,8 @@ def test_a_peer_may_have_a_check_of_its_own(check, status, monkeypatch):
     """Kernels round once, and PyTorch after every operation."""
     layer = Layer("small", 1, (4, 3, 9, 9), 2, True, True)
 
-    def build(layer, data):
-        return replace(twin_bn.runner(layer, data, twin_bn.as_published), check=check)
+    def build(layer, inputs):
+        return replace(twin_bn.runner(layer, inputs, twin_bn.as_published), check=check)
 
     monkeypatch.setitem(harness.PEERS["twin_bn"], "mine", harness.Peer(build, ("cpu",)))
     row = harness.measure(twin_bn.BENCHMARK, layer, "cpu", ["mine"], 1)
@@ -117,7 +118,7 @@ def test_a_dead_device_is_reported_with_what_led_to_it(monkeypatch):
 
 
 def test_an_unavailable_peer_is_reported_with_its_reason(monkeypatch):
-    def build(layer, given):
+    def build(layer, inputs):
         raise harness.Unavailable("not built")
 
     monkeypatch.setitem(harness.PEERS["twin_bn"], "mine", harness.Peer(build, ("cpu",)))
@@ -146,15 +147,16 @@ def test_bytes_of_one_layer_by_hand():
 
 @pytest.mark.parametrize(("resolution", "largest"), [(224, (64, 112, 112)), (32, (64, 16, 16))])
 def test_layers_are_those_of_resnet50(resolution, largest):
-    found = twin_bn.layers(resolution, 32)
-    assert sum(layer.count for layer in found) == 53
-    assert len({layer.name for layer in found}) == len(found)
-    assert (32, *largest) in {layer.shape for layer in found}
-    kinds = {kind: sum(f.count for f in found if (f.add, f.relu) == kind) for kind in {(f.add, f.relu) for f in found}}
+    layers = twin_bn.layers(resolution, 32)
+    assert sum(layer.count for layer in layers) == 53
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert (32, *largest) in {layer.shape for layer in layers}
+    each = [layer for layer in layers for _ in range(layer.count)]
+    kinds = Counter((layer.add, layer.relu) for layer in each)
     assert kinds == {(False, True): 33, (True, True): 16, (False, False): 4}  # 16 blocks, 4 with a downsample branch
-    assert all(layer.split == 16 for layer in found)
+    assert all(layer.split == 16 for layer in layers)
     norms = [m for m in resnet50().modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert sorted(m.num_features for m in norms) == sorted(f.shape[1] for f in found for _ in range(f.count))
+    assert sorted(m.num_features for m in norms) == sorted(layer.shape[1] for layer in each)
 
 
 def test_memory_of_a_known_function():
@@ -190,10 +192,10 @@ def test_the_command_and_its_file(tmp_path, monkeypatch, capsys):
     assert twin_bn.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "[1/1] 32/2048x1x1/bn+add+relu x 3" in printed and "| published |" in printed
-    kept = json.loads((tmp_path / "twin_bn-cpu.json").read_text())
-    assert kept["command"] == " ".join(["python -m bench.twin_bn", *arguments])
-    assert set(kept["header"]) == set(header.header())
-    (row,) = kept["workloads"]
+    content = json.loads((tmp_path / "twin_bn-cpu.json").read_text())
+    assert content["command"] == " ".join(["python -m bench.twin_bn", *arguments])
+    assert set(content["header"]) == set(header.header())
+    (row,) = content["workloads"]
     times = row["peers"]["eager-amp"]["times"]
     assert set(times) == {"forward", "backward", "both"}
     for stage, t in times.items():
@@ -201,7 +203,7 @@ def test_the_command_and_its_file(tmp_path, monkeypatch, capsys):
         assert t["bandwidth"] * t["median"] == pytest.approx(row["floor_bytes"][stage])
         assert t["times_floor"] * t["bandwidth"] == pytest.approx(row["copy"]["bandwidth"])
     assert row["peers"]["cpp"]["status"] in ("ok", "unavailable")  # the latter without a compiler
-    assert json.loads(json.dumps(kept)) == kept
+    assert json.loads(json.dumps(content)) == content
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "| 3 layers at 32 px, batch 4, bfloat16 | forward | backward | both |" in report.twin_bn()
@@ -236,9 +238,9 @@ def test_totals_count_every_layer_and_name_failures():
         peers = {"a": {"status": "ok", "times": times, "memory": {"kept": 5}}, "b": {"status": "wrong"} | other}
         return {"name": "32/x", "count": 3, "floor_bytes": {"both": 10}, "copy": {"bandwidth": 10.0}, "peers": peers}
 
-    found = twin_bn.totals([row(2.0), row(4.0)])
-    assert found["a"] == {"seconds": {"both": 18.0}, "times_floor": {"both": 3.0}, "kept": 30}
-    assert found["b"] == {"failed": "wrong on 2 of 2 layers"}
+    sums = twin_bn.totals([row(2.0), row(4.0)])
+    assert sums["a"] == {"seconds": {"both": 18.0}, "times_floor": {"both": 3.0}, "kept": 30}
+    assert sums["b"] == {"failed": "wrong on 2 of 2 layers"}
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -295,11 +297,11 @@ def tiny_attack(monkeypatch):
 def attacked(monkeypatch, change, dtype=None):
     """The row of a peer whose result is what ``change`` makes of the published one."""
 
-    def build(given_attack, given):
+    def build(workload, inputs):
         def function(images, labels, start, steps):
-            return change(peers.published_attack(given.model, images, labels, start, steps), images)
+            return change(peers.published_attack(inputs.model, images, labels, start, steps), images)
 
-        return peers.runner(given_attack, given, function, dtype)
+        return peers.runner(workload, inputs, function, dtype)
 
     monkeypatch.setitem(harness.PEERS["attack"], "mine", harness.Peer(build, ("cpu",)))
     return harness.measure(attack.BENCHMARK, workloads.workload(TINY, steps=2), "cpu", ["published", "mine"], 1)
@@ -337,13 +339,14 @@ def test_a_right_attack_is_timed_against_the_floor(monkeypatch, tiny_attack):
 def test_cost_of_one_attack_by_hand(monkeypatch):
     network = workloads.Network(lambda width: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False)), 2, 5)
     monkeypatch.setitem(workloads.NETWORKS, "one", network)
-    found = workloads.workload("one", steps=3)  # 4 x 3 x 3 results of 27 products, 75 inputs, 108 weights
-    assert workloads.cost(found) == (3 * 2 * 2 * 2 * 36 * 27, 3 * 2 * 2 * (2 * (75 + 36) + 108))
+    workload = workloads.workload("one", steps=3)  # 4 x 3 x 3 results of 27 products, 75 inputs, 108 weights
+    assert workloads.cost(workload) == (3 * 2 * 2 * 2 * 36 * 27, 3 * 2 * 2 * (2 * (75 + 36) + 108))
 
 
 def test_workloads_are_written_as_they_are_read():
-    found = workloads.workload("resnet18-32:batch=8:width=32", steps=5)
-    assert (found.network, found.batch, found.side, found.steps, found.width) == ("resnet18-32", 8, 32, 5, 32)
+    workload = workloads.workload("resnet18-32:batch=8:width=32", steps=5)
+    sizes = workload.batch, workload.side, workload.steps, workload.width
+    assert workload.network == "resnet18-32" and sizes == (8, 32, 5, 32)
     assert workloads.workload("wrn-28-10-32", "cuda").batch == 128
     for text in ("vgg", "resnet18-32:depth=3", "resnet18-32:batch=x"):
         with pytest.raises(ValueError, match=text.split(":")[-1]):
@@ -360,9 +363,9 @@ def test_workloads_are_written_as_they_are_read():
 )
 def test_networks_have_the_published_size(model, parameters):
     with torch.device("meta"):
-        found = model()
-        assert found.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 10)
-    assert sum(p.numel() for p in found.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
+        network = model()
+        assert network.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 10)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
 
 
 def test_the_attack_command(tmp_path, monkeypatch, capsys, tiny_attack):
@@ -372,7 +375,7 @@ def test_the_attack_command(tmp_path, monkeypatch, capsys, tiny_attack):
     arguments = ["--device", "cpu", "--workloads", TINY, "--peers", names, "--rounds", "2", "--steps", "2"]
     assert attack.main([*arguments, "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["workloads"]
-    status = {name: found["status"] for name, found in row["peers"].items()}
+    status = {name: outcome["status"] for name, outcome in row["peers"].items()}
     assert status.pop("torchattacks") == status.pop("plan-fp16") == "unavailable"
     assert set(status.values()) == {"ok"}
     assert row["peers"]["eager"]["agreement"] == 1
@@ -405,13 +408,13 @@ def test_memory_of_a_peer(monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=capsys.readouterr().out, stderr="")
 
     monkeypatch.setattr(attack.subprocess, "run", run)
-    found = workloads.workload("resnet18-32:batch=64:width=8", steps=1)
-    (used,) = attack.child_memory("attack", "published", [found], "cpu")
+    workload = workloads.workload("resnet18-32:batch=64:width=8", steps=1)
+    (used,) = attack.child_memory("attack", "published", [workload], "cpu")
     activations = 64 * 8 * 32 * 32 * 4
     assert 5 * activations < used["peak"] < 100 * activations and used["first"] > 5 * activations
     monkeypatch.setattr(attack.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=1, stderr="a\nb"))
     with pytest.raises(RuntimeError, match="memory: b"):
-        attack.child_memory("attack", "published", [found], "cpu")
+        attack.child_memory("attack", "published", [workload], "cpu")
 
 
 def test_scaling(tmp_path, monkeypatch, tiny_attack):
@@ -441,11 +444,11 @@ def test_training_step(tmp_path, monkeypatch, tiny_attack):
     file = tmp_path / "attack_training-cpu.json"
     assert attack.main([*arguments, "--rounds", "1", "--steps", "2", "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["workloads"]
-    assert [found["status"] for found in row["peers"].values()] == ["ok"] * 3
+    assert [outcome["status"] for outcome in row["peers"].values()] == ["ok"] * 3
     assert "| twins-fast-bf16 | " in report.attack_training()
 
-    def wrong(given_attack, given):
-        step = peers.our_training(given_attack, given, None)
+    def wrong(workload, inputs):
+        step = peers.our_training(workload, inputs, None)
         step.optimizer.param_groups[0]["lr"] = 1.0
         return step
 

@@ -24,7 +24,7 @@ class Program:
             F.interpolate(torch.arange(n).float().view(1, 1, n), m, mode="nearest").int().flatten().tolist()
             for n, m in zip(self.size, self.out_size, strict=True)
         ]
-        listed = [(k, *(v.tolist() if isinstance(v, torch.Tensor) else v for v in rest)) for k, *rest in steps]
+        listed = [(k, rest[:2], rest[2]) if k == "clamp" else (k, rest[0].tolist(), 0) for k, *rest in steps]
         self.compiled = _C.InputProgram(listed, channels, self.size, *self.tables)
 
     def torch(self, x):
@@ -200,14 +200,23 @@ def test_what_is_refused():
     def program(steps=(), channels=3, size=(2, 2), rows=(0, 1), cols=(0, 1)):
         return _C.InputProgram(list(steps), channels, size, list(rows), list(cols))
 
-    clamp, add = ("clamp", 0.0, 1.0, 1), ("add", [1.0] * 3)
+    clamp, add = ("clamp", [0.0, 1.0], 1), ("add", [1.0] * 3, 0)
     good = program([clamp, add])
-    for steps in ([clamp] * 9, [("clamp", 1.0, 0.0, 1)], [("clamp", torch.nan, 0.0, 1)], [("clamp", 0.0, 1.0, 2)]):
-        with pytest.raises(ValueError):
+    wrong = {
+        "too many steps": [clamp] * 9,
+        "in order": [("clamp", [1.0, 0.0], 1)],
+        "bounds must": [("clamp", [torch.nan, 0.0], 1)],
+        "0 or 1": [("clamp", [0.0, 1.0], 2)],
+        "one value per channel": [("add", [1.0], 0)],
+        "two bounds": [("clamp", [0.0], 1)],
+        "no step square": [("square", [1.0] * 3, 0)],
+    }
+    for words, steps in wrong.items():
+        with pytest.raises(ValueError, match=words):
             program(steps)
-    for steps in ([("add", [1.0])], [("add",)], [("clamp", 0.0, 1.0)], [("square", [1.0] * 3)], [()]):
-        with pytest.raises(ValueError):
-            program(steps)
+    for step in (("add",), ("add", 1.0, 0), ()):
+        with pytest.raises(TypeError):
+            program([step])
     wrong = ({"rows": (1, 0)}, {"cols": (0, 2)}, {"rows": (-1, 0)}, {"rows": ()}, {"channels": 0}, {"channels": 257})
     for arguments in (*wrong, {"size": (0, 2)}):
         with pytest.raises(ValueError):

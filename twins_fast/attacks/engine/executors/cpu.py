@@ -1,4 +1,4 @@
-"""TorchExecutor of the C++ kernels: convolutions with everything around them in one pass, ReLU masks of one bit."""
+"""The executor of the C++ kernels: a convolution with all around it in one pass, ReLU masks of one bit."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def _bind_pointwise(
 ) -> Run:
     """``y = mask(relu(x * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
     sizes = (*rows_of(y), dtype_name(y.dtype))
-    return _bind("pointwise", *sizes, x, None, scale, shift, other, mask, bits is not None, y, bits)
+    return _bind("pointwise", *sizes, x, scale, shift, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:
@@ -339,11 +339,13 @@ class KernelInput(Input):
         self._kernel = _C.InputProgram([self._listed(step) for step in program], shape[0], tuple(size), rows, cols)
 
     def _listed(self, step: tuple) -> tuple:
+        """(kind, values, derivative of a clamp at its bounds), as the kernel takes it."""
         kind, *arguments = step
         if kind == "clamp":
-            return step
+            low, high, at_bounds = arguments
+            return kind, [low, high], at_bounds
         other = torch.as_tensor(arguments[0], dtype=torch.float32).flatten().expand(self._channels)
-        return kind, other.tolist()
+        return kind, other.tolist(), 0
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         pointers = (x.data_ptr(), out.data_ptr())

@@ -79,7 +79,7 @@ def test_out_of_memory_goes_on_in_smaller_chunks(monkeypatch):
 
     monkeypatch.setattr(Program, "bound", bound)
     attack = PGD(model, engine="plan", random_start=False)
-    with pytest.warns(UserWarning, match="memory ran out with 8 images at once; going on with 4"):
+    with pytest.warns(UserWarning, match="memory ran out with 8 images at once; continuing with 4"):
         assert torch.equal(attack(x, y), good)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it remembers

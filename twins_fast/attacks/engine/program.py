@@ -16,7 +16,7 @@ from twins_fast.attacks.engine.executors.segment import Segment
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
 from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import place
-from twins_fast.attacks.engine.nodes import tensors_of
+from twins_fast.attacks.engine.nodes import Node, tensors_of
 from twins_fast.attacks.engine.plan import Plan
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
@@ -41,10 +41,19 @@ class Program:
     """A plan with its memory: parameters folded by :meth:`fold`, one arena for all tensors.
 
     Attributes:
+        largest_chunk: the most images that go through all steps at once; halved when memory runs out, None: no limit.
         nan_gradients: pixel values whose gradient was NaN, in the last :meth:`attack`.
     """
 
-    def __init__(self, plan: Plan, nodes: list, model: nn.Module, shape: tuple[int, ...], executor: TorchExecutor):
+    def __init__(
+        self,
+        plan: Plan,
+        nodes: list[Node],
+        model: nn.Module,
+        shape: tuple[int, ...],
+        executor: TorchExecutor,
+        largest_chunk: int | None = None,
+    ):
         self.plan = plan
         self.shape = shape
         self.executor = executor
@@ -63,7 +72,7 @@ class Program:
         self._offsets, self.bytes_per_image = place(sizes, plan.slots)
         self._arena: Tensor | None = None
         self._bound: OrderedDict[int, Bound] = OrderedDict()
-        self._largest = 0  # chunk, after memory ran out; 0 while it never did
+        self.largest_chunk = largest_chunk
         self.input = None
         self.nan_gradients = 0
         self.verified: set[int] = set()  # numbers of images
@@ -156,7 +165,7 @@ class Program:
         if not self.plan.per_sample:
             return images
         most = max(1, CACHED // self.bytes_per_image) if self.executor.device.type == "cpu" else images
-        most = min(most, self._largest or most)
+        most = min(most, self.largest_chunk or most)
         return -(-images // -(-images // most))
 
     def _chunks(self, images: int):
@@ -178,9 +187,9 @@ class Program:
                 if not _out_of_memory(error) or size == 1 or not self.plan.per_sample:
                     raise
                 self.free()
-                self._largest = (size + 1) // 2
-                warnings.warn(f"memory ran out with {size} images at once; going on with {self._largest}", stacklevel=4)
-                middle = part.start + self._largest
+                half = self.largest_chunk = (size + 1) // 2
+                warnings.warn(f"memory ran out with {size} images at once; continuing with {half}", stacklevel=4)
+                middle = part.start + half
                 todo = [slice(part.start, middle), slice(middle, part.stop), *todo]
             finally:
                 self._release()

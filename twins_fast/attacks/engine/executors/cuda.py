@@ -1,4 +1,4 @@
-"""TorchExecutor of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
+"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or as matrix products. Not yet run on a GPU.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """

@@ -1,4 +1,4 @@
-"""Benchmarks and their peers: nothing is timed before its results are right, and peers take turns.
+"""Benchmarks and their peers: a peer is timed only if its results are right, and peers take turns.
 
 A benchmark registers its peers with ``@peer(benchmark, name)``. A peer is built once per workload and gives a
 :class:`Runner`. Each stage runs over all copies of the operands before the next stage starts, so that operands come
@@ -126,7 +126,7 @@ def measure(
     runners: dict[str, Runner] = {}
     sets: dict[Any, list] = {}
     for name in names:
-        found = row["peers"][name] = {"status": "ok"}
+        entry = row["peers"][name] = {"status": "ok"}
         try:
             known = PEERS[benchmark.name][name]
             if device not in known.devices:
@@ -139,25 +139,25 @@ def measure(
                 started = time.perf_counter()
                 results = runner.results(first)
                 synchronize(device)
-                found["first_seconds"] = time.perf_counter() - started
+                entry["first_seconds"] = time.perf_counter() - started
                 errors = benchmark.check(workload, inputs, results)
             worst = max(errors, key=errors.get)
             finite = math.isfinite(errors[worst])
-            found["error"] = {"result": worst, "times_allowed": errors[worst] if finite else None}
+            entry["error"] = {"result": worst, "times_allowed": errors[worst] if finite else None}
             if errors[worst] > 1:
                 off = f"off by {errors[worst]:.3g} times what is allowed" if finite else "missing or not finite"
-                found.update(status="wrong", reason=f"{worst} is {off}")
+                entry.update(status="wrong", reason=f"{worst} is {off}")
                 continue
             with runner.around():
                 measured = (runner.chains[0], first, device)
-                found["memory"] = benchmark.memory(workload, name, *measured) if benchmark.memory else memory(*measured)
-                found |= runner.more(first)
-            found["sets"] = len(sets[runner.form])
+                entry["memory"] = benchmark.memory(workload, name, *measured) if benchmark.memory else memory(*measured)
+                entry |= runner.more(first)
+            entry["sets"] = len(sets[runner.form])
             runners[name] = replace(runner, chains=leading_to(stage, runner.chains))
         except Unavailable as reason:
-            found.update(status="unavailable", reason=str(reason))
+            entry.update(status="unavailable", reason=str(reason))
         except Exception as error:
-            found.update(status="error", reason=one_line(error))
+            entry.update(status="error", reason=one_line(error))
     try:
         time_all(row, runners, sets, benchmark.like(inputs), rounds, device, benchmark.long)
     except Exception as error:  # after a fault in one peer's kernel nothing runs on the device any more
@@ -184,14 +184,14 @@ def time_all(
         row["peak"] = limits["peak"]
     for name, stages in samples.items():
         times = row["peers"][name]["times"] = {stage: spread(seconds) for stage, seconds in stages.items()}
-        for stage, found in times.items():
+        for stage, timing in times.items():
             floor = row["floor_bytes"][stage]
-            found["bandwidth"] = floor / found["median"]
+            timing["bandwidth"] = floor / timing["median"]
             least = floor / bandwidth
             if counted is not None:
-                found["operations"] = counted[stage] / found["median"]
+                timing["operations"] = counted[stage] / timing["median"]
                 least = max(least, counted[stage] / row["peak"]["operations"])
-            found["times_floor"] = found["median"] / least
+            timing["times_floor"] = timing["median"] / least
 
 
 def yardsticks_of(like: torch.Tensor, device: str, products: bool) -> tuple[dict[str, Runner], dict[str, list]]:
@@ -207,7 +207,7 @@ def yardsticks_of(like: torch.Tensor, device: str, products: bool) -> tuple[dict
 
 
 def limits_of(like: torch.Tensor, samples: dict[str, list[float]]) -> dict:
-    """What the yardsticks say: bytes per second, and operations per second of the best matrix product."""
+    """Limits of the device by the yardsticks: bytes per second, and operations per second of the best product."""
     copy = spread(samples["copy"])
     bandwidth = 2 * like.nbytes / copy["median"]
     rates = {name: 2 * int(name.split()[1]) ** 3 / min(seconds) for name, seconds in samples.items() if name != "copy"}
@@ -370,7 +370,7 @@ def memory(chain: dict[str, Callable], operands: Any, device: str) -> dict[str, 
     On CUDA as PyTorch's allocator counts them. On a CPU from the allocations in the profiler's trace, which leaves
     out what a kernel takes from the system itself.
     """
-    state, held, peak, kept = operands, 0, 0, None
+    state, held, peak, after_first = operands, 0, 0, None
     for function in chain.values():
         trace: list[int] = []
         if device == "cuda":
@@ -390,9 +390,9 @@ def memory(chain: dict[str, Callable], operands: Any, device: str) -> dict[str, 
                 trace.append(total)
         peak = max([peak, *(held + change for change in trace)])
         held += trace[-1] if trace else 0
-        kept = held if kept is None else kept
+        after_first = held if after_first is None else after_first
         state = after
-    return {"peak": peak, "kept": kept}
+    return {"peak": peak, "kept": after_first}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -407,12 +407,12 @@ def one_line(error: Exception) -> str:
 
 
 def fails(rows: list[dict]) -> list[str]:
-    """What was wrong or raised, one line each."""
+    """The peers whose results were wrong or that raised, one line each."""
     return [
-        f"{row['name']}: {name} {found['status']}: {found['reason']}"
+        f"{row['name']}: {name} {entry['status']}: {entry['reason']}"
         for row in rows
-        for name, found in row["peers"].items()
-        if found["status"] in ("wrong", "error")
+        for name, entry in row["peers"].items()
+        if entry["status"] in ("wrong", "error")
     ]
 
 
@@ -420,15 +420,15 @@ def table(row: dict) -> str:
     """The times of one workload, for the terminal."""
     first = next(iter(row["peers"].values()))
     lines = []
-    for name, found in row["peers"].items():
-        if "times" not in found:
-            lines.append(f"  {name:22} {found['status']}: {found['reason']}")
+    for name, entry in row["peers"].items():
+        if "times" not in entry:
+            lines.append(f"  {name:22} {entry['status']}: {entry['reason']}")
             continue
-        peak = found["memory"]["peak"]
+        peak = entry["memory"]["peak"]
         memory = "" if peak is None else f"{peak / 1e6:.1f} MB peak"
-        if "kept" in found["memory"]:
-            memory += f", {found['memory']['kept'] / 1e6:.1f} kept"
-        for stage, t in found["times"].items():
+        if "kept" in entry["memory"]:
+            memory += f", {entry['memory']['kept'] / 1e6:.1f} kept"
+        for stage, t in entry["times"].items():
             base = first.get("times", {}).get(stage)
             rate = f"{t['operations'] / 1e9:8.1f} GFLOP/s" if "operations" in t else f"{t['bandwidth'] / 1e9:8.1f} GB/s"
             lines.append(
@@ -464,10 +464,10 @@ class Record:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        kept = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
-        kept |= {"command": self.command, "options": self.options, "workloads": self.rows}
+        content = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
+        content |= {"command": self.command, "options": self.options, "workloads": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+        self.unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
     @property
     def unfinished(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the compilers make of the GPU kernels, without a GPU: ``python -m bench.kernels``.
+"""Resources of the compiled GPU kernels, measured without a GPU: ``python -m bench.kernels``.
 
 Every CUDA and Triton kernel is compiled ahead of time for each architecture. A row says how many registers a thread
 uses, how many bytes of them spill to memory, the shared memory of a block, and the widest access to global memory.
@@ -57,7 +57,7 @@ def _cuda_kernels(architecture: int, sources: str) -> list[Kernel]:
             compiled.stderr,
             re.DOTALL,
         )
-        for mangled, stores, loads, registers, shared in (found.groups() for found in report):
+        for mangled, stores, loads, registers, shared in (match.groups() for match in report):
             name, variant = _readable(mangled)
             spilled = int(stores) + int(loads)
             rows.append(
@@ -70,8 +70,8 @@ def _widths(ptx: str) -> tuple[int, int]:
     """Widest load from and store to global memory of one thread, in bits."""
     widest = []
     for access in ("ld", "st"):
-        found = re.findall(rf"\b{access}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)
-        widest.append(max((int(count or 1) * int(bits) for count, bits in found), default=0))
+        accesses = re.findall(rf"\b{access}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)
+        widest.append(max((int(count or 1) * int(bits) for count, bits in accesses), default=0))
     return tuple(widest)
 
 
@@ -138,8 +138,8 @@ def main() -> None:
     rows = [asdict(kernel) for kernel in cuda_kernels() + triton_kernels()]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     nvcc = re.search(r"release ([\d.]+)", version)[1]
-    kept = {"header": header(), "nvcc": nvcc, "kernels": rows}
-    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+    content = {"header": header(), "nvcc": nvcc, "kernels": rows}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Runs the mini recipe and keeps its result: ``python -m bench.mini``."""
+"""Runs the mini recipe and writes its result to ``bench/results``: ``python -m bench.mini``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def main() -> None:
             raise SystemExit("the mini recipe failed")
         seconds = round(time.monotonic() - started, 1)
         results = [json.loads(path.read_text()) for path in (run / "result.json", *run.glob("*/result.json"))]
-    kept = {"header": header(), "command": " ".join(["twins-fast", *COMMAND]), "seconds": seconds, "results": results}
-    RESULT.write_text(json.dumps(kept, indent=2) + "\n")
+    command = " ".join(["twins-fast", *COMMAND])
+    content = {"header": header(), "command": command, "seconds": seconds, "results": results}
+    RESULT.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

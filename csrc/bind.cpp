@@ -237,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
   m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa
+  m.attr("most_pixel_channels") = kMostPixelChannels;
   py::class_<InputProgram>(m, "InputProgram", py::module_local())
       .def(py::init(&make_input), py::arg("steps"), py::arg("channels"), py::arg("in_size"), py::arg("rows"),
            py::arg("cols"))

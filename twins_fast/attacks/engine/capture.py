@@ -20,8 +20,8 @@ from twins_fast.attacks.engine.graph import (
     is_aten,
     is_switched_off,
     module_of,
-    one_memory,
     shape_of,
+    share_memory,
 )
 from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, map_values, tensor_of, tensors_of
 from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
@@ -64,7 +64,7 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device)
 
 @contextmanager
 def _watched() -> Iterator[list[warnings.WarningMessage]]:
-    """Refuse what an exported graph would silently lack, keep the export quiet, and give its warnings."""
+    """Refuse what an exported graph would silently lack, keep the export quiet, and yield its warnings."""
 
     known = torch.autograd.Function.__dict__["apply"]
 
@@ -96,7 +96,7 @@ class Reader(Reading):
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, ...]):
         super().__init__(model, [Node("input", [], tuple(shape), "")], {})
-        self.shared: set[fx.Node] = set()  # whose memory another value may see
+        self.shared: set[fx.Node] = set()  # nodes whose memory another value may share
         self._bind(exported)
         result = None
         for node in exported.graph.nodes:
@@ -154,7 +154,7 @@ class Reader(Reading):
             raise NotCaptured(f"{module_of(node)}: {target}")
         if target in _SAME or is_switched_off(node) or (target in _SAME_IF_ALIKE and self._alike(node)):
             self.values[node] = value(node.args[0])
-            if not is_switched_off(node) and not one_memory(node, node.args[0]):
+            if not is_switched_off(node) and not share_memory(node, node.args[0]):
                 self.shared |= {node, node.args[0]}  # a copy: a write to either would have to tell them apart
             return
         if is_aten(target) and target._schema.name.partition("::")[2] in _ABOUT_MEMORY:
@@ -168,7 +168,7 @@ class Reader(Reading):
         self.values[node] = self._planned(node, match) if match else self._generic(node)
 
     def _functional(self, node: fx.Node) -> fx.Node | None:
-        """An operation that writes to its first operand as one that does not; later readers get the result."""
+        """An operation that does not write; one in place is replaced, and later readers get its result."""
         schema = node.target._schema
         written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         if not written:
@@ -214,7 +214,7 @@ class Reader(Reading):
         return Ref(len(self.nodes) - 1)
 
     def _generic(self, node: fx.Node) -> Ref:
-        """Any operation, with its arguments as they are."""
+        """An operation that is not planned, with its arguments unchanged."""
         operands = [self.value(n) for n in node.all_input_nodes]
         refs = [v.index for v in operands if isinstance(v, Ref)]
         name = node.target._schema.name.partition("::")[2] if is_aten(node.target) else ""

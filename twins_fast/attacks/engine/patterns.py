@@ -79,7 +79,7 @@ def batch_norm(reading: Reading, node: fx.Node) -> Match | None:
 
 
 def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
-    """All rows on one wing, with residual sum and ReLU (ops.py)."""
+    """Two-wing batch norm with all rows on one wing, then residual sum and ReLU: a node for each."""
     x, residual, split, mean, var, weight, bias, *_, eps, relu, _, _ = arguments(node, reading.value)
     rows = isinstance(split, Ref) and reading.nodes[split.index].op == "rows"
     vectors = (mean, var, weight, bias)
@@ -88,15 +88,15 @@ def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
     options = {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
     shape, where = reading.nodes[x.index].shape, module_of(node)
 
-    def add(op: str, inputs: list[int], options: dict) -> Ref:
-        reading.nodes.append(Node(op, inputs, shape, where, True, options))
+    def append(op: str, inputs: list[Ref], options: dict, call: Call | None) -> Ref:
+        reading.nodes.append(Node(op, [ref.index for ref in inputs], shape, where, True, options, call))
         return Ref(len(reading.nodes) - 1)
 
-    result = add("batch_norm", [x.index], options)
+    result = append("batch_norm", [x], options, None)
     if residual is not None:
-        result = add("add", [result.index, residual.index], {})
+        result = append("add", [result, residual], {}, (aten.add.Tensor, (result, residual), {}))
     if relu:
-        result = add("relu", [result.index], {})
+        result = append("relu", [result], {}, (aten.relu.default, (result,), {}))
     return result, None, None
 
 

@@ -25,9 +25,8 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
         return True
     program.verified.add(count)
     device = program.executor.device
-    executor = TorchExecutor(torch.float32, device)
-    # One image at a time: they must not see each other.
-    probe = Program(program.plan, program.nodes, model, program.shape, executor, largest_chunk=1)
+    probe = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
+    probe.largest_chunk = 1  # images must not see each other
     x = images[:count].detach().contiguous()
     direction = torch.randn(count, program.classes, generator=torch.Generator().manual_seed(0)).to(device)
     planned_logits: list[Tensor] = []

@@ -34,10 +34,10 @@ from twins_fast.train.recipes import get_recipe
 SCALING, PRECISION, LAYERS = "attack_scaling", "attack_precision", "attack_layers"
 ROUNDS, STEPS = 2, 10
 ROUNDING = 1e-6  # of a pixel at the edge of the ball
-CHAOS = 3  # times what roundoff alone changes in the loss is allowed, up to MOST_CHAOS
+ROUNDOFF_MULTIPLE = 3  # allowed change of the loss, as a multiple of what roundoff alone changes, up to MOST_ROUNDOFF
 ROUNDOFF = 1e-7  # of a pixel
-MOVED, MOVED_TRAINING = 6, 2  # times that the start is moved by it
-MOST_CHAOS, MOST_CHAOS_TRAINING = 1e-3, 1e-2
+MOVED, MOVED_TRAINING = 6, 2  # starts moved by it that are tried
+MOST_ROUNDOFF, MOST_ROUNDOFF_TRAINING = 1e-3, 1e-2
 COPIED = 1 << 24  # float32 values of the copy that shows the bandwidth
 MEMORY_STEPS = 2  # an attack's memory does not grow after its second step
 
@@ -52,25 +52,26 @@ AXES = {  # what is varied -> the rest, and its values
 }
 
 
-def _loss(given: Inputs, x: Tensor, rows: Tensor) -> float:
+def _loss(problem: Inputs, x: Tensor, rows: Tensor) -> float:
     with torch.no_grad():
-        return F.cross_entropy(given.model(x.contiguous()), given.labels[rows]).item()
+        return F.cross_entropy(problem.model(x.contiguous()), problem.labels[rows]).item()
 
 
-def _reference(attack: Attack, given: Inputs, start: Tensor) -> tuple[float, float]:
-    """The loss that the published loop reaches from ``start``, and what roundoff changes in it.
+def _reference(attack: Attack, problem: Inputs, start: Tensor) -> tuple[float, float]:
+    """The loss that the published loop reaches from ``start``, and its largest relative change by roundoff.
 
-    Roundoff of another memory layout, and of the start.
+    Roundoff comes from another memory layout, and from the start moved by :data:`ROUNDOFF`.
     """
-    kept = given.references.get(id(start))
-    if kept is None:
-        rows, losses = given.rows(), []
-        last = own_copy(given.model, torch.channels_last)
-        for model, first in ((given.model, start), (last, start), *((given.model, s) for s in _moved(start, MOVED))):
-            x = published_attack(model, given.images[rows], given.labels[rows], first[rows], attack.steps)
-            losses.append(_loss(given, x, rows))
-        kept = given.references[id(start)] = losses[0], max(abs(loss / losses[0] - 1) for loss in losses[1:])
-    return kept
+    reference = problem.references.get(id(start))
+    if reference is None:
+        rows, losses = problem.rows(), []
+        runs = [(problem.model, first) for first in (start, *_moved(start, MOVED))]
+        runs.append((own_copy(problem.model, torch.channels_last), start))
+        for model, first in runs:
+            x = published_attack(model, problem.images[rows], problem.labels[rows], first[rows], attack.steps)
+            losses.append(_loss(problem, x, rows))
+        reference = problem.references[id(start)] = losses[0], max(abs(loss / losses[0] - 1) for loss in losses[1:])
+    return reference
 
 
 def _moved(start: Tensor, times: int) -> list[Tensor]:
@@ -80,27 +81,28 @@ def _moved(start: Tensor, times: int) -> list[Tensor]:
     return [(start + ROUNDOFF * n).clamp(0, 1) for n in noise]
 
 
-def check(attack: Attack, given: Inputs, results: dict[str, Tensor]) -> dict[str, float]:
-    """How far outside the budget, and how far from the published loop's loss."""
-    x, rows = results["x"].float(), given.rows()
-    outside = ((x - given.images).abs() - EPS).amax().clamp_min(0) + (x - x.clamp(0, 1)).abs().amax()
-    truth, chaos = _reference(attack, given, results["start"])
-    allowed = max(results["allowed"].item(), min(CHAOS * chaos, MOST_CHAOS))
-    errors = {"budget": outside.item() / ROUNDING, "loss": abs(_loss(given, x[rows], rows) / truth - 1) / allowed}
+def check(attack: Attack, problem: Inputs, results: dict[str, Tensor]) -> dict[str, float]:
+    """Errors relative to what is allowed: distance outside the budget, and from the published loop's loss."""
+    x, rows = results["x"].float(), problem.rows()
+    outside = ((x - problem.images).abs() - EPS).amax().clamp_min(0) + (x - x.clamp(0, 1)).abs().amax()
+    reference, roundoff = _reference(attack, problem, results["start"])
+    allowed = max(results["allowed"].item(), min(ROUNDOFF_MULTIPLE * roundoff, MOST_ROUNDOFF))
+    errors = {"budget": outside.item() / ROUNDING, "loss": abs(_loss(problem, x[rows], rows) / reference - 1) / allowed}
     return {name: error if error == error else float("inf") for name, error in errors.items()}
 
 
-def check_training(attack: Attack, given: Inputs, results: dict[str, Tensor]) -> dict[str, float]:
-    """How far the losses of the first two steps are from the published code's, which roundoff moves, too."""
-    if "training" not in given.references:
+def check_training(attack: Attack, problem: Inputs, results: dict[str, Tensor]) -> dict[str, float]:
+    """Error of the first two steps' losses against the published code's, relative to what is allowed."""
+    if "training" not in problem.references:
         losses = []
-        for start in (given.start, *_moved(given.start, MOVED_TRAINING)):
-            step = peers.published_training(attack, given)
-            losses.append(torch.stack([step((given.images, given.labels, start)) for _ in range(2)]))
-        given.references["training"] = losses[0], max((loss / losses[0] - 1).abs().max().item() for loss in losses[1:])
-    truth, chaos = given.references["training"]
-    errors = (results["loss"] / truth - 1).abs()
-    allowed = max(results["allowed"].item(), min(CHAOS * chaos, MOST_CHAOS_TRAINING))
+        for start in (problem.start, *_moved(problem.start, MOVED_TRAINING)):
+            step = peers.published_training(attack, problem)
+            losses.append(torch.stack([step((problem.images, problem.labels, start)) for _ in range(2)]))
+        changes = [(loss / losses[0] - 1).abs().max().item() for loss in losses[1:]]
+        problem.references["training"] = losses[0], max(changes)
+    reference, roundoff = problem.references["training"]
+    errors = (results["loss"] / reference - 1).abs()
+    allowed = max(results["allowed"].item(), min(ROUNDOFF_MULTIPLE * roundoff, MOST_ROUNDOFF_TRAINING))
     return {"loss": float("inf") if errors.isnan().any() else errors.max().item() / allowed}
 
 
@@ -117,8 +119,8 @@ def training_floor(attack: Attack, what: int = 1) -> dict[str, int]:
     return {"step": cost(attack)[what] + cost(replace(attack, steps=1))[what] * 3 // 2}
 
 
-def _yardstick(given: Inputs) -> Tensor:
-    return torch.zeros(COPIED, device=given.images.device)
+def _yardstick(problem: Inputs) -> Tensor:
+    return torch.zeros(COPIED, device=problem.images.device)
 
 
 def in_child(benchmark: str, attack: Attack, name: str, chain, operands, device: str) -> dict:
@@ -146,20 +148,20 @@ def own_memory(benchmark: str, name: str, attack: Attack, device: str) -> dict[s
 
     ``peak`` is that of a second call, with what the first one left behind; ``first`` that of the first call.
     """
-    given = inputs(attack, device)
-    runner = PEERS[benchmark][name].build(attack, given)
+    problem = inputs(attack, device)
+    runner = PEERS[benchmark][name].build(attack, problem)
     operands, (chain,) = runner.operands(), runner.chains
     (function,) = chain.values()
     if name.startswith("compile"):  # what the compiler itself loads is no part of the network's memory
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    found, before = {}, _memory(device, reset=True)
+    used, before = {}, _memory(device, reset=True)
     for call in ("first", "peak"):
         _memory(device, reset=True)
         with runner.around():
             function(operands)
         harness.synchronize(device)
-        found[call] = _memory(device, peak=True) - before
-    return found
+        used[call] = _memory(device, peak=True) - before
+    return used
 
 
 def _memory(device: str, peak: bool = False, reset: bool = False) -> int:
@@ -205,8 +207,8 @@ def scaling(axes: dict, names: list[str], rounds: int, record: Record) -> list[s
         for value in values
     ]
     attacks = [attack for _, _, attack in points]
-    kept = {name: dict(zip(attacks, child_memory(ATTACK, name, attacks, record.device), strict=True)) for name in names}
-    benchmark = replace(BENCHMARK, memory=lambda attack, name, *measured: kept[name][attack])
+    used = {name: dict(zip(attacks, child_memory(ATTACK, name, attacks, record.device), strict=True)) for name in names}
+    benchmark = replace(BENCHMARK, memory=lambda attack, name, *measured: used[name][attack])
     for axis, value, attack in points:
         record.add(measure(benchmark, attack, record.device, names, rounds) | {"axis": axis, "value": value})
         print(f"{axis} {value}\n{table(record.rows[-1])}", flush=True)
@@ -241,7 +243,7 @@ def embedded(device: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def precision(names: list[str], steps: int, images: int, record: Record) -> list[str]:
-    """What each engine and type reaches on real images, judged by the float32 model."""
+    """Robust accuracy and loss that each engine and dtype reaches on real images, judged by the float32 model."""
     model, x, labels = embedded(record.device)
     x, labels = x[:images], labels[:images]
     noise = torch.empty(x.shape).uniform_(-EPS, EPS, generator=torch.Generator().manual_seed(0))
@@ -249,33 +251,34 @@ def precision(names: list[str], steps: int, images: int, record: Record) -> list
     once = [published_attack(model, *batch, 1) for batch in batches]
     for name in names:
         correct, loss, same, seconds = 0, 0.0, 0.0, 0.0
-        for (clean, truth, start), first in zip(batches, once, strict=True):
+        for (clean, batch_labels, start), first in zip(batches, once, strict=True):
             started = time.perf_counter()
-            adversarial = engine_attack(model, name, steps)(clean, truth, x_init=start)
+            adversarial = engine_attack(model, name, steps)(clean, batch_labels, x_init=start)
             seconds += time.perf_counter() - started
             with torch.no_grad():
                 logits = model(adversarial)
-            correct += (logits.argmax(1) == truth).sum().item()
-            loss += F.cross_entropy(logits, truth, reduction="sum").item()
-            same += (engine_attack(model, name, 1)(clean, truth, x_init=start) == first).float().mean().item()
-        found = {"name": name, "images": len(x), "robust": correct / len(x), "loss": loss / len(x)}
-        record.add(found | {"agreement": same / len(batches), "seconds": seconds})
-        print(f"{name:14} robust {found['robust']:.1%}, loss {found['loss']:.4f}, one step {same / len(batches):.3%}")
+            correct += (logits.argmax(1) == batch_labels).sum().item()
+            loss += F.cross_entropy(logits, batch_labels, reduction="sum").item()
+            same += (engine_attack(model, name, 1)(clean, batch_labels, x_init=start) == first).float().mean().item()
+        result = {"name": name, "images": len(x), "robust": correct / len(x), "loss": loss / len(x)}
+        record.add(result | {"agreement": same / len(batches), "seconds": seconds})
+        print(f"{name:14} robust {result['robust']:.1%}, loss {result['loss']:.4f}, one step {same / len(batches):.3%}")
     return []
 
 
 def layers(attacks: list[Attack], names: list[str], record: Record) -> list[str]:
     """Each layer of a plan beside its floor: its bytes at the speed of a copy or its operations at the peak."""
-    found = limits(torch.zeros(COPIED, device=record.device), record.device)
+    best = limits(torch.zeros(COPIED, device=record.device), record.device)
     for attack in attacks:
-        given = inputs(attack, record.device)
+        problem = inputs(attack, record.device)
         for name in names:
-            report = engine_attack(given.model, name, attack.steps).explain(given.images, given.labels, timed=True)
+            explain = engine_attack(problem.model, name, attack.steps).explain
+            report = explain(problem.images, problem.labels, timed=True)
             rows = [dict(layer) for layer in report.layers]
             for row in rows:
-                least = max(row["bytes"] / found["bandwidth"], row["operations"] / found["peak"]["operations"])
+                least = max(row["bytes"] / best["bandwidth"], row["operations"] / best["peak"]["operations"])
                 row["floor_ms"] = 1e3 * report.images * least
-            record.add({**asdict(attack), "engine": name, "limits": found, "layers": rows})
+            record.add({**asdict(attack), "engine": name, "limits": best, "layers": rows})
             print(f"{attack.name}, {name}\n{layer_table(rows)}", flush=True)
     return []
 
@@ -299,7 +302,7 @@ def _layer_line(words, times) -> str:
 
 @contextmanager
 def fresh_caches() -> Iterator[None]:
-    """Let nothing that an earlier run compiled or tuned make a first call cheap."""
+    """Hide what an earlier run compiled or tuned, so that first calls cost what they cost a new user."""
     with tempfile.TemporaryDirectory() as folder:
         names = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TWINS_FAST_CACHE")}
         before = {name: os.environ.get(name) for name in names}

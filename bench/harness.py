@@ -1,4 +1,4 @@
-"""Benchmarks and their peers: nothing is timed before its results are right, and peers take turns.
+"""Benchmarks and their peers: a peer is timed only if its results are right, and peers take turns.
 
 A benchmark registers its peers with ``@peer(benchmark, name)``. A peer is built once per workload and gives a
 :class:`Runner`. Each stage runs over all copies of the operands before the next stage starts, so that operands come
@@ -210,7 +210,7 @@ def yardsticks_of(like: torch.Tensor, device: str, products: bool) -> tuple[dict
 
 
 def limits_of(like: torch.Tensor, samples: dict[str, list[float]]) -> dict:
-    """What the yardsticks say: bytes per second, and operations per second of the best matrix product."""
+    """Limits of the device by the yardsticks: bytes per second, and operations per second of the best product."""
     copy = spread(samples["copy"])
     bandwidth = 2 * like.nbytes / copy["median"]
     rates = {name: 2 * int(name.split()[1]) ** 3 / min(seconds) for name, seconds in samples.items() if name != "copy"}
@@ -373,7 +373,7 @@ def memory(chain: dict[str, Callable], operands: Any, device: str) -> dict[str, 
     On CUDA as PyTorch's allocator counts them. On a CPU from the allocations in the profiler's trace, which leaves
     out what a kernel takes from the system itself.
     """
-    state, held, peak, kept = operands, 0, 0, None
+    state, held, peak, after_first = operands, 0, 0, None
     for function in chain.values():
         trace: list[int] = []
         if device == "cuda":
@@ -393,9 +393,9 @@ def memory(chain: dict[str, Callable], operands: Any, device: str) -> dict[str, 
                 trace.append(total)
         peak = max([peak, *(held + change for change in trace)])
         held += trace[-1] if trace else 0
-        kept = held if kept is None else kept
+        after_first = held if after_first is None else after_first
         state = after
-    return {"peak": peak, "kept": kept}
+    return {"peak": peak, "kept": after_first}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -410,7 +410,7 @@ def one_line(error: Exception) -> str:
 
 
 def fails(rows: list[dict]) -> list[str]:
-    """What was wrong or raised, one line each."""
+    """The peers whose results were wrong or that raised, one line each."""
     return [
         f"{row['name']}: {name} {outcome['status']}: {outcome['reason']}"
         for row in rows

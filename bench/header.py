@@ -15,7 +15,7 @@ import torch
 import twins_fast
 
 ROOT = Path(__file__).parent.parent
-UNKNOWN_CACHE = 32 << 20  # bytes assumed where the system tells nothing
+UNKNOWN_CACHE = 32 << 20  # bytes, assumed if the system does not tell
 
 
 def header() -> dict:
@@ -60,7 +60,7 @@ def device_kind(device: str) -> str:
 
 
 def _commit() -> str:
-    """Marked where anything but results differs from it."""
+    """The current commit, marked ``-dirty`` if files other than results differ from it."""
     changed = _first_line("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return (_first_line("git", "describe", "--always") or "unknown") + ("-dirty" if changed else "")
 

@@ -1,4 +1,4 @@
-"""What the compilers make of the GPU kernels, without a GPU: ``python -m bench.kernels``.
+"""Resources of the compiled GPU kernels, measured without a GPU: ``python -m bench.kernels``.
 
 Every CUDA and Triton kernel is compiled ahead of time for each architecture. A row says how many registers a thread
 uses, how many bytes of them spill to memory, the shared memory of a block, and the widest access to global memory.

@@ -1,4 +1,4 @@
-"""Runs the mini recipe and keeps its result: ``python -m bench.mini``."""
+"""Runs the mini recipe and writes its result to ``bench/results``: ``python -m bench.mini``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attack as others do it and as this package does it, and the training steps around it."""
+"""Peers of the attack benchmark, this package's engines among them, and of the training step around the attack."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def published_attack(model, images, labels, start, steps, context=nullcontext) -
     return x
 
 
-def runner(attack: Attack, given: Inputs, function, dtype=None, layout=torch.contiguous_format, start=None) -> Runner:
-    """The one stage of ``function(images, labels, start, steps) -> adversarial images``."""
-    start = given.start if start is None else start
+def runner(attack: Attack, problem: Inputs, function, dtype=None, layout=torch.contiguous_format, start=None) -> Runner:
+    """A runner whose one stage is ``function(images, labels, start, steps) -> adversarial images``."""
+    start = problem.start if start is None else start
 
     def operands():
-        images, first = (t.clone(memory_format=layout) for t in (given.images, start))
-        return images, given.labels.clone(), first
+        images, first = (t.clone(memory_format=layout) for t in (problem.images, start))
+        return images, problem.labels.clone(), first
 
     def run(operands, steps=attack.steps):
         return function(*operands, steps)
@@ -56,59 +56,59 @@ def runner(attack: Attack, given: Inputs, function, dtype=None, layout=torch.con
         return {"x": run(operands), "start": start, "allowed": torch.tensor(TOLERANCE[dtype])}
 
     def more(operands):
-        rows = given.rows()
-        once = published_attack(given.model, given.images[rows], given.labels[rows], start[rows], 1)
+        rows = problem.rows()
+        once = published_attack(problem.model, problem.images[rows], problem.labels[rows], start[rows], 1)
         return {"agreement": (run(operands, 1)[rows] == once).float().mean().item()}
 
-    return Runner(operands, [{"attack": run}], results, (layout, start is given.start), more=more)
+    return Runner(operands, [{"attack": run}], results, (layout, start is problem.start), more=more)
 
 
 @peer(ATTACK, "published")
-def published(attack, given):
-    return runner(attack, given, partial(published_attack, given.model))
+def published(attack, problem):
+    return runner(attack, problem, partial(published_attack, problem.model))
 
 
 @peer(ATTACK, "torchattacks")
-def with_torchattacks(attack, given):
+def with_torchattacks(attack, problem):
     try:
         import torchattacks
     except ImportError as error:
         raise Unavailable(f"torchattacks cannot be imported: {error}") from error
 
     def function(images, labels, start, steps):
-        return torchattacks.PGD(given.model, EPS, ALPHA, steps, random_start=False)(images, labels)
+        return torchattacks.PGD(problem.model, EPS, ALPHA, steps, random_start=False)(images, labels)
 
     # Its ball is around the image that it starts from, so it cannot take our start: it starts from the image itself,
     # and so does the loop that it is compared with.
-    return runner(attack, given, function, start=given.images)
+    return runner(attack, problem, function, start=problem.images)
 
 
-def _bf16(given: Inputs):
-    return partial(torch.autocast, given.images.device.type, torch.bfloat16)
+def _bf16(problem: Inputs):
+    return partial(torch.autocast, problem.images.device.type, torch.bfloat16)
 
 
-def _autocast(attack: Attack, given: Inputs, model: nn.Module) -> Runner:
-    function = partial(published_attack, model, context=_bf16(given))
-    return runner(attack, given, function, torch.bfloat16, torch.channels_last)
+def _autocast(attack: Attack, problem: Inputs, model: nn.Module) -> Runner:
+    function = partial(published_attack, model, context=_bf16(problem))
+    return runner(attack, problem, function, torch.bfloat16, torch.channels_last)
 
 
 @peer(ATTACK, "autocast")
-def autocast(attack, given):
-    return _autocast(attack, given, own_copy(given.model, torch.channels_last))
+def autocast(attack, problem):
+    return _autocast(attack, problem, own_copy(problem.model, torch.channels_last))
 
 
 COMPILED = ("resnet50-224", "resnet18-32")
 
 
 @peer(ATTACK, "compile")
-def compiled(attack, given, mode=None, folded=False):
-    if given.images.device.type == "cpu" and attack.network not in COMPILED:
+def compiled(attack, problem, mode=None, folded=False):
+    if problem.images.device.type == "cpu" and attack.network not in COMPILED:
         raise Unavailable(f"on a CPU compiled for {' and '.join(COMPILED)} alone, which takes minutes each")
-    model = own_copy(given.model, torch.channels_last)
+    model = own_copy(problem.model, torch.channels_last)
     if folded:
         model = own_copy(fuse(model), torch.channels_last)
     # torch._inductor.config.freezing would do nothing: it holds only where no gradients are computed.
-    return _autocast(attack, given, torch.compile(model, dynamic=False, mode=mode))
+    return _autocast(attack, problem, torch.compile(model, dynamic=False, mode=mode))
 
 
 peer(ATTACK, "compile-max")(partial(compiled, mode="max-autotune"))
@@ -121,13 +121,13 @@ def engine_attack(model: nn.Module, name: str, steps: int) -> PGD:
     return PGD(model, EPS, ALPHA, steps, engine=engine, amp_dtype=dtype)
 
 
-def _engine(attack, given, name):
-    attacks = {steps: engine_attack(given.model, name, steps) for steps in {attack.steps, 1}}
+def _engine(attack, problem, name):
+    attacks = {steps: engine_attack(problem.model, name, steps) for steps in {attack.steps, 1}}
 
     def function(images, labels, start, steps):
         return attacks[steps](images, labels, x_init=start)
 
-    return runner(attack, given, function, ENGINES[name][1])
+    return runner(attack, problem, function, ENGINES[name][1])
 
 
 for _name in ENGINES:
@@ -181,8 +181,8 @@ class Training:
         return loss.detach()
 
 
-def published_training(attack: Attack, given: Inputs) -> Training:
-    model = published_twin(own_copy(given.model, train=True))
+def published_training(attack: Attack, problem: Inputs) -> Training:
+    model = published_twin(own_copy(problem.model, train=True))
 
     def loss(images, labels, start):
         model.eval()
@@ -193,10 +193,10 @@ def published_training(attack: Attack, given: Inputs) -> Training:
     return Training(model, loss)
 
 
-def our_training(attack: Attack, given: Inputs, dtype: torch.dtype | None) -> Training:
-    model = fuse_twin_bn(convert_twin_bn(own_copy(given.model, torch.channels_last, train=True))).train()
+def our_training(attack: Attack, problem: Inputs, dtype: torch.dtype | None) -> Training:
+    model = fuse_twin_bn(convert_twin_bn(own_copy(problem.model, torch.channels_last, train=True))).train()
     attacker = PGD(model, EPS, ALPHA, attack.steps, engine="auto", amp_dtype=dtype)
-    context = nullcontext if dtype is None else _bf16(given)
+    context = nullcontext if dtype is None else _bf16(problem)
 
     def loss(images, labels, start):
         with context():
@@ -205,12 +205,12 @@ def our_training(attack: Attack, given: Inputs, dtype: torch.dtype | None) -> Tr
     return Training(model, loss)
 
 
-def _training_runner(attack, given, make, layout, dtype=None) -> Runner:
-    """``make(attack, given)`` gives the step; ``dtype`` says how near its loss has to be."""
-    step = make(attack, given)
+def _training_runner(attack, problem, make, layout, dtype=None) -> Runner:
+    """``make(attack, problem)`` gives the step; ``dtype`` sets the tolerance of its loss."""
+    step = make(attack, problem)
 
     def operands():
-        return given.images.clone(memory_format=layout), given.labels, given.start.clone(memory_format=layout)
+        return problem.images.clone(memory_format=layout), problem.labels, problem.start.clone(memory_format=layout)
 
     def results(operands):  # of a second step: it depends on the gradients of the first
         return {"loss": torch.stack([step(operands), step(operands)]), "allowed": torch.tensor(10 * TOLERANCE[dtype])}

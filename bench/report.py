@@ -19,17 +19,17 @@ from twins_fast.train.tables import result_table
 README = ROOT / "README.md"
 DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "attack.md")
 SCALING_PLOT = ROOT / "docs" / "attack-scaling.png"
-VERSIONS = RESULTS / "cpu_versions.json"  # kept from trees that are no more
+VERSIONS = RESULTS / "cpu_versions.json"  # measured with earlier versions of the kernel
 
 
 def mini() -> str:
     """What ``make train`` reaches."""
-    kept = json.loads(MINI.read_text())
-    where = kept["header"]
+    record = json.loads(MINI.read_text())
+    where = record["header"]
     return (
-        f"{result_table(kept['results'])}\n\n"
-        f"`{kept['command']}`, seed {kept['results'][0]['seed']}: {kept['seconds']:.0f} s in all on {where['machine']} "
-        f"({where['threads']} threads, {where['instructions']}), torch {where['torch']}."
+        f"{result_table(record['results'])}\n\n"
+        f"`{record['command']}`, seed {record['results'][0]['seed']}: {record['seconds']:.0f} s in all "
+        f"on {where['machine']} ({where['threads']} threads, {where['instructions']}), torch {where['torch']}."
     )
 
 
@@ -58,48 +58,49 @@ def twin_bn() -> str:
     """Two-wing batch norm against its peers, over a whole ResNet-50: one part per device."""
     return parts(
         bench_twin_bn.NAME,
-        lambda kept: f"{bench_twin_bn.summary_table(kept['workloads'], kept['options'])}\n\n{source(kept)}",
+        lambda record: f"{bench_twin_bn.summary_table(record['workloads'], record['options'])}\n\n{source(record)}",
     )
 
 
 def twin_bn_layers() -> str:
     """The same layer by layer, forward and backward: one table per device."""
-    return parts(bench_twin_bn.NAME, lambda kept: bench_twin_bn.layer_table(kept["workloads"]))
+    return parts(bench_twin_bn.NAME, lambda record: bench_twin_bn.layer_table(record["workloads"]))
 
 
 def cpu_versions() -> str:
-    """The C++ kernel and what was tried on the way."""
-    kept = json.loads(VERSIONS.read_text())
-    where, versions = kept["header"], kept["versions"]
+    """The C++ kernel and earlier versions of it."""
+    record = json.loads(VERSIONS.read_text())
+    where, versions = record["header"], record["versions"]
     columns = [name for name in versions[0] if name != "version"]
     lines = [
         "| " + " | ".join(["version", *columns]) + " |",
         "|---|" + "---|" * len(columns),
         *(f"| {row['version']} | " + " | ".join(f"{row[name]:.1f} ms" for name in columns) + " |" for row in versions),
     ]
-    return "\n".join([*lines, "", f"{kept['what']}; {where['machine']}, torch {where['torch']}."])
+    return "\n".join([*lines, "", f"{record['what']}; {where['machine']}, torch {where['torch']}."])
 
 
 def kernels() -> str:
-    """What the compilers make of the GPU kernels."""
-    kept = json.loads(bench_kernels.RESULT.read_text())
-    where = kept["header"]
-    return f"{bench_kernels.table(kept['kernels'])}\n\nnvcc {kept['nvcc']}, Triton {where['triton']}."
+    """Resources of the compiled GPU kernels."""
+    record = json.loads(bench_kernels.RESULT.read_text())
+    where = record["header"]
+    return f"{bench_kernels.table(record['kernels'])}\n\nnvcc {record['nvcc']}, Triton {where['triton']}."
 
 
 def attack() -> str:
     """One attack step of each peer, and how much faster than the published code it is."""
-    return parts(bench_attack.ATTACK, lambda kept: f"{_against_first(kept, 'ms per step')}\n\n{source(kept)}")
+    return parts(bench_attack.ATTACK, lambda record: f"{_against_first(record, 'ms per step')}\n\n{source(record)}")
 
 
 def attack_training() -> str:
     """The whole training step."""
-    return parts(bench_attack.TRAINING, lambda kept: f"{_against_first(kept, 'TWINS-AT step, ms')}\n\n{source(kept)}")
+    title = "TWINS-AT step, ms"
+    return parts(bench_attack.TRAINING, lambda record: f"{_against_first(record, title)}\n\n{source(record)}")
 
 
-def _against_first(kept: dict, title: str) -> str:
+def _against_first(record: dict, title: str) -> str:
     """Milliseconds of each peer, and in brackets how much faster than the first one; a column per workload."""
-    rows = kept["workloads"]
+    rows = record["workloads"]
     lines = [[title, *(f"{row['name']}, batch {row['batch']}" for row in rows)]]
     for name in rows[0]["peers"]:
         lines.append([name])
@@ -112,43 +113,43 @@ def _against_first(kept: dict, title: str) -> str:
 
 def _milliseconds(row: dict, name: str) -> float | None:
     """Median of one attack step, or of the whole training step; None for a peer that was not timed."""
-    for stage, found in row["peers"][name].get("times", {}).items():
-        return 1e3 * found["median"] / (row["steps"] if stage == "attack" else 1)
+    for stage, timing in row["peers"][name].get("times", {}).items():
+        return 1e3 * timing["median"] / (row["steps"] if stage == "attack" else 1)
     return None
 
 
 def attack_details() -> str:
     """Each workload's peers beside the floor, with what they cost besides time."""
-    return parts(bench_attack.ATTACK, lambda kept: "\n\n".join(map(_details, kept["workloads"])))
+    return parts(bench_attack.ATTACK, lambda record: "\n\n".join(map(_details, record["workloads"])))
 
 
 def _details(row: dict) -> str:
     title = f"{row['name']}, batch {row['batch']} ({row['peak']['operations'] / 1e9:.0f} GFLOP/s at most)"
     lines = [[title, "step", "times the floor", "GFLOP/s", "memory", "first call", "pixels after one step"]]
-    for name, found in row["peers"].items():
-        if "times" not in found:
-            lines.append([name, f"{found['status']}: {found['reason']}", "", "", "", "", ""])
+    for name, peer in row["peers"].items():
+        if "times" not in peer:
+            lines.append([name, f"{peer['status']}: {peer['reason']}", "", "", "", "", ""])
             continue
-        timed = found["times"]["attack"]
-        more = max(0.0, found["first_seconds"] - timed["median"])
+        timed = peer["times"]["attack"]
+        more = max(0.0, peer["first_seconds"] - timed["median"])
         cells = [f"{_milliseconds(row, name):.1f} ms", f"{timed['times_floor']:.1f}"]
-        peak = found["memory"]["peak"]
+        peak = peer["memory"]["peak"]
         cells += [f"{timed['operations'] / 1e9:.0f}", "not measured" if peak is None else f"{peak / 1e6:.0f} MB"]
         cells += [f"{more:.1f} s more"]
-        lines.append([name, *cells, f"{100 * found['agreement']:.2f} % as published"])
+        lines.append([name, *cells, f"{100 * peer['agreement']:.2f} % as published"])
     return markdown(lines)
 
 
 def attack_precision() -> str:
     """What half precision costs the attack."""
 
-    def table(kept: dict) -> str:
-        rows = kept["workloads"]
+    def table(record: dict) -> str:
+        rows = record["workloads"]
         lines = [[f"{rows[0]['images']} real images", "robust accuracy", "loss", "pixels after one step as published"]]
         for row in rows:
             lines.append([row["name"], f"{100 * row['robust']:.1f} %", f"{row['loss']:.4f}"])
             lines[-1].append(f"{100 * row['agreement']:.2f} %")
-        return f"{markdown(lines)}\n\n{source(kept)}"
+        return f"{markdown(lines)}\n\n{source(record)}"
 
     return parts(bench_attack.PRECISION, table)
 
@@ -156,12 +157,12 @@ def attack_precision() -> str:
 def attack_layers() -> str:
     """The plan, layer by layer."""
 
-    def tables(kept: dict) -> str:
-        found = [
+    def tables(record: dict) -> str:
+        layers = [
             f"{row['name']}, batch {row['batch']}, {row['engine']}:\n\n{bench_attack.layer_table(row['layers'])}"
-            for row in kept["workloads"]
+            for row in record["workloads"]
         ]
-        return "\n\n".join([*found, source(kept)])
+        return "\n\n".join([*layers, source(record)])
 
     return parts(bench_attack.LAYERS, tables)
 
@@ -169,17 +170,17 @@ def attack_layers() -> str:
 def attack_scaling() -> str:
     """One step against the size of the problem, in numbers."""
 
-    def table(kept: dict) -> str:
-        names = list(kept["workloads"][0]["peers"])
+    def table(record: dict) -> str:
+        names = list(record["workloads"][0]["peers"])
         lines = [["", *(f"{name}, {what}" for name in names for what in ("step", "memory"))]]
-        for row in kept["workloads"]:
+        for row in record["workloads"]:
             lines.append([f"{row['axis']} {row['value']}"])
             for name in names:
-                own, found = _milliseconds(row, name), row["peers"][name]
+                own, peer = _milliseconds(row, name), row["peers"][name]
                 lines[-1] += (
-                    [f"{own:.1f} ms", f"{found['memory']['peak'] / 1e6:.0f} MB"] if own else [found["status"]] * 2
+                    [f"{own:.1f} ms", f"{peer['memory']['peak'] / 1e6:.0f} MB"] if own else [peer["status"]] * 2
                 )
-        return f"{markdown(lines)}\n\n{source(kept)}"
+        return f"{markdown(lines)}\n\n{source(record)}"
 
     return parts(bench_attack.SCALING, table)
 
@@ -192,18 +193,19 @@ def draw_scaling(target: Path = SCALING_PLOT) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, 4, figsize=(14, 5.6), sharex="col", layout="constrained")
-    for kept in map(_read, measurements(bench_attack.SCALING)):
-        axes = list(dict.fromkeys(row["axis"] for row in kept["workloads"]))
+    for record in map(_read, measurements(bench_attack.SCALING)):
+        axes = list(dict.fromkeys(row["axis"] for row in record["workloads"]))
         for axis, column in zip(axes, panels.T, strict=True):
-            rows = [row for row in kept["workloads"] if row["axis"] == axis]
+            rows = [row for row in record["workloads"] if row["axis"] == axis]
             for name in rows[0]["peers"]:
                 timed = [row for row in rows if "times" in row["peers"][name]]
-                found = (
+                curves = (
                     [_milliseconds(row, name) for row in timed],
                     [max(row["peers"][name]["memory"]["peak"], 1) / 1e6 for row in timed],
                 )
-                for panel, values in zip(column, found, strict=True):
-                    panel.loglog([row["value"] for row in timed], values, marker="o", label=f"{name}, {kept['device']}")
+                label = f"{name}, {record['device']}"
+                for panel, values in zip(column, curves, strict=True):
+                    panel.loglog([row["value"] for row in timed], values, marker="o", label=label)
             values = [row["value"] for row in rows]
             for panel in column:
                 panel.set_xticks(values, map(str, values))
@@ -232,13 +234,13 @@ def parts(benchmark: str, table: Callable[[dict], str]) -> str:
     return "\n\n".join(table(_read(path)) for path in measurements(benchmark)) or "Not measured yet."
 
 
-def source(kept: dict) -> str:
+def source(record: dict) -> str:
     """What was run, where and with what."""
-    where = kept["header"]
+    where = record["header"]
     machine = f"{where['machine']} ({where['threads']} threads, {where['instructions']})"
-    if kept["device"] != "cpu":
+    if record["device"] != "cpu":
         machine = f"{where['gpus'][0]} (driver {where['driver']}, CUDA {where['cuda']})"
-    return f"`{kept['command']}` on {machine}, torch {where['torch']}, commit {where['commit']}."
+    return f"`{record['command']}` on {machine}, torch {where['torch']}, commit {where['commit']}."
 
 
 def _read(path: Path) -> dict:
@@ -257,10 +259,10 @@ TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers,
 
 
 def filled(text: str) -> str:
-    """``text`` with the part between each ``<!-- table NAME -->`` and ``<!-- end -->`` made anew."""
+    """``text`` with the part between each ``<!-- table NAME -->`` and ``<!-- end -->`` written anew."""
     return re.sub(
         r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )

@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, resnet50
 from bench.harness import Workload
 from bench.networks import PreactBlock, cifar_resnet18, preact_resnet18, wide_resnet, with_normalisation
 from twins_fast.models import build_model
+from twins_fast.nn.guards import random_numbers_restored
 
 CLASSES = 10
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -29,7 +30,7 @@ class Attack(Workload):
     batch: int
     side: int  # of the images that are attacked, in pixels
     steps: int
-    width: int | None = None  # of the network, where it can be chosen
+    width: int | None = None  # of the network; None: its own
 
     @property
     def network(self) -> str:
@@ -67,29 +68,36 @@ CUDA_BATCH = 128
 
 
 def workload(text: str, device: str = "cpu", **defaults) -> Attack:
-    """What ``text`` (see :class:`Attack`) means.
+    """The workload that ``text`` names, as in :class:`Attack`.
 
     Raises:
         ValueError: an unknown network or field.
     """
-    name, *given = text.split(":")
+    name, *settings = text.split(":")
     if name not in NETWORKS:
         raise ValueError(f"unknown workload {name!r}; choose from {', '.join(NETWORKS)}")
     network = NETWORKS[name]
     batch = CUDA_BATCH if device == "cuda" else network.batch
-    found = Attack(text, 1, batch, network.side, defaults.pop("steps", 10), **defaults)
+    attack = Attack(text, 1, batch, network.side, defaults.pop("steps", 10), **defaults)
     known = {field.name for field in fields(Attack)} - {"name", "count"}
-    for part in given:
+    for part in settings:
         key, _, value = part.partition("=")
         if key not in known or not value.isdigit():
             raise ValueError(f"{text!r}: {part!r} is not one of {', '.join(sorted(known))} with a number")
-        found = replace(found, **{key: int(value)})
-    return found
+        attack = replace(attack, **{key: int(value)})
+    return attack
 
 
 @dataclass
 class Inputs:
-    """``model`` is in eval mode; ``references`` keeps what results are compared with."""
+    """What an attack runs on.
+
+    Attributes:
+        model: in eval mode.
+        images, start: float32 [N, 3, side, side] in [0, 1]; the start lies in the ball around the images.
+        labels: int64 [N].
+        references: filled by the checks with what results are compared with.
+    """
 
     model: nn.Module
     images: Tensor
@@ -106,7 +114,7 @@ class Inputs:
 def inputs(attack: Attack, device: str, seed: int = 0) -> Inputs:
     """Smooth random images with the labels that the network gives them, and a start in the ball."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_restored():
         torch.manual_seed(seed)
         model = NETWORKS[attack.network].build(attack.width)
     settle(model, attack.side, generator)

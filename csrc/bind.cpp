@@ -51,7 +51,7 @@ PixelCall pixel_args(int64_t images, int64_t channels, int64_t height, int64_t w
                      int64_t out_width, Pointer row_start, Pointer column_start, const std::vector<int>& codes,
                      Pointer values, const std::string& dtype, Pointer x, Pointer gradient, Pointer clean, Pointer nan,
                      Pointer result, Pointer out, double alpha, double eps) {
-  if (codes.size() > kMostPixelSteps) throw py::value_error("at most 8 steps");
+  if (codes.size() > kMostPixelSteps) throw py::value_error("at most " + std::to_string(kMostPixelSteps) + " steps");
   PixelProgram program{channels, height, width, out_height, out_width, as<int32_t>(row_start),
                        as<int32_t>(column_start), static_cast<int>(codes.size()), {}};
   for (size_t i = 0; i < codes.size(); ++i) {
@@ -130,11 +130,10 @@ auto bound(Args (*pack)(Packed...), Result (*launch)(const Args&, Extra...)) {
   };
 }
 
-Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer gate,
-                         Pointer scale, Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y,
-                         Pointer bits) {
-  return {pixels,           channels,        dtype_of(dtype),   as<void>(x), as<uint8_t>(gate), as<float>(scale),
-          as<float>(shift), as<void>(other), as<uint8_t>(mask), relu,        as<void>(y),       as<uint8_t>(bits)};
+Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer scale,
+                         Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
+  return {pixels,           channels,        dtype_of(dtype),   as<void>(x), as<float>(scale),
+          as<float>(shift), as<void>(other), as<uint8_t>(mask), relu,        as<void>(y),      as<uint8_t>(bits)};
 }
 
 PoolForward pool_forward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
@@ -155,94 +154,32 @@ PoolBackward pool_backward_args(int64_t images, int64_t channels, int64_t height
           dtype_of(dtype), max, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
 }
 
-// Owns what a PixelProgram points to.
-class InputProgram {
- public:
-  using Table = std::vector<int32_t>;
+using PyStep = std::tuple<std::string, std::vector<float>, int>;  // kind, values, derivative of a clamp at its bounds
 
-  InputProgram(const std::vector<py::tuple>& steps, int64_t channels, std::array<int64_t, 2> in_size,
-               const Table& rows, const Table& columns) {
-    const auto [height, width] = in_size;
-    if (channels < 1 || channels > kMostPixelChannels)
-      throw py::value_error("channels must be 1 to " + std::to_string(kMostPixelChannels));
-    if (steps.size() > kMostPixelSteps)
-      throw py::value_error("at most " + std::to_string(kMostPixelSteps) + " steps");
-    row_start_ = starts(rows, height);
-    column_start_ = starts(columns, width);
-    program_ = {channels, height, width, static_cast<int64_t>(rows.size()), static_cast<int64_t>(columns.size())};
-    if (is_identity(rows, height) && is_identity(columns, width)) {
-      program_.height = program_.out_height = 1;  // rows follow on each other
-      program_.width = program_.out_width = height * width;
-    } else {
-      program_.row_start = row_start_.data();
-      program_.column_start = column_start_.data();
-    }
-    for (const py::tuple& step : steps) add(step);
-  }
-  InputProgram(const InputProgram&) = delete;
+PixelStep::Kind kind_of(const std::string& name) {
+  const char* const names[] = {"clamp", "add", "sub", "mul", "div"};  // as in PixelStep::Kind
+  for (int kind = 0; kind < 5; ++kind)
+    if (name == names[kind]) return static_cast<PixelStep::Kind>(kind);
+  throw py::value_error("no step " + name);
+}
 
-  std::string run(PixelPass pass, int64_t images, const std::string& dtype, Pointer gradient, Pointer x, Pointer clean,
-                  double alpha, double eps, Pointer not_finite, Pointer result, Pointer out, int threads,
-                  const std::string& isa) const {
-    const PixelCall call{program_, pass, images, dtype_of(dtype), as<void>(gradient), as<float>(x), as<float>(clean),
-                         static_cast<float>(alpha), static_cast<float>(eps), as<int64_t>(not_finite),
-                         as<float>(result), as<void>(out)};
-    py::gil_scoped_release release;
-    return text(pixels_cpu(call, threads, isa));
-  }
+std::unique_ptr<InputProgram> make_input(const std::vector<PyStep>& steps, int64_t channels,
+                                         std::array<int64_t, 2> in_size, const std::vector<int32_t>& rows,
+                                         const std::vector<int32_t>& columns) {
+  std::vector<InputProgram::Step> converted;
+  for (const auto& [name, values, at_bounds] : steps) converted.push_back({kind_of(name), values, at_bounds});
+  return std::make_unique<InputProgram>(std::move(converted), channels, in_size[0], in_size[1], rows, columns);
+}
 
- private:
-  // Where the copies of each source begin.
-  static Table starts(const Table& sources, int64_t size) {
-    if (size < 1 || size > INT32_MAX || sources.empty() || sources.size() > INT32_MAX)
-      throw py::value_error("sizes must be positive");
-    Table start(size + 1, static_cast<int32_t>(sources.size()));
-    int64_t next = 0;
-    for (size_t i = 0; i < sources.size(); ++i) {
-      if (sources[i] < 0 || sources[i] >= size || (i && sources[i] < sources[i - 1]))
-        throw py::value_error("an index table must rise, within the size of the image");
-      for (; next <= sources[i]; ++next) start[next] = static_cast<int32_t>(i);
-    }
-    return start;
-  }
-
-  static bool is_identity(const Table& sources, int64_t size) {
-    if (static_cast<int64_t>(sources.size()) != size) return false;
-    for (int64_t i = 0; i < size; ++i)
-      if (sources[i] != i) return false;
-    return true;
-  }
-
-  void add(const py::tuple& step) {
-    static const char* const names[] = {"clamp", "add", "sub", "mul", "div"};  // as in PixelStep::Kind
-    const std::string name = step.empty() ? "" : py::cast<std::string>(step[0]);
-    for (int kind = 0; kind < 5; ++kind) {
-      if (name != names[kind]) continue;
-      const bool clamp = kind == PixelStep::kClamp;
-      if (step.size() != (clamp ? 4 : 2)) throw py::value_error("wrong number of arguments of step " + name);
-      std::vector<float>& values = values_[program_.steps];
-      bool at_bounds = false;
-      if (clamp) {
-        values = {py::cast<float>(step[1]), py::cast<float>(step[2])};
-        if (!(values[0] <= values[1])) throw py::value_error("a clamp's bounds must be in order");
-        const int chosen = py::cast<int>(step[3]);
-        if (chosen != 0 && chosen != 1) throw py::value_error("the derivative at a bound is 0 or 1");
-        at_bounds = chosen;
-      } else {
-        values = py::cast<std::vector<float>>(step[1]);
-        if (static_cast<int64_t>(values.size()) != program_.channels)
-          throw py::value_error("step " + name + " needs one value per channel");
-      }
-      program_.step[program_.steps++] = {static_cast<PixelStep::Kind>(kind), values.data(), at_bounds};
-      return;
-    }
-    throw py::value_error("no step " + name);
-  }
-
-  PixelProgram program_ = {};
-  Table row_start_, column_start_;
-  std::vector<float> values_[kMostPixelSteps];
-};
+std::string run_input(const InputProgram& input, PixelPass pass, int64_t images, const std::string& dtype,
+                      Pointer gradient, Pointer x, Pointer clean, double alpha, double eps, Pointer not_finite,
+                      Pointer result, Pointer out, int threads, const std::string& isa) {
+  const PixelCall call{input.program(), pass, images, dtype_of(dtype), as<void>(gradient), as<float>(x),
+                       as<float>(clean), static_cast<float>(alpha), static_cast<float>(eps), as<int64_t>(not_finite),
+                       as<float>(result), as<void>(out)};
+  py::gil_scoped_release release;
+  return text(pixels_cpu(call, threads, isa));
+}
 
 using Pair = std::pair<int64_t, int64_t>;
 using PyTap = std::tuple<int64_t, int64_t, std::vector<Pair>>;
@@ -300,22 +237,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
   m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa
+  m.attr("most_pixel_channels") = kMostPixelChannels;
   py::class_<InputProgram>(m, "InputProgram", py::module_local())
-      .def(py::init<const std::vector<py::tuple>&, int64_t, std::array<int64_t, 2>, const InputProgram::Table&,
-                    const InputProgram::Table&>(),
-           py::arg("steps"), py::arg("channels"), py::arg("in_size"), py::arg("rows"), py::arg("cols"))
+      .def(py::init(&make_input), py::arg("steps"), py::arg("channels"), py::arg("in_size"), py::arg("rows"),
+           py::arg("cols"))
       .def("prepare",
            [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer x, Pointer out, int threads,
               const std::string& isa) {
-             return p.run(PixelPass::kPrepare, images, dtype, 0, x, 0, 0, 0, 0, 0, out, threads, isa);
+             return run_input(p, PixelPass::kPrepare, images, dtype, 0, x, 0, 0, 0, 0, 0, out, threads, isa);
            },
            py::arg("images"), py::arg("dtype"), py::arg("x"), py::arg("out"), py::arg("threads"), py::arg("isa") = "")
       .def("step",
            [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer gradient, Pointer x,
               Pointer clean, double alpha, double eps, Pointer not_finite, Pointer x_out, Pointer out, int threads,
               const std::string& isa) {
-             return p.run(PixelPass::kStep, images, dtype, gradient, x, clean, alpha, eps, not_finite, x_out, out,
-                          threads, isa);
+             return run_input(p, PixelPass::kStep, images, dtype, gradient, x, clean, alpha, eps, not_finite, x_out, out,
+                              threads, isa);
            },
            py::arg("images"), py::arg("dtype"), py::arg("gradient"), py::arg("x"), py::arg("clean"), py::arg("alpha"),
            py::arg("eps"), py::arg("not_finite"), py::arg("x_out"), py::arg("out"), py::arg("threads"),
@@ -323,7 +260,7 @@ PYBIND11_MODULE(_C, m) {
       .def("gradient",
            [](const InputProgram& p, int64_t images, const std::string& dtype, Pointer gradient, Pointer x, Pointer d,
               int threads, const std::string& isa) {
-             return p.run(PixelPass::kGradient, images, dtype, gradient, x, 0, 0, 0, 0, d, 0, threads, isa);
+             return run_input(p, PixelPass::kGradient, images, dtype, gradient, x, 0, 0, 0, 0, d, 0, threads, isa);
            },
            py::arg("images"), py::arg("dtype"), py::arg("gradient"), py::arg("x"), py::arg("d"), py::arg("threads"),
            py::arg("isa") = "");

@@ -568,8 +568,7 @@ def _tiled(y: Tensor, units: int, channels: int) -> tuple[dict, dict, tuple[int,
 
 
 def _window(window: tuple[int, ...]) -> dict:
-    _, _, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, *pad = window
-    pad_y, pad_x = pad or (0, 0)
+    _, _, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x = window
     return dict(
         height=height,
         width=width,

@@ -15,13 +15,10 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .twin_bn import Geometry
 
 
 class Config(NamedTuple):
@@ -54,11 +51,16 @@ _chosen: dict[str, dict[str, Config]] = {}  # device name -> problem -> configur
 _lock = threading.RLock()
 
 
-def choose(phase: str, geometry: Geometry, x: Tensor, launch: Callable[[Config], object]) -> Config:
-    """The configuration for a phase: remembered, or else measured with ``launch``, which may write scratch only."""
+def choose(phase: str, kind: str, x: Tensor, launch: Callable[[Config], object]) -> Config:
+    """The configuration for a phase: remembered, or else measured with ``launch``, which may write scratch only.
+
+    Problems of one ``kind`` share a configuration.
+    """
     if x.device.type != "cuda" or x.numel() < SMALL or torch.are_deterministic_algorithms_enabled():
         return default(phase, x)
-    problem = describe(phase, geometry)
+    import triton
+
+    problem = f"triton {triton.__version__} {phase} {kind}"
     name = torch.cuda.get_device_name(x.device)
     with _lock:
         chosen = _chosen.get(name)
@@ -81,15 +83,6 @@ def default(phase: str, x: Tensor) -> Config:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def describe(phase: str, geometry: Geometry) -> str:
-    """What problems have in common that share a configuration; sizes up to a factor of 2."""
-    import triton
-
-    memory = "channels_last" if geometry.channels_last else "contiguous"
-    sizes = f"2^{(geometry.channels - 1).bit_length()} channels 2^{(geometry.units - 1).bit_length()} units"
-    return f"triton {triton.__version__} {phase} {memory} {geometry.dtype} {sizes}"
 
 
 def fastest(candidates: list[Config], launch: Callable[[Config], object], seconds: Callable) -> Config:

@@ -579,6 +579,12 @@ class Geometry(NamedTuple):
         sizes = split * per_image, images * per_image, (images - split) * pixels
         return cls(channels_last, dtype, channels, pixels, groups, *sizes, align, prod(shape) >= tiles.INDEX64_FROM)
 
+    def kind(self) -> str:
+        """What problems have in common that share block sizes; sizes up to a factor of 2."""
+        memory = "channels_last" if self.channels_last else "contiguous"
+        sizes = f"2^{(self.channels - 1).bit_length()} channels 2^{(self.units - 1).bit_length()} units"
+        return f"{memory} {self.dtype} {sizes}"
+
     def sizes(self) -> dict:
         return dict(channels=self.channels, pixels=self.pixels, groups=self.groups, first=self.first, units=self.units)
 
@@ -700,7 +706,7 @@ def _partial_moments(x: Tensor, geometry: Geometry) -> Partial:
         moments_kernel[slabs.grid()](x, partial, **geometry.sizes(), chunk=slabs.chunk, **blocks, **_options(config))
         return Partial(None, partial, slabs)
 
-    return launch(tuning.choose("moments", geometry, x, launch))
+    return launch(tuning.choose("moments", geometry.kind(), x, launch))
 
 
 def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, stats_out, momentum, eps, relu) -> None:
@@ -737,7 +743,7 @@ def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, 
     def trial(config: Config) -> None:
         launch(config, [None if t is None else t.clone() for t in running])
 
-    launch(tuning.choose("apply", geometry, x, trial), running)
+    launch(tuning.choose("apply", geometry.kind(), x, trial), running)
 
 
 def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums: tuple[bool, bool]) -> Partial:
@@ -774,7 +780,7 @@ def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums
         )
         return partial
 
-    return launch(tuning.choose("sums", geometry, x, launch))
+    return launch(tuning.choose("sums", geometry.kind(), x, launch))
 
 
 def _apply_backward(
@@ -818,7 +824,9 @@ def _apply_backward(
             **_options(config),
         )
 
-    launch(tuning.choose("apply_backward", geometry, x, launch) if images else tuning.default("apply_backward", x))
+    launch(
+        tuning.choose("apply_backward", geometry.kind(), x, launch) if images else tuning.default("apply_backward", x)
+    )
 
 
 def _options(config: Config) -> dict:

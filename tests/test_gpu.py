@@ -141,11 +141,11 @@ def check_attack(plan, eager, images, labels, agree=0.99, **start):
     """Nearly all pixels are the same; where a gradient is nearly 0 its sign may differ."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the attack runs without a CUDA graph")
-        found = plan(images, labels, **start)
+        adversarial = plan(images, labels, **start)
     want = eager(images, labels, **start)
-    assert ((found - want).abs() < 1e-5).float().mean() > agree
-    assert (found - images).abs().max() <= plan.eps + 1e-6 and plan.nan_gradients == 0
-    return found
+    assert ((adversarial - want).abs() < 1e-5).float().mean() > agree
+    assert (adversarial - images).abs().max() <= plan.eps + 1e-6 and plan.nan_gradients == 0
+    return adversarial
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "dlr"])
@@ -187,12 +187,12 @@ def test_a_graph_sees_what_is_new(victim, exact):
     plan, eager = attacks(model, steps=2)
     first = check_attack(plan, eager, images, labels)
     program = plan._program(images)
-    kept = first.clone()
+    before = first.clone()
     with torch.no_grad():
         model.conv1.weight.mul_(-1)
         model.bn1.running_mean.add_(0.5)
     second = check_attack(plan, eager, images.flip(0), labels.flip(0))
-    assert len(program._graphs._captured) == 1 and torch.equal(first, kept) and not torch.equal(first.flip(0), second)
+    assert len(program._graphs._captured) == 1 and torch.equal(first, before) and not torch.equal(first.flip(0), second)
     model.conv1.weight = nn.Parameter(-model.conv1.weight.detach())  # elsewhere
     check_attack(plan, eager, images, labels)
     assert len(program._graphs._captured) == 2
@@ -212,25 +212,25 @@ def test_a_plan_on_side_streams(victim, exact):
     model, images, labels = victim
     plan, _ = attacks(model, steps=2)
     want = [plan(batch, labels) for batch in (images, images.flip(0))]
-    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    streams, adversarial = [torch.cuda.Stream() for _ in range(2)], []
     for stream, batch in zip(streams, (images, images.flip(0)), strict=True):  # both use the same memory
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            found.append(plan(batch, labels))
+            adversarial.append(plan(batch, labels))
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(adversarial, want, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_random_start_of_a_plan(victim, device, exact):
     model, images, labels = victim
-    made = []
+    runs = []
     for attack in attacks(model, steps=1, random_start=True):
         attack.generator = torch.Generator(device).manual_seed(3)
-        made.append([attack(images, labels) for _ in range(2)])
-    for found, want in zip(*made, strict=True):
-        assert ((found - want).abs() < 1e-5).float().mean() > 0.99
-    assert not torch.equal(made[0][0], made[0][1])
+        runs.append([attack(images, labels) for _ in range(2)])
+    for adversarial, want in zip(*runs, strict=True):
+        assert ((adversarial - want).abs() < 1e-5).float().mean() > 0.99
+    assert not torch.equal(runs[0][0], runs[0][1])
 
 
 def test_nan_gradients_of_a_plan(victim):
@@ -242,7 +242,7 @@ def test_nan_gradients_of_a_plan(victim):
 
 
 def test_a_network_with_everything(exact):
-    from test_attack_triton import Network
+    from tests.kernels.test_attack import Network
 
     torch.manual_seed(0)
     model = Network().cuda().eval()

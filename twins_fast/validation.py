@@ -1,4 +1,4 @@
-"""Checks of a batch against a model; every error names the argument and the value."""
+"""Checks of arguments, and of a batch against a model; every error names the argument and the value."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-// Picks the unit for this CPU, and gives it working memory.
+// Checks arguments, picks the unit for this CPU, and gives it working memory.
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -135,6 +136,26 @@ void check_winograd(const ConvPlan& plan) {
   require(ordinary, "winograd needs a 3x3 convolution of stride, padding and dilation 1");
 }
 
+// Where the copies of each source begin.
+std::vector<int32_t> starts(const std::vector<int32_t>& sources, int64_t size) {
+  require(0 < size && size <= INT32_MAX && !sources.empty() && sources.size() <= INT32_MAX, "sizes must be positive");
+  std::vector<int32_t> start(size + 1, static_cast<int32_t>(sources.size()));
+  int64_t next = 0;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    require(0 <= sources[i] && sources[i] < size && (!i || sources[i - 1] <= sources[i]),
+            "an index table must rise, within the size of the image");
+    for (; next <= sources[i]; ++next) start[next] = static_cast<int32_t>(i);
+  }
+  return start;
+}
+
+bool is_identity(const std::vector<int32_t>& sources, int64_t size) {
+  if (static_cast<int64_t>(sources.size()) != size) return false;
+  for (int64_t i = 0; i < size; ++i)
+    if (sources[i] != i) return false;
+  return true;
+}
+
 }  // namespace
 
 Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::string& isa) : plan_(geometry) {
@@ -206,6 +227,29 @@ Status Conv::run(const ConvRun& args, int threads) const {
   if (!args.x || !args.packed || !args.y || !args.workspace) return Status::kBadArgument;
   unit_->run(plan_, args, threads);
   return Status::kOk;
+}
+
+InputProgram::InputProgram(std::vector<Step> steps, int64_t channels, int64_t height, int64_t width,
+                           const std::vector<int32_t>& rows, const std::vector<int32_t>& columns)
+    : row_start_(starts(rows, height)), column_start_(starts(columns, width)), steps_(std::move(steps)) {
+  require(0 < channels && channels <= kMostPixelChannels, "no channels, or too many");
+  require(steps_.size() <= kMostPixelSteps, "too many steps");
+  program_ = {channels, height, width, static_cast<int64_t>(rows.size()), static_cast<int64_t>(columns.size())};
+  if (is_identity(rows, height) && is_identity(columns, width)) {
+    program_.height = program_.out_height = 1;  // rows follow on each other
+    program_.width = program_.out_width = height * width;
+  } else {
+    program_.row_start = row_start_.data();
+    program_.column_start = column_start_.data();
+  }
+  for (const Step& step : steps_) {
+    const bool clamp = step.kind == PixelStep::kClamp;
+    require(step.values.size() == static_cast<size_t>(clamp ? 2 : channels),
+            "a clamp needs two bounds, any other step one value per channel");
+    require(!clamp || step.values[0] <= step.values[1], "a clamp's bounds must be in order");
+    require(step.at_bounds == 0 || step.at_bounds == 1, "the derivative at a bound is 0 or 1");
+    program_.step[program_.steps++] = {step.kind, step.values.data(), step.at_bounds == 1};
+  }
 }
 
 Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::string& isa) {

@@ -76,6 +76,28 @@ class Conv {
   std::vector<ConvSource> sources_;
 };
 
+// The steps on an image of fixed size, with the memory that a PixelProgram points to.
+class InputProgram {
+ public:
+  struct Step {
+    PixelStep::Kind kind;
+    std::vector<float> values;  // one per channel; of a clamp its bounds
+    int at_bounds;              // of a clamp: its derivative there, 0 or 1
+  };
+
+  // rows, columns: which one of the image each output row or column shows; throws std::invalid_argument.
+  InputProgram(std::vector<Step> steps, int64_t channels, int64_t height, int64_t width,
+               const std::vector<int32_t>& rows, const std::vector<int32_t>& columns);
+  InputProgram(const InputProgram&) = delete;  // program_ points into this
+
+  const PixelProgram& program() const { return program_; }
+
+ private:
+  PixelProgram program_;
+  std::vector<int32_t> row_start_, column_start_;
+  std::vector<Step> steps_;
+};
+
 #define TWINS_FAST_DECLARE(isa)                                      \
   namespace isa {                                                    \
   void forward(const TwinBnForward&, const Scratch&, int threads);   \

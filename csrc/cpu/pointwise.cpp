@@ -39,7 +39,7 @@ struct PointwiseKernel {
 
   template <bool kPast>
   void runs(Range pixels) const {
-    const bool has_bits = a.gate || a.mask || a.bits;
+    const bool has_bits = a.mask || a.bits;
     int64_t together = 1;
     if (a.channels < kRun && (a.channels % 8 == 0 || !has_bits))
       while (together * a.channels % (kBlock * kLanes) || together * a.channels < kRun) ++together;
@@ -66,7 +66,6 @@ struct PointwiseKernel {
       const int64_t pixel = first + r * together, start = pixel * a.channels, byte = pixel * bytes_of_bits(a.channels);
       const T* x = static_cast<const T*>(a.x) + start;
       const T* other = a.other ? static_cast<const T*>(a.other) + start : nullptr;
-      const uint8_t* gate = a.gate ? a.gate + byte : nullptr;
       const uint8_t* mask = a.mask ? a.mask + byte : nullptr;
       uint8_t* bits = a.bits ? a.bits + byte : nullptr;
       T* y = static_cast<T*>(a.y) + start;
@@ -74,7 +73,6 @@ struct PointwiseKernel {
         Floats v[vectors];
         const auto each = [&](auto&& f) { for_each<vectors>([&](int k) { f(v[k], i + k * kLanes); }); };
         each([=](Floats& u, int64_t j) { u = load(x + j, n); });
-        if (gate) each([=](Floats& u, int64_t j) { u = keep(load_bits(gate + j / 8, n), u); });
         if (scale) each([=](Floats& u, int64_t j) { u *= load(scale + j, n); });
         if (shift) each([=](Floats& u, int64_t j) { u += load(shift + j, n); });
         if (other) each([=](Floats& u, int64_t j) { u += load(other + j, n); });

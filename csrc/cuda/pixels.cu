@@ -1,6 +1,6 @@
 // Images to what the network sees of them, its gradient back, and the sign step of an attack. Not yet run on a GPU.
 //
-// A thread has a pixel of the image before it is enlarged, with all its channels. Every operation is rounded, as
+// A thread has a pixel of the image before it is upsampled, with all its channels. Every operation is rounded, as
 // PyTorch rounds it: products that are summed up are therefore __fmul_rn, which is never fused.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -47,7 +47,7 @@ __device__ __forceinline__ float backward(const PixelProgram& p, int channel, fl
   return gradient;
 }
 
-struct Area {  // of the enlarged image, or the pixel itself
+struct Area {  // of the upsampled image, or the pixel itself
   int top, bottom, left, right;
 };
 

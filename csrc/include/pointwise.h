@@ -9,12 +9,11 @@ namespace twins_fast {
 
 // Null pointers: absent. Bits are [pixels, (channels + 7) / 8], lowest first; unused bits are 0.
 
-// y = mask(relu(gate(x) * scale + shift + other)), of type `dtype`; y may be x or other.
+// y = mask(relu(x * scale + shift + other)), of type `dtype`; y may be x or other.
 struct Pointwise {
   int64_t pixels, channels;
   DType dtype;
   const void* x;
-  const uint8_t* gate;         // x counts as 0 where its bit is 0
   const float *scale, *shift;  // [channels]
   const void* other;
   const uint8_t* mask;  // y is 0 where its bit is 0

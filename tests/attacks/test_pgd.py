@@ -7,26 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.attacks.engine.helpers import assert_untouched, loss_of, state_of
 from twins_fast import PGD, convert_twin_bn
 from twins_fast.attacks import named_attack, objectives
-
-
-def state_of(model):
-    flags = [module.training for module in model.modules()]
-    gradients = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    return flags, gradients, copy.deepcopy(model.state_dict())
-
-
-def assert_untouched(model, before):
-    flags, gradients, entries = state_of(model)
-    assert flags == before[0] and gradients == before[1]
-    assert all(torch.equal(entries[name], before[2][name]) for name in entries)
-
-
-def loss_of(model, x, y):
-    model.eval()
-    with torch.no_grad():
-        return F.cross_entropy(model(x), y)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2-sign"])
@@ -49,30 +32,30 @@ def test_one_linf_step_by_hand(tiny_model, batch):
     x = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(tiny_model(x), labels), x)
     expected = (images + 0.01 * gradient.sign()).clamp(0, 1)
-    made = PGD(tiny_model, eps=0.03, alpha=0.01, steps=1, random_start=False)(images, labels)
-    assert torch.equal(made, expected)
+    adversarial = PGD(tiny_model, eps=0.03, alpha=0.01, steps=1, random_start=False)(images, labels)
+    assert torch.equal(adversarial, expected)
 
 
 def test_l2_step_has_length_alpha(tiny_model, batch):
     images, labels = batch[0] * 0.5 + 0.25, batch[1]
-    made = PGD(tiny_model, eps=1.0, alpha=0.1, steps=1, random_start=False, norm="l2")(images, labels)
-    torch.testing.assert_close((made - images).flatten(1).norm(dim=1), torch.full((8,), 0.1))
+    adversarial = PGD(tiny_model, eps=1.0, alpha=0.1, steps=1, random_start=False, norm="l2")(images, labels)
+    torch.testing.assert_close((adversarial - images).flatten(1).norm(dim=1), torch.full((8,), 0.1))
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_targeted_moves_towards_the_target(tiny_model, batch, loss):
     images, labels = batch
     target = (labels + 1) % 3
-    made = PGD(tiny_model, eps=0.1, alpha=0.02, loss=loss, targeted=True)(images, target)
-    assert loss_of(tiny_model, made, target) < loss_of(tiny_model, images, target)
+    adversarial = PGD(tiny_model, eps=0.1, alpha=0.02, loss=loss, targeted=True)(images, target)
+    assert loss_of(tiny_model, adversarial, target) < loss_of(tiny_model, images, target)
 
 
 def test_kl_moves_away_from_the_clean_prediction(tiny_model, batch):
     images, labels = batch
-    made = named_attack("trades", tiny_model, eps=0.1, alpha=0.02)(images, labels)
+    adversarial = named_attack("trades", tiny_model, eps=0.1, alpha=0.02)(images, labels)
     with torch.no_grad():
         clean = F.softmax(tiny_model.eval()(images), 1)
-        assert (objectives.kl_divergence(tiny_model(made), clean) > 1e-4).all()
+        assert (objectives.kl_divergence(tiny_model(adversarial), clean) > 1e-4).all()
 
 
 def test_dlr_by_hand():
@@ -88,8 +71,8 @@ def test_generator_and_x_init_decide_the_start(tiny_model, batch):
     runs = [PGD(tiny_model, steps=0, generator=torch.Generator().manual_seed(s))(images, labels) for s in (5, 5, 6)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     start = (images + 0.01).clamp(0, 1)
-    made = PGD(tiny_model, steps=0)(images, labels, x_init=start)
-    assert torch.equal(made, start) and made.data_ptr() != start.data_ptr()
+    adversarial = PGD(tiny_model, steps=0)(images, labels, x_init=start)
+    assert torch.equal(adversarial, start) and adversarial.data_ptr() != start.data_ptr()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -111,9 +94,13 @@ def test_model_comes_back_exactly(tiny_model, batch, fails):
 
 
 def test_bn_mode_train_updates_running_statistics(tiny_model, batch):
-    before = tiny_model.bn1.running_mean.clone()
-    PGD(tiny_model, steps=2, bn_mode="train")(*batch)
-    assert not torch.equal(tiny_model.bn1.running_mean, before)
+    expected, (images, labels) = copy.deepcopy(tiny_model).train(), batch
+    PGD(tiny_model, steps=2, bn_mode="train", alpha=0, random_start=False)(images, labels)
+    for _ in range(2):  # without a step, both passes see the images themselves
+        expected(images)
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(tiny_model.get_buffer(name), value, msg=name)
+    assert tiny_model.bn1.num_batches_tracked == 2
 
 
 def test_works_under_no_grad_and_with_autocast(tiny_model, batch):
@@ -127,14 +114,14 @@ def test_works_under_no_grad_and_with_autocast(tiny_model, batch):
 
 
 def test_empty_batch(tiny_model):
-    made = PGD(tiny_model)(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
-    assert made.shape == (0, 3, 8, 8)
+    adversarial = PGD(tiny_model)(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
+    assert adversarial.shape == (0, 3, 8, 8)
 
 
 def test_channels_last_is_kept(tiny_model, batch):
     images = batch[0].contiguous(memory_format=torch.channels_last)
-    made = PGD(tiny_model, steps=1)(images, batch[1])
-    assert made.is_contiguous(memory_format=torch.channels_last)
+    adversarial = PGD(tiny_model, steps=1)(images, batch[1])
+    assert adversarial.is_contiguous(memory_format=torch.channels_last)
 
 
 def spoiled(images, value):
@@ -199,8 +186,8 @@ def test_a_falsy_random_start_starts_at_the_image(tiny_model, batch):
 
 
 def test_without_steps_the_start_is_still_put_into_the_ball(tiny_model, batch):
-    made = PGD(tiny_model, eps=0.1, steps=0)(*batch, x_init=batch[0] + 5)
-    assert (made - batch[0]).abs().max() <= 0.1 + 1e-6 and made.max() <= 1
+    adversarial = PGD(tiny_model, eps=0.1, steps=0)(*batch, x_init=batch[0] + 5)
+    assert (adversarial - batch[0]).abs().max() <= 0.1 + 1e-6 and adversarial.max() <= 1
 
 
 def test_a_model_that_returns_no_tensor_and_inference_mode_are_refused(tiny_model, batch):

@@ -110,7 +110,7 @@ def with_dtypes(*cases):
 @pytest.mark.parametrize("shape, dtype", with_dtypes(*((shape,) for shape in SHAPES)), ids=str)
 def test_finish_and_affine(shape, dtype):
     memory = Memory(dtype)
-    truth, ours = both(dtype)
+    reference, ours = both(dtype)
     x, other, g = memory.values(shape, SPECIAL), memory.values(shape), memory.values(shape)
     state = stage_of()
     state.scale, state.shift = (torch.randn(shape[1], generator=memory.generator).to(DEVICE) for _ in range(2))
@@ -120,7 +120,7 @@ def test_finish_and_affine(shape, dtype):
         for step in ("pointwise", "affine"):
             want, want_mask = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.uint8, device=DEVICE)
             got, got_bits = memory.empty(shape), memory.empty_bits(shape)
-            getattr(truth, step)(state, {"x": x, "other": summand, "mask": want_mask, "y": want})()
+            getattr(reference, step)(state, {"x": x, "other": summand, "mask": want_mask, "y": want})()
             getattr(ours, step)(state, {"x": x, "other": summand, "mask": got_bits, "y": got})()
             close(got, want, dtype)
             if step == "pointwise":
@@ -129,12 +129,14 @@ def test_finish_and_affine(shape, dtype):
         for step, mask in (("finish", True), ("affine_backward", True), ("affine_backward", False)):
             want, got = torch.empty_like(x), memory.empty(shape)
             role, result = ("x", "y") if step == "finish" else ("g", "dx")
-            getattr(truth, step)(state, {role: g, "other": summand, "mask": bytes_ if mask else None, result: want})()
+            getattr(reference, step)(
+                state, {role: g, "other": summand, "mask": bytes_ if mask else None, result: want}
+            )()
             getattr(ours, step)(state, {role: g, "other": summand, "mask": bits if mask else None, result: got})()
             close(got, want, dtype)
     in_place = g.clone(memory_format=torch.preserve_format)
     ours.finish(state, {"x": in_place, "other": other, "mask": bits, "y": in_place})()
-    truth.finish(state, {"x": g, "other": other, "mask": bytes_, "y": want})()
+    reference.finish(state, {"x": g, "other": other, "mask": bytes_, "y": want})()
     assert torch.equal(in_place, want)
     memory.check_fences()
 
@@ -156,7 +158,7 @@ WINDOWS = [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (0, 1)), ((2, 2), (2, 2), 
 @pytest.mark.parametrize("kernel, stride, padding, dtype", with_dtypes(*WINDOWS), ids=str)
 def test_max_pool(kernel, stride, padding, dtype):
     memory, shape = Memory(dtype), (2, 9, 7, 6)
-    truth, ours = both(dtype)
+    reference, ours = both(dtype)
     x = memory.values(shape, (*SPECIAL, torch.nan, torch.nan))
     x[:, 3] = x[:, 3].round()  # equal maxima
     if DEVICE == "cpu":
@@ -165,7 +167,7 @@ def test_max_pool(kernel, stride, padding, dtype):
     small = (2, 9, *(((n + 2 * p - k) // s + 1) for n, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True)))
     want, want_index = torch.empty_like(memory.empty(small)), torch.empty(0, dtype=torch.uint8, device=DEVICE)
     got, index = memory.empty(small), memory.guarded(want.numel(), torch.uint8)
-    truth.max_pool(state, {"x": x, "y": want, "argmax": want_index})()
+    reference.max_pool(state, {"x": x, "y": want, "argmax": want_index})()
     ours.max_pool(state, {"x": x, "y": got, "argmax": index})()
     close(got, want, dtype)
     want_place = want_index.index.permute(0, 2, 3, 1)  # in the image; ours is in the window
@@ -178,7 +180,7 @@ def test_max_pool(kernel, stride, padding, dtype):
     for summand, mask in ((None, False), (other, True)):
         want, got = torch.empty_like(x), memory.empty(shape)
         tensors = {"g": g, "other": summand}
-        truth.max_pool_backward(
+        reference.max_pool_backward(
             state, {**tensors, "argmax": want_index, "mask": bytes_ if mask else None, "dx": want}
         )()
         ours.max_pool_backward(state, {**tensors, "argmax": index, "mask": bits if mask else None, "dx": got})()
@@ -192,17 +194,17 @@ def test_max_pool(kernel, stride, padding, dtype):
 )
 def test_avg_pool(kernel, stride, dtype):
     memory, shape = Memory(dtype), (2, 13, 7, 6)
-    truth, ours = both(dtype)
+    reference, ours = both(dtype)
     x, state = memory.values(shape, SPECIAL[:1]), stage_of(kernel=kernel, stride=stride)
     small = (2, 13, *(((n - k) // s + 1) for n, k, s in zip(shape[2:], kernel, stride, strict=True)))
     want, got = torch.empty_like(memory.empty(small)), memory.empty(small)
-    truth.avg_pool(state, {"x": x, "y": want})()
+    reference.avg_pool(state, {"x": x, "y": want})()
     ours.avg_pool(state, {"x": x, "y": got})()
     close(got, want, dtype)
     g, other, (bytes_, bits) = memory.values(small), memory.values(shape), memory.bits(shape)
     for summand, mask in ((None, False), (other, True)):
         want, got = torch.empty_like(x), memory.empty(shape)
-        truth.avg_pool_backward(state, {"g": g, "other": summand, "mask": bytes_ if mask else None, "dx": want})()
+        reference.avg_pool_backward(state, {"g": g, "other": summand, "mask": bytes_ if mask else None, "dx": want})()
         ours.avg_pool_backward(state, {"g": g, "other": summand, "mask": bits if mask else None, "dx": got})()
         close(got, want, dtype)
     memory.check_fences()
@@ -212,29 +214,28 @@ def test_avg_pool(kernel, stride, dtype):
 @pytest.mark.parametrize("inner, channels, dtype", with_dtypes((3, 5), (16, 24), (40, 33)))
 def test_matmul(inner, channels, dtype):
     memory, size = Memory(dtype), (3, 5)
-    truth, ours = both(dtype)
+    reference, ours = both(dtype)
     geometry = Convolution(inner, size, channels, size)
     weight = torch.randn(channels, inner, 1, 1, generator=memory.generator).to(DEVICE)
     want_state, state = stage_of(), stage_of()
-    want_state.convolution, state.convolution = truth.convolution(geometry), ours.convolution(geometry)
+    want_state.convolution, state.convolution = reference.convolution(geometry), ours.convolution(geometry)
     for each in (want_state, state):
         each.convolution.fold(weight, None)
         each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
-    way = kernels.INTERPRETER_MATMUL
-    state.convolution.way = lambda backward, launch: way
+    state.convolution.algorithm = lambda backward, launch: kernels.INTERPRETER_MATMUL
     for images in (1, 5):
         before, after = (images, inner, *size), (images, channels, *size)
         x, other, g, share = (memory.values(shape) for shape in (before, after, after, before))
         want, want_mask = torch.empty_like(other), torch.empty(other.numel(), dtype=torch.uint8, device=DEVICE)
         got, bits = memory.empty(after), memory.empty_bits(after)
-        truth.conv(want_state, {"x": x, "other": other, "mask": want_mask, "y": want})()
+        reference.conv(want_state, {"x": x, "other": other, "mask": want_mask, "y": want})()
         ours.conv(state, {"x": x, "other": other, "mask": bits, "y": got})()
         # PyTorch rounds the matmul to the dtype before it goes on.
         torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
         assert torch.equal(bits, packed((got > 0).permute(0, 2, 3, 1).reshape(-1, channels)))
         bytes_, bits = memory.bits(before)
         want, got = torch.empty_like(x), memory.empty(before)
-        truth.conv_backward(want_state, {"g": g, "other": share, "mask": bytes_, "dx": want})()
+        reference.conv_backward(want_state, {"g": g, "other": share, "mask": bytes_, "dx": want})()
         ours.conv_backward(state, {"g": g, "other": share, "mask": bits, "dx": got})()
         torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
     memory.check_fences()
@@ -275,7 +276,7 @@ def check_pixels(program, resized, dtype, native=False):
         for kind, *arguments in PROGRAMS[program]
     ]
     shape = (3, *size)
-    truth = Input(steps, shape, resized)
+    reference = Input(steps, shape, resized)
     ours = CudaExecutor(dtype, torch.device(DEVICE)).input(steps, shape, resized)
     ours.bind(native)
     clean = torch.rand(3, *shape, generator=memory.generator)
@@ -284,19 +285,19 @@ def check_pixels(program, resized, dtype, native=False):
     clean, x = clean.to(DEVICE), x.to(DEVICE)
     network = (3, 3, *(resized or size))
     want, got = torch.empty_like(memory.empty(network)), memory.empty(network)
-    truth.prepare(x, want)
+    reference.prepare(x, want)
     ours.prepare(x, got)
     same = (lambda a, b: torch.equal(a, b)) if DEVICE == "cpu" else torch.allclose  # on a GPU PyTorch divides otherwise
     assert same(got, want)
     g = memory.values(network, (torch.nan, 0.0, -0.0, *[torch.nan] * 6))
     if resized is None:
-        assert torch.allclose(ours.gradient(x, g), truth.gradient(x, g), rtol=1e-6, equal_nan=True)
+        assert torch.allclose(ours.gradient(x, g), reference.gradient(x, g), rtol=1e-6, equal_nan=True)
     else:
-        torch.testing.assert_close(ours.gradient(x, g), truth.gradient(x, g), rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(ours.gradient(x, g), reference.gradient(x, g), rtol=1e-5, atol=1e-5, equal_nan=True)
     for alpha in (0.03, 2 / 255):
         want_x, got_x = x.clone(), memory.guarded(x.numel(), torch.float32).view(x.shape).copy_(x)
         want_nan, nan = (torch.full((3,), 5, device=DEVICE) for _ in range(2))
-        truth.sign_step(want_x, clean, g, alpha, 8 / 255, want_nan, want)
+        reference.sign_step(want_x, clean, g, alpha, 8 / 255, want_nan, want)
         ours.sign_step(got_x, clean, g, alpha, 8 / 255, nan, got.fill_(torch.nan))
         # On a GPU the sums over copies may differ in the last bit, and so their signs if they are nearly 0.
         assert same(got_x, want_x) and same(got, want)

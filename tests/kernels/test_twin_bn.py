@@ -295,26 +295,26 @@ def device(monkeypatch, folder):
 def test_measures_once(device, monkeypatch):
     geometry = twin_bn.Geometry.of((8, 64, 56, 56), 4, False, "bfloat16")
     large, small = Fake(2**20), Fake(2**10)
-    assert tuning.choose("apply", geometry, small, None) == CONFIGS[0]
+    assert tuning.choose("apply", geometry.kind(), small, None) == CONFIGS[0]
     device["capturing"] = True
-    assert tuning.choose("apply", geometry, large, None) == CONFIGS[0]
+    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[0]
     device["capturing"] = False
     torch.use_deterministic_algorithms(True)
     try:
-        assert tuning.choose("apply", geometry, large, None) == CONFIGS[0]
+        assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[0]
     finally:
         torch.use_deterministic_algorithms(False)
     assert not device["measured"]
     for _ in range(2):
-        assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
+        assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
     device["capturing"] = True  # what is known is used
-    assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
+    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
     device["capturing"] = False
     tuning._chosen.clear()  # another process reads the file
-    assert tuning.choose("apply", geometry, large, None) == CONFIGS[-1]
+    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
     assert device["measured"] == CONFIGS
     for count, other in enumerate((geometry._replace(channels=300), geometry._replace(dtype="float16")), 2):
-        tuning.choose("apply", other, large, None)
+        tuning.choose("apply", other.kind(), large, None)
         assert len(device["measured"]) == count * len(CONFIGS)
 
 

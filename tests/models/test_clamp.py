@@ -107,4 +107,6 @@ def test_clamps_of_other_values_stay():
 def test_parameters_and_modes_are_the_models():
     model = Clamped(torch.relu).train()
     passing = pass_gradient_at_bounds(model)
-    assert list(passing.parameters()) == list(model.parameters()) and passing.eval() and not model.training
+    assert all(a is b for a, b in zip(passing.parameters(), model.parameters(), strict=True))
+    passing.eval()
+    assert not any(module.training for module in model.modules())

@@ -1,4 +1,4 @@
-"""The attack engine."""
+"""Adversarial attacks: projected gradient descent (``pgd``), its objectives, and the engine that runs it."""
 
 from twins_fast.attacks.pgd import PGD, named_attack
 

@@ -1,4 +1,4 @@
-"""What the attack maximises: one number per sample from logits [N, classes]."""
+"""What the attack maximises: one number per sample, [N], from float logits [N, classes]."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label], [N]."""
+    """-log softmax(logits)[label], [N], for int64 ``labels`` [N]."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def kl_divergence(logits: Tensor, clean_probabilities: Tensor) -> Tensor:
-    """KL(clean || adversarial), [N] (TRADES, arXiv 1901.08573)."""
+    """KL(clean || adversarial), [N], for ``clean_probabilities`` [N, classes] (TRADES, arXiv 1901.08573)."""
     return F.kl_div(F.log_softmax(logits, 1), clean_probabilities, reduction="none").sum(1)
 
 
 def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
-    """DLR, [N]: -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)) (Croce & Hein, arXiv 2003.01690, eq. 6).
+    """DLR, [N]: -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)) for int64 ``labels`` [N] (arXiv 2003.01690, eq. 6).
 
     Raises:
         ValueError: fewer than three classes.

@@ -57,9 +57,9 @@ class PGD:
             default generator if None) and moved.
         targeted: labels are targets, and the loss towards them is minimised.
         engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
-            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` plans what can be
-            planned, on a CPU. :meth:`explain` says what runs how, and why. Every call sees the model as it is then
-            (but see :meth:`forget`).
+            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan on a
+            CPU if the model can be planned. :meth:`explain` reports which one runs, and why. Every call sees the
+            current state of the model (but see :meth:`forget`).
 
     Attributes:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
@@ -143,7 +143,7 @@ class PGD:
         return self.perturb(images, labels, check_labels(labels, images), x_init)
 
     def perturb(self, images: Tensor, labels: Tensor, largest_label: int, x_init: Tensor | None = None) -> Tensor:
-        """A call on a batch that has been checked against the model, ``largest_label`` being the largest of it."""
+        """A call on a batch whose images and labels have been checked; ``largest_label`` is the largest of them."""
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
         if torch.is_inference_mode_enabled():
@@ -168,7 +168,7 @@ class PGD:
         return x if self.steps else self._project(images, x)
 
     def explain(self, images: Tensor, labels: Tensor | None = None, timed: bool = False) -> Explanation:
-        """What runs how for images like these, layer by layer, and why; ``str()`` of it is a table.
+        """How images like these are attacked, layer by layer, and why; ``str()`` of it is a table.
 
         Args:
             images: [N, C, H, W], as in a call; run if ``timed``, and the first one if the model stays eager.
@@ -189,9 +189,9 @@ class PGD:
         return mode.blocks
 
     def forget(self) -> None:
-        """Drop what was captured of the model, and the memory of it.
+        """Drop the captured model and its memory.
 
-        Only needed where a forward takes something from globals or closures, which cannot be seen to change.
+        Only needed if a forward reads globals or closures, whose changes go unnoticed.
         """
         with self._cache.lock:
             self._cache.forget()
@@ -237,18 +237,17 @@ class PGD:
                 prepare.prepare(x, out)
 
             step = sign_step if self.norm == "linf" else any_step
-            found = program.attack(x, images, self.steps, gradient_of, step)
-            return found, program.nan_gradients
+            return program.attack(x, images, self.steps, gradient_of, step), program.nan_gradients
 
         options = (self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            found, nan = program.graphed(options, model, attack, (images, labels, x))
+            adversarial, nan = program.graphed(options, model, attack, (images, labels, x))
             self._nan_gradients = nan.sum()
-        return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
+        return adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)
 
     def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> tuple[Tensor, bool]:
         """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
-        # Code that torch.compile has made would be compiled anew inside of a mode.
+        # Code of torch.compile would be compiled again inside a mode.
         known = self._clamp_is_known or any(isinstance(m, torch._dynamo.OptimizedModule) for m in self.model.modules())
         clamps = ClampMode(images.shape[1], replace=False)
         nan = torch.zeros((), dtype=torch.int64, device=images.device)

@@ -46,14 +46,17 @@ def covered(name: str, prefixes: Iterable[str]) -> bool:
 
 
 def layer_of(name: str) -> str:
+    """``layer1.bn1.weight`` -> ``layer1.bn1``."""
     return name.rpartition(".")[0]
 
 
 def leaf_of(name: str) -> str:
+    """``layer1.bn1.weight`` -> ``weight``."""
     return name.rpartition(".")[2]
 
 
 def is_frozen(name: str) -> bool:
+    """Whether it is an entry of a frozen wing."""
     return leaf_of(layer_of(name)) == "main_bn"
 
 

@@ -28,6 +28,7 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: dict)
 
     Raises:
         TypeError: ``meta`` holds something that JSON cannot; nothing is written.
+        ValueError: ``path`` ends in ``.json``.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -72,6 +73,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def serialize(tensors: Mapping[str, Tensor], meta: dict) -> bytes:
+    """The content of a safetensors file, tensors on any device, ``meta`` as JSON."""
     apart = {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()

@@ -34,8 +34,8 @@ def evaluate(
 
     Args:
         model: maps images [N, C, H, W] in [0, 1] to logits.
-        batches: of (images, labels).
-        attack: ``(images, labels) -> adversarial images``, of this model.
+        batches: of images float32 [N, C, H, W] in [0, 1] and labels int64 [N].
+        attack: ``(images, labels) -> adversarial images``, of this model, on ``device``.
         wing: ``"adaptive"`` (what None means too) or ``"frozen"``, for a model with two-wing layers.
 
     Raises:

@@ -34,7 +34,7 @@ def clamp(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 
 class ClampMode(TorchFunctionMode):
-    """Sees every clamp of the images that runs inside the ``with`` block.
+    """Watches, or replaces, every clamp of the images that runs inside the ``with`` block.
 
     Clamps of the images are those with bounds 0 and 1 (or one of them alone) of a tensor [N, ``channels``, H, W].
 

@@ -24,13 +24,13 @@ def register(name: str, build: Callable[..., nn.Module]) -> None:
     """Let recipes and :func:`build_model` use a network of your own as ``name``.
 
     Args:
-        name: not taken yet.
+        name: a name that is not registered yet.
         build: called as ``build(num_classes=...)``, and with ``upsample=...`` too where a recipe asks for it and
             ``build`` has that argument. The network maps images [N, 3, H, W] in [0, 1] to logits [N, num_classes];
             its downstream head is named ``fc_downstream``.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is registered already.
     """
     if name in ARCHITECTURES:
         raise ValueError(f"arch {name!r} is registered already")
@@ -42,7 +42,7 @@ def build_model(arch: str, num_classes: int, upsample: int | None = None) -> nn.
 
     Args:
         arch: name of the architecture.
-        num_classes: logits of the head ``fc_downstream``.
+        num_classes: number of logits of the head ``fc_downstream``.
         upsample: side in pixels that images are upsampled to inside the model, for networks that do so.
 
     Raises:

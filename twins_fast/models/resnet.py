@@ -19,7 +19,7 @@ _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class CifarResNet(nn.Module):
-    """Small residual network for 32 x 32 images, input normalisation included.
+    """Small residual network (He et al., arXiv 1512.03385) for 32 x 32 images, input normalisation included.
 
     The input is clamped to [0, 1] and normalised with ImageNet statistics; then come a 3x3
     convolution, one stage per entry of ``blocks`` (width ``width * 2**i``, stride 2 from the second
@@ -70,7 +70,7 @@ class CifarResNet(nn.Module):
 
 
 class TransferResNet(ResNet):
-    """torchvision ResNet with the published input stage and a downstream head.
+    """torchvision ResNet (He et al., arXiv 1512.03385) with the published input stage and a downstream head.
 
     Inside the model, in this order: nearest-neighbour upsampling to ``upsample`` (so that an attack
     acts on the small pixels), clamp to [0, 1], ImageNet normalisation, the ResNet body, the head

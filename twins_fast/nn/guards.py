@@ -15,6 +15,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` itself, not its children, has forward or backward hooks."""
     return any(getattr(module, name, None) for name in HOOKS)
 
 
@@ -24,7 +25,7 @@ def has_global_hooks() -> bool:
 
 
 def is_untouched(module: nn.Module | None, *types: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what one of these very ``types`` does, and nothing else."""
+    """Whether ``module`` is exactly one of ``types``, without hooks or a forward of its own."""
     return type(module) in types and not has_hooks(module) and "forward" not in module.__dict__
 
 

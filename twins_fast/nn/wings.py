@@ -43,10 +43,12 @@ def is_twin(model: nn.Module) -> bool:
 
 
 def twin_layers(model: nn.Module) -> list[TwinBatchNorm2d]:
+    """All two-wing layers, each once, in the order of ``modules()``."""
     return [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
 
 
 def require_twin_layers(model: nn.Module) -> list[TwinBatchNorm2d]:
+    """:func:`twin_layers`, or a ValueError if there are none."""
     layers = twin_layers(model)
     if not layers:
         raise ValueError("the model has no two-wing batch norm; convert it with convert_twin_bn first")

@@ -1,5 +1,6 @@
 """Networks, data and comparisons that the tests of the engine share."""
 
+import copy
 from types import SimpleNamespace
 
 import torch
@@ -51,9 +52,22 @@ def small(**options) -> nn.Module:
 
 
 def program_of(attack: PGD, images) -> Program:
-    found = attack._program(images)
-    assert isinstance(found, Program), found
-    return found
+    program = attack._program(images)
+    assert isinstance(program, Program), program
+    return program
+
+
+def state_of(model):
+    """Flags, gradients and entries, for :func:`assert_untouched`."""
+    flags = [module.training for module in model.modules()]
+    gradients = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    return flags, gradients, copy.deepcopy(model.state_dict())
+
+
+def assert_untouched(model, before):
+    flags, gradients, entries = state_of(model)
+    assert flags == before[0] and gradients == before[1]
+    assert all(torch.equal(entries[name], before[2][name]) for name in entries)
 
 
 def loss_of(model, x, y):
@@ -75,10 +89,11 @@ def assert_same_step(model, x, y, **options):
 
 def ten_steps(model, x, y, **options):
     """Loss after an attack by each engine from the same start."""
-    made = {}
+    losses = {}
     for kind in ("plan", "eager"):
-        made[kind] = PGD(model, engine=kind, generator=torch.Generator().manual_seed(3), **options)(x, y)
-    return {kind: loss_of(model, images, y) for kind, images in made.items()}
+        adversarial = PGD(model, engine=kind, generator=torch.Generator().manual_seed(3), **options)(x, y)
+        losses[kind] = loss_of(model, adversarial, y)
+    return losses
 
 
 class Doubled(nn.Module):

@@ -134,8 +134,7 @@ def test_batch_sizes_share_a_plan(monkeypatch):
     for images in (1, 2, 3, 5, 7, 11, 16, 23, 31, 40):
         assert torch.equal(attack(whole[:images], labels[:images]), everything[:images])
     assert len(captures) == 1
-    found = program_of(attack, whole)
-    assert len(found._bound) <= program.KEPT_SIZES and len(attack._cache._plans) == 1
+    assert len(program_of(attack, whole)._bound) <= program.KEPT_SIZES and len(attack._cache._plans) == 1
 
 
 def test_plans_are_bounded():

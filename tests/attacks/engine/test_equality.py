@@ -1,4 +1,4 @@
-"""The plan computes what eager does."""
+"""A plan computes what the eager attack does."""
 
 import copy
 
@@ -21,7 +21,7 @@ from tests.attacks.engine.helpers import (
     small,
     ten_steps,
 )
-from twins_fast import PGD
+from twins_fast import PGD, convert_twin_bn, fuse_twin_bn, fusion_report
 from twins_fast.attacks.engine import cache, program
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
 from twins_fast.checkpoints import load_pretrained, read_state_dict
@@ -69,8 +69,12 @@ def test_architecture_takes_the_plan_and_equals_eager(name):
     assert losses["plan"] == pytest.approx(losses["eager"], abs=1e-4)
     report = PGD(model).explain(x)
     assert report.engine == "plan"
-    found = {layer["op"] for layer in report.layers if "not planned" in layer["runs"]}
-    assert left is None or found == left
+    by_pytorch = {layer["op"] for layer in report.layers if "not planned" in layer["runs"]}
+    if left is None:  # many operations; how they are named depends on PyTorch's version
+        planned = {layer["op"] for layer in report.layers} - by_pytorch
+        assert any(" 3->" in op for op in planned) and any(op.endswith("->10") for op in planned)
+    else:
+        assert by_pytorch == left
 
 
 @pytest.mark.skipif(native._C is None, reason="no compiled kernels")
@@ -101,6 +105,31 @@ def test_a_robust_network_on_real_images():
     assert losses["plan"] == pytest.approx(losses["eager"], abs=1e-4) and losses["plan"] > loss_of(robust, x, y) + 0.1
 
 
+def test_a_fused_two_wing_layer_whose_residual_is_not_planned():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shortcut = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+            self.bn, self.relu, self.act = nn.BatchNorm2d(8), nn.ReLU(), nn.SiLU()
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, x):
+            x = self.relu(self.bn(self.conv(x)) + self.act(self.shortcut(x)))
+            return self.head(x.mean((2, 3)))
+
+    model = fuse_twin_bn(convert_twin_bn(lively(Residual(), size=8))).eval()
+    assert [row.fused for row in fusion_report(model)] == ["add+relu"]
+    x, y = data(3, 8)
+    assert_same_step(model, x, y)
+    assert {"silu", "add, relu"} <= {layer["op"] for layer in PGD(model).explain(x).layers}
+
+
+def test_images_of_more_channels_than_the_kernels_take():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(300, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    assert_same_step(model, torch.rand(2, 300, 8, 8), torch.tensor([0, 1]))
+
+
 def test_everything_around_convolutions_is_fused():
     report = PGD(small()).explain(data()[0])
     assert all(layer["op"].startswith(("3x3", "1x1", "mean")) for layer in report.layers)
@@ -111,12 +140,14 @@ def test_everything_around_convolutions_is_fused():
 def test_half_precision_attacks_as_well(half):
     model = small()
     x, y = data(16)
-    made = {}
+    losses = {}
     for dtype in (None, half):
         attack = PGD(model, engine="plan", amp_dtype=dtype, generator=torch.Generator().manual_seed(0))
-        made[dtype] = attack(x, y)
-        assert (made[dtype] - x).abs().max() <= 8 / 255 + 1e-6 and made[dtype].min() >= 0 and made[dtype].max() <= 1
-    assert loss_of(model, made[half], y) == pytest.approx(loss_of(model, made[None], y), rel=0.01)
+        adversarial = attack(x, y)
+        assert (adversarial - x).abs().max() <= 8 / 255 + 1e-6
+        assert adversarial.min() >= 0 and adversarial.max() <= 1
+        losses[dtype] = loss_of(model, adversarial, y)
+    assert losses[half] == pytest.approx(losses[None], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -128,18 +159,18 @@ def test_half_precision_attacks_as_well(half):
 def test_every_kind_of_attack(options):
     model = small()
     x, y = data(4)
-    made = []
+    adversarial = []
     for kind in ("plan", "eager"):
         torch.manual_seed(5)
-        made.append(PGD(model, engine=kind, **{"steps": 3, **options})(x, y))
+        adversarial.append(PGD(model, engine=kind, **{"steps": 3, **options})(x, y))
     # Steps in the direction of the gradient differ by its roundoff, sign steps where it is zero within roundoff.
-    close = (made[0] - made[1]).abs() <= 1e-5
+    close = (adversarial[0] - adversarial[1]).abs() <= 1e-5
     assert close.float().mean() > 0.99
-    assert (made[0] != x).any()
+    assert (adversarial[0] != x).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("images", [1, 3, 8])
-def test_float64_truth_of_the_gradient(images):
+def test_gradient_against_a_float64_oracle(images):
     """Without signs in between: the plan's input gradient against autograd in float64."""
     model = small()
     x, y = data(images)
@@ -168,12 +199,12 @@ def test_kernels_equal_the_pytorch_executor(amp_dtype, monkeypatch):
     """The same plan by both executors."""
     model = lively(TransferResNet(Bottleneck, (1, 1, 1, 1), 10, upsample=64), size=16)
     x, y = data(3, 16)
-    made = []
+    adversarial = []
     for executor in (cache.executor_for, TorchExecutor):
         monkeypatch.setattr(cache, "executor_for", executor)
-        made.append(PGD(model, engine="plan", amp_dtype=amp_dtype, **STEP)(x, y))
-    # In bfloat16 roundoff turns the signs of small gradients.
-    assert (made[0] == made[1]).float().mean() > (0.999 if amp_dtype is None else 0.9)
+        adversarial.append(PGD(model, engine="plan", amp_dtype=amp_dtype, **STEP)(x, y))
+    # In bfloat16 roundoff flips the signs of small gradients.
+    assert (adversarial[0] == adversarial[1]).float().mean() > (0.999 if amp_dtype is None else 0.9)
 
 
 def test_operations_that_mix_rows_see_the_whole_batch(monkeypatch):
@@ -229,34 +260,34 @@ def test_kl_reference_of_many_chunks(monkeypatch):
 def test_the_number_of_threads_changes_nothing(dtype):
     x, y = data(6)
     attack = PGD(small(), engine="plan", amp_dtype=dtype, random_start=False)
-    before, made = torch.get_num_threads(), []
+    before, adversarial = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made.append(attack(x, y))
+            adversarial.append(attack(x, y))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    assert torch.equal(adversarial[0], adversarial[1]) and torch.equal(adversarial[0], adversarial[2])
 
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_smallest_batches(images):
     model = small()
     x, y = data(4)
-    made = PGD(model, engine="plan", **STEP)(x[:images], y[:images])
-    assert made.shape == x[:images].shape
-    assert images == 0 or torch.equal(made, PGD(model, engine="plan", **STEP)(x, y)[:1])
+    adversarial = PGD(model, engine="plan", **STEP)(x[:images], y[:images])
+    assert adversarial.shape == x[:images].shape
+    assert images == 0 or torch.equal(adversarial, PGD(model, engine="plan", **STEP)(x, y)[:1])
 
 
 def test_any_memory_layout():
     model = small()
     x, y = data(4)
-    made = PGD(model, engine="plan", **STEP)(x, y)
+    adversarial = PGD(model, engine="plan", **STEP)(x, y)
     last = x.contiguous(memory_format=torch.channels_last)
     wide = torch.empty(4, 3, 32, 64)
     wide[..., ::2] = x
     for images in (last, wide[..., ::2], x.flip(3).contiguous().flip(3)):
-        kept = images.clone()
+        before = images.clone()
         again = PGD(model, engine="plan", **STEP)(images, y)
-        assert torch.equal(again, made) and torch.equal(images, kept)
+        assert torch.equal(again, adversarial) and torch.equal(images, before)
     assert PGD(model, engine="plan", **STEP)(last, y).is_contiguous(memory_format=torch.channels_last)

@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.attacks.engine.helpers import (
-    STEP,
-    data,
-    small,
-)
+from tests.attacks.engine.helpers import STEP, assert_untouched, data, small, state_of
 from twins_fast import PGD
 from twins_fast.attacks.engine import program
 from twins_fast.attacks.engine.program import Program
@@ -26,19 +22,8 @@ def test_threads_take_turns():
     batches = [data(6, seed=seed) for seed in range(4)]
     expected = [attack(*batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        for made, alone in zip(pool.map(lambda batch: attack(*batch), batches * 3), expected * 3, strict=True):
-            assert torch.equal(made, alone)
-
-
-def state_of(model):
-    flags = [module.training for module in model.modules()]
-    return flags, [p.requires_grad for p in model.parameters()], copy.deepcopy(model.state_dict())
-
-
-def assert_untouched(model, before):
-    flags, wanted, entries = state_of(model)
-    assert flags == before[0] and wanted == before[1]
-    assert all(torch.equal(entries[name], before[2][name]) for name in entries)
+        for adversarial, alone in zip(pool.map(lambda batch: attack(*batch), batches * 3), expected * 3, strict=True):
+            assert torch.equal(adversarial, alone)
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError("boom")])
@@ -66,7 +51,7 @@ def test_a_fault_in_the_middle_leaves_the_model_and_the_engine_usable(fault, mon
     assert torch.equal(attack(x, y), good)
 
 
-def test_out_of_memory_goes_on_in_smaller_chunks(monkeypatch):
+def test_out_of_memory_continues_in_smaller_chunks(monkeypatch):
     x, y = data(8)
     model = small()
     good = PGD(model, engine="plan", random_start=False)(x, y)
@@ -79,7 +64,7 @@ def test_out_of_memory_goes_on_in_smaller_chunks(monkeypatch):
 
     monkeypatch.setattr(Program, "bound", bound)
     attack = PGD(model, engine="plan", random_start=False)
-    with pytest.warns(UserWarning, match="memory ran out with 8 images at once; going on with 4"):
+    with pytest.warns(UserWarning, match="memory ran out with 8 images at once; continuing with 4"):
         assert torch.equal(attack(x, y), good)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it remembers
@@ -107,11 +92,11 @@ def test_pixels_with_nan_gradients_stay(kind, norm):
     x, y = data(5, 4)
     attack = PGD(Rooted(), engine=kind, norm=norm, steps=2, random_start=False)
     with pytest.warns(UserWarning, match="10 gradients of pixel values were NaN"):
-        made = attack(x, y)
+        adversarial = attack(x, y)
     assert attack.nan_gradients == 10
-    moved = made != x
+    moved = adversarial != x
     assert not moved[:, 0, 0, 0].any() and moved.flatten(1).sum(1).min() > 40
-    assert made.isfinite().all()
+    assert adversarial.isfinite().all()
 
 
 def test_labels_beyond_the_classes_are_refused():
@@ -123,9 +108,9 @@ def test_labels_beyond_the_classes_are_refused():
 def test_copies_and_pickles():
     attack = PGD(small(), engine="plan", **STEP)
     x, y = data(2)
-    made = attack(x, y)
+    adversarial = attack(x, y)
     for other in (copy.deepcopy(attack), pickle.loads(pickle.dumps(attack))):
-        assert torch.equal(other(x, y), made)
+        assert torch.equal(other(x, y), adversarial)
 
 
 def test_memory_is_flat_over_many_calls():

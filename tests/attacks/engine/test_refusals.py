@@ -1,4 +1,4 @@
-"""What cannot be planned runs in eager, and says why."""
+"""What cannot be planned runs in eager mode, and says why."""
 
 import random
 
@@ -51,17 +51,17 @@ def hooked(body):
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(ValueDependent, "."), (Random, "random"), (Counting, "."), (WithoutGradient, "."), (hooked, "bn1 has hooks"),
-     (lambda body: body.double(), "float64")],
+    [(ValueDependent, "data-dependent"), (Random, "draws random numbers"), (Counting, "changes calls"),
+     (WithoutGradient, "get_attr"), (hooked, "bn1 has hooks"), (lambda body: body.double(), "float64")],
 )  # fmt: skip
 def test_what_cannot_be_planned_runs_in_eager_and_says_why(make, reason):
     model = make(small())
     x, y = data(4)
     x = x.to(next(model.parameters()).dtype)
     torch.manual_seed(0)
-    made = PGD(model, **STEP)(x, y)
+    adversarial = PGD(model, **STEP)(x, y)
     torch.manual_seed(0)
-    assert torch.equal(made, PGD(model, engine="eager", **STEP)(x, y))
+    assert torch.equal(adversarial, PGD(model, engine="eager", **STEP)(x, y))
     with pytest.raises(RuntimeError, match=f"engine='plan': .*{reason}"):
         PGD(model, engine="plan", **STEP)(x, y)
     report = PGD(model).explain(x)
@@ -132,7 +132,7 @@ FORWARDS = {
     "a write to a converted copy": write_to_copy(lambda a: a.to(torch.float32, copy=True)),
     "batch statistics": lambda m, x: m.top(F.batch_norm(m.c1(x), None, None, training=True).relu()),
     "padding of the batch": lambda m, x: m.top(m.c1(F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)))),
-    "enlargement by a scale": lambda m, x: m.top(m.c1(F.interpolate(x, scale_factor=1.3))),
+    "upsampling by a scale": lambda m, x: m.top(m.c1(F.interpolate(x, scale_factor=1.3))),
     "strides": lambda m, x: m.top(m.c1(x).as_strided((x.shape[0], 8, 4, 4), (512, 64, 8, 1)).relu()),
     "booleans and indices": chosen,
     "a constant led by the batch": constant_twice,
@@ -151,16 +151,16 @@ def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypa
     model = net(FORWARDS[name])
     x, y = data(images, 8)
     options = {"norm": "l2", "eps": 1.0, "alpha": 0.05, "steps": 2, "random_start": False}
-    made = []
+    adversarial = []
     for kind in ("auto", "eager"):
         try:
-            made.append(PGD(model, engine=kind, **options)(x, y))
+            adversarial.append(PGD(model, engine=kind, **options)(x, y))
         except ValueError as error:
-            made.append(str(error))
-    if isinstance(made[1], str):
-        assert made[0] == made[1]
+            adversarial.append(str(error))
+    if isinstance(adversarial[1], str):
+        assert adversarial[0] == adversarial[1]
     else:
-        assert (made[0] - made[1]).norm() <= 1e-4 * (made[1] - x).norm()
+        assert (adversarial[0] - adversarial[1]).norm() <= 1e-4 * (adversarial[1] - x).norm()
 
 
 @pytest.mark.parametrize("name", ["double use", "one layer twice", "a channel shuffle", "a flattened view"])

@@ -1,4 +1,4 @@
-"""A model's evaluation forward as a list of nodes: ``torch.export``, then one name for each thing that is planned."""
+"""A model's evaluation forward as a list of nodes: ``torch.export``, then patterns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from twins_fast.attacks.engine.graph import (
     is_aten,
     is_switched_off,
     module_of,
-    one_memory,
     shape_of,
+    share_memory,
 )
-from twins_fast.attacks.engine.nodes import Node, NotCaptured, Param, Ref, map_values, tensor_of, tensors_of
-from twins_fast.attacks.engine.patterns import PATTERNS, twin_batch_norm
+from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, map_values, tensor_of, tensors_of
+from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
-from twins_fast.models.clamp import clamp
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
 
@@ -65,7 +64,7 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device)
 
 @contextmanager
 def _watched() -> Iterator[list[warnings.WarningMessage]]:
-    """Refuse what an exported graph would silently lack, keep the export quiet, and give its warnings."""
+    """Refuse what an exported graph would silently lack, keep the export quiet, and yield its warnings."""
 
     known = torch.autograd.Function.__dict__["apply"]
 
@@ -97,7 +96,7 @@ class Reader(Reading):
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, ...]):
         super().__init__(model, [Node("input", [], tuple(shape), "")], {})
-        self.shared: set[fx.Node] = set()  # whose memory another value may see
+        self.shared: set[fx.Node] = set()  # nodes whose memory another value may share
         self._bind(exported)
         result = None
         for node in exported.graph.nodes:
@@ -123,13 +122,13 @@ class Reader(Reading):
                 self.values[node] = Ref(0)
                 sizes = node.meta["val"].shape[0].node.shape_env
                 if sizes.guards or sizes.replacements:
-                    found = sizes.guards[0].expr if sizes.guards else sizes.replacements
-                    raise NotCaptured(f"the forward depends on the number of images: {found}"[:200])
+                    condition = sizes.guards[0].expr if sizes.guards else sizes.replacements
+                    raise NotCaptured(f"the forward depends on the number of images: {condition}"[:200])
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 self.values[node] = Param(spec.target)
             else:
-                found = tensor_of(self.model, spec.target)
-                if found is None or id(found) not in known:
+                tensor = tensor_of(self.model, spec.target)
+                if tensor is None or id(tensor) not in known:
                     raise NotCaptured(f"a tensor that is no parameter, buffer or attribute of a module ({spec.target})")
                 self.values[node] = Param(spec.target)
 
@@ -155,7 +154,7 @@ class Reader(Reading):
             raise NotCaptured(f"{module_of(node)}: {target}")
         if target in _SAME or is_switched_off(node) or (target in _SAME_IF_ALIKE and self._alike(node)):
             self.values[node] = value(node.args[0])
-            if not is_switched_off(node) and not one_memory(node, node.args[0]):
+            if not is_switched_off(node) and not share_memory(node, node.args[0]):
                 self.shared |= {node, node.args[0]}  # a copy: a write to either would have to tell them apart
             return
         if is_aten(target) and target._schema.name.partition("::")[2] in _ABOUT_MEMORY:
@@ -164,17 +163,12 @@ class Reader(Reading):
             self.nodes.append(Node("rows", [], None, module_of(node), dtype=None))
             self.values[node] = Ref(len(self.nodes) - 1)
             return
-        matches = PATTERNS.get(target._schema.name.partition("::")[2]) if is_aten(target) else None
-        made = matches(self, node) if matches else None
-        self.values[node] = Ref(self._add(node, *made)) if made else Ref(self._generic(node))
-        if made and made[0] == "flatten":
-            self.nodes[-1].call = None  # it may name the number of images, which nothing needs
-        if made and target is aten.masked_fill.Scalar:
-            options = self.nodes[-1].options
-            self.nodes[-1].call = (clamp, (made[1][0], options["low"], options["high"]), {})
+        pattern = PATTERNS.get(target._schema.name.partition("::")[2]) if is_aten(target) else None
+        match = pattern(self, node) if pattern else None
+        self.values[node] = self._planned(node, match) if match else self._generic(node)
 
     def _functional(self, node: fx.Node) -> fx.Node | None:
-        """An operation that writes to its first operand as one that does not; later readers get the result."""
+        """An operation that does not write; one in place is replaced, and later readers get its result."""
         schema = node.target._schema
         written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         if not written:
@@ -194,38 +188,40 @@ class Reader(Reading):
         if subject in self.shared:
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to memory that another value shares")
         with node.graph.inserting_before(node):
-            made = node.graph.call_function(plain, node.args, node.kwargs)
-        made.meta = node.meta
-        self._call(made)
+            functional = node.graph.call_function(plain, node.args, node.kwargs)
+        functional.meta = node.meta
+        self._call(functional)
         for name in (node, *[name for name, known in self.values.items() if known == value]):
-            self.values[name] = self.values[made]
+            self.values[name] = self.values[functional]
         return None
 
     def _alike(self, node: fx.Node) -> bool:
         before, after = node.args[0].meta["val"], node.meta["val"]
         return before.dtype == after.dtype and before.device == after.device
 
-    def _add(self, node: fx.Node, op: str, inputs: list[Ref], options: dict) -> int:
-        return self._append(node, op, [ref.index for ref in inputs], options, per_sample=True)
+    def _planned(self, node: fx.Node, match: Match) -> Ref:
+        inputs = [ref.index for ref in match.inputs]
+        return self._append(node, match.op, inputs, match.options, match.call or self._call_of(node), per_sample=True)
 
-    def _append(self, node: fx.Node, op: str, inputs: list[int], options: dict, per_sample: bool) -> int:
-        arguments = fx.node.map_arg((node.args, node.kwargs), self.value)
+    def _call_of(self, node: fx.Node) -> Call:
         # Memory may be laid out otherwise than it was in the export.
         target = aten.reshape.default if node.target is aten.view.default else node.target
-        call = (target, *arguments)
+        return target, *fx.node.map_arg((node.args, node.kwargs), self.value)
+
+    def _append(self, node: fx.Node, op: str, inputs: list[int], options: dict, call: Call, per_sample: bool) -> Ref:
         dtype = getattr(node.meta.get("val"), "dtype", None)
         self.nodes.append(Node(op, inputs, shape_of(node), module_of(node), per_sample, options, call, dtype))
-        return len(self.nodes) - 1
+        return Ref(len(self.nodes) - 1)
 
-    def _generic(self, node: fx.Node) -> int:
-        """Any operation, with its arguments as they are."""
+    def _generic(self, node: fx.Node) -> Ref:
+        """An operation that is not planned, with its arguments unchanged."""
         operands = [self.value(n) for n in node.all_input_nodes]
         refs = [v.index for v in operands if isinstance(v, Ref)]
         name = node.target._schema.name.partition("::")[2] if is_aten(node.target) else ""
         shapes = [self.nodes[index].shape for index in refs if self.nodes[index].op != "rows"]
         batched = bool(shapes) and None not in shapes and shape_of(node) is not None
         per_sample = batched and keeps_samples_apart(self, node, name, shapes)
-        return self._append(node, "call", refs, {}, per_sample)
+        return self._append(node, "call", refs, {}, self._call_of(node), per_sample)
 
     def _keep_until(self, last: int) -> None:
         del self.nodes[last + 1 :]
@@ -240,9 +236,9 @@ class Reader(Reading):
         def moved(value):
             return Ref(places[value.index]) if isinstance(value, Ref) else value
 
-        kept = [self.nodes[old] for old in sorted(needed)]
-        for node in kept:
+        remaining = [self.nodes[old] for old in sorted(needed)]
+        for node in remaining:
             node.inputs = [places[index] for index in node.inputs]
             if node.call is not None:
                 node.call = (node.call[0], *map_values(moved, node.call[1:]))
-        self.nodes[:] = kept
+        self.nodes[:] = remaining

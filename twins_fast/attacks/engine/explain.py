@@ -1,4 +1,4 @@
-"""What runs how: a report of an attack's engine, layer by layer."""
+"""How an attack runs: a report, layer by layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Explanation:
             tensor counted once per pass that reads or writes it, without weights), and if timed ``forward_ms`` and
             ``backward_ms`` for ``images`` images.
         notes: what a reader of the results should know.
-        images: taken through the steps at once.
+        images: how many go through the steps at once.
         bytes_per_image: of the arena.
     """
 
@@ -57,7 +57,12 @@ class Explanation:
 
 
 def explain(program: Program | str, model: nn.Module, images: Tensor | None, notes: tuple[str, ...]) -> Explanation:
-    """Of a program, or of the reason why there is none; with ``images`` its steps are timed."""
+    """The report of a program, or of the reason why there is none.
+
+    Args:
+        images: [N, C, H, W] float32 to time the steps on, or None.
+        notes: added to the report.
+    """
     if isinstance(program, str):
         return Explanation("eager", program, notes=notes)
     plan = program.plan
@@ -86,7 +91,7 @@ def explain(program: Program | str, model: nn.Module, images: Tensor | None, not
 
 
 def _times(program: Program, images: Tensor) -> dict[str, list[float]]:
-    """Seconds per stage."""
+    """Seconds per stage, forward and backward: the fastest of some repetitions."""
     bound = program.bound(len(images))
     program.input.prepare(images.contiguous(), bound.image)
     best: dict[str, list[float]] = {}
@@ -109,24 +114,23 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _op(stage: Stage) -> str:
-    parts = {
+    names = {
         "conv": "convolution", "affine": "batch norm", "pointwise": "", "max_pool": "max-pool", "avg_pool": "mean",
     }  # fmt: skip
     if stage.kind == "segment":
-        names = dict.fromkeys(str(n.call[0]).removeprefix("aten.").partition(".")[0] for _, n in stage.nodes if n.call)
-        listed = [name.removeprefix("<built-in function ").removesuffix(">") for name in names]
+        listed = list(dict.fromkeys(n.call[0].__name__.partition(".")[0] for _, n in stage.nodes if n.call))
         return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
-    found = [parts[stage.kind]]
+    parts = [names[stage.kind]]
     if stage.kind == "conv":
         g = stage.options["geometry"]
-        found[0] = f"{g.kernel[0]}x{g.kernel[1]} {g.in_channels}->{g.out_channels}"
-        found[0] += f" /{g.stride[0]}" if g.stride != (1, 1) else ""
-        found[0] += f" groups {g.groups}" if g.groups > 1 else ""
-        found[0] += f" of {g.upsample[0]}x upsampled" if g.upsample != (1, 1) else ""
-        found += ["folded batch norm"] if "norm" in stage.options else []
-    found += ["sum"] if stage.other is not None else []
-    found += ["ReLU"] if stage.relu else []
-    return " + ".join(part for part in found if part)
+        parts[0] = f"{g.kernel[0]}x{g.kernel[1]} {g.in_channels}->{g.out_channels}"
+        parts[0] += f" /{g.stride[0]}" if g.stride != (1, 1) else ""
+        parts[0] += f" groups {g.groups}" if g.groups > 1 else ""
+        parts[0] += f" of {g.upsample[0]}x upsampled" if g.upsample != (1, 1) else ""
+        parts += ["folded batch norm"] if "norm" in stage.options else []
+    parts += ["sum"] if stage.other is not None else []
+    parts += ["ReLU"] if stage.relu else []
+    return " + ".join(part for part in parts if part)
 
 
 def _runs(program: Program, state) -> str:

@@ -25,7 +25,7 @@ class Fold:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Input:
-        """The way of the images into the network, with the parameters that it needs."""
+        """The path of the images into the network, with the current parameters."""
         self._vectors.fill(model)
         for state in self._states:
             if state.convolution is not None:
@@ -42,7 +42,7 @@ class Fold:
 
 
 class _Vectors:
-    """Scale and shift of all layers, made together."""
+    """Scale and shift of all layers, computed together: per layer that would be many small operations."""
 
     def __init__(self, states: list[State], model: nn.Module, device: torch.device):
         self._layers = [s for s in states if s.stage.kind in ("conv", "affine")]

@@ -1,4 +1,4 @@
-"""What the nodes of an exported graph say, and what has been read of them."""
+"""Facts about the nodes of an exported graph, and what has been read of them so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Reading:
-    """A model, the nodes made of its graph so far, and what each node of the graph has become.
+    """A model, the nodes captured from its graph so far, and what each node of the graph has become.
 
     Attributes:
         values: node of the graph -> Ref, Param or number.
@@ -35,8 +35,8 @@ class Reading:
         return self.is_batched(x) and len(self.nodes[x.index].shape) == 3
 
 
-def one_memory(node: fx.Node, source: fx.Node) -> bool:
-    """Whether one is the other, as the export saw it."""
+def share_memory(node: fx.Node, source: fx.Node) -> bool:
+    """Whether both results share their memory, as the export saw it."""
     values = [n.meta["val"].untyped_storage()._cdata for n in (node, source)]
     return values[0] == values[1]
 
@@ -58,18 +58,19 @@ def draws_nothing(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node, value) -> list[Any]:
     """All arguments of the operation in the order of its schema, with defaults."""
-    given = list(node.args)
-    for argument in node.target._schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return [fx.node.map_arg(argument, value) for argument in given]
+    values = list(node.args)
+    for argument in node.target._schema.arguments[len(values) :]:
+        values.append(node.kwargs.get(argument.name, argument.default_value))
+    return [fx.node.map_arg(argument, value) for argument in values]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    found = node.meta.get("val")
-    if not isinstance(found, Tensor) or found.dim() == 0 or isinstance(found.shape[0], int):
+    """Of the result without the batch; None if it is no batched tensor."""
+    result = node.meta.get("val")
+    if not isinstance(result, Tensor) or result.dim() == 0 or isinstance(result.shape[0], int):
         return None
-    rest = found.shape[1:]
-    return tuple(rest) if all(isinstance(size, int) for size in rest) and _is_symbol(found.shape[0]) else None
+    rest = result.shape[1:]
+    return tuple(rest) if all(isinstance(size, int) for size in rest) and _is_symbol(result.shape[0]) else None
 
 
 def _is_symbol(size: torch.SymInt) -> bool:
@@ -78,15 +79,18 @@ def _is_symbol(size: torch.SymInt) -> bool:
 
 
 def size_of(node: fx.Node) -> tuple[int, ...]:
+    """Of the result, batch and all."""
     return tuple(node.meta["val"].shape)
 
 
 def pair(value) -> tuple[int, int]:
+    """A size along both axes, which ATen may give as one number."""
     both = (value, value) if isinstance(value, int) else tuple(value)
     return both if len(both) == 2 else both * 2
 
 
 def module_of(node: fx.Node) -> str:
+    """Dotted name of the module that the operation comes from."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
     path = "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self']").removeprefix(".")

@@ -6,9 +6,10 @@ from twins_fast.attacks.engine.plan import Slot
 
 
 def place(sizes: list[int], slots: list[Slot]) -> tuple[list[int], int]:
-    """Offsets per image for slots of these bytes, such that no two that live together overlap; and the total.
+    """Offsets for slots of ``sizes`` bytes per image, such that no two that are live at once overlap; and the total.
 
-    All sizes grow with the batch alike, so that one placement serves every batch. Largest first, lowest gap first.
+    All sizes are proportional to the batch, so that one placement serves every batch. Greedy: largest slot first, into
+    the lowest gap.
     """
     offsets = [0] * len(slots)
     placed: list[int] = []

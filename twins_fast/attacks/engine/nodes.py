@@ -26,6 +26,9 @@ class Ref(NamedTuple):
     index: int
 
 
+Call = tuple[Any, tuple, dict]  # function, arguments, keywords; results of nodes are Refs in them, tensors Params
+
+
 @dataclass
 class Node:
     """One operation.
@@ -33,13 +36,13 @@ class Node:
     Attributes:
         op: ``conv``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``max_pool``, ``avg_pool``, ``flatten``; on the
             image alone also ``upsample``, ``clamp``, ``arithmetic``; ``input``; ``rows`` (the number of images);
-            ``call`` (any other ATen operation, kept as it is).
+            ``call`` (any other ATen operation, unchanged).
         inputs: the nodes whose gradient it passes on.
         shape: of its result without the batch; None if that is no batched tensor.
         where: the module that it comes from.
-        per_sample: whether a row of the batch decides alone about its row of the result.
+        per_sample: whether each row of the result depends on that row of the batch alone.
         options: what the operation needs to know, Params included.
-        call: the ATen operation itself with its arguments, in which results of nodes are Refs.
+        call: what PyTorch runs where the node is not planned.
         dtype: of its result; None if that is no tensor.
     """
 
@@ -49,7 +52,7 @@ class Node:
     where: str
     per_sample: bool = True
     options: dict[str, Any] = field(default_factory=dict)
-    call: tuple[Any, tuple, dict] | None = None
+    call: Call | None = None
     dtype: torch.dtype | None = torch.float32
 
 
@@ -65,12 +68,13 @@ def map_values(function, value):
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter, buffer or tensor attribute of that dotted name; None if there is none."""
     owner, _, last = name.rpartition(".")
     try:
-        found = getattr(model.get_submodule(owner), last)
+        value = getattr(model.get_submodule(owner), last)
     except AttributeError:
         return None
-    return found if isinstance(found, Tensor) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,22 +1,39 @@
-"""The operations that are planned: one small function each, found by the name of the ATen operation.
+"""The operations that are planned: one small function each, by the name of the ATen operation.
 
-A pattern gives what the operation becomes, or None where its arguments are out of the ordinary.
+A pattern gives what the operation becomes, or None if its arguments are not supported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
-from twins_fast.attacks.engine.nodes import Node, NotCaptured, Param, Ref, tensor_of
+from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, tensor_of
+from twins_fast.models.clamp import clamp as clamp_passing_at_bounds
 from twins_fast.models.clamp import torch_passes_at_bounds
 
-Match = tuple[str, list[Ref], dict[str, Any]] | None  # op, inputs and options of a node
-PATTERNS: dict[str, Callable[[Reading, fx.Node], Match]] = {}
+
+class Match(NamedTuple):
+    """The node that an operation becomes.
+
+    Attributes:
+        op, options: of the node.
+        inputs: the results that it reads.
+        call: computes it where it is not planned after all; None for the operation itself.
+    """
+
+    op: str
+    inputs: list[Ref]
+    options: dict[str, Any]
+    call: Call | None = None
+
+
+Pattern = Callable[[Reading, fx.Node], Match | None]
+PATTERNS: dict[str, Pattern] = {}
 
 _ARITHMETIC = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul", aten.div.Tensor: "div"}
 
@@ -24,7 +41,7 @@ _ARITHMETIC = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: 
 def pattern(*names: str):
     """Enter a function into the table under the names of its ATen operations, without overloads."""
 
-    def enter(function: Callable[[Reading, fx.Node], Match]) -> Callable[[Reading, fx.Node], Match]:
+    def enter(function: Pattern) -> Pattern:
         PATTERNS.update(dict.fromkeys(names, function))
         return function
 
@@ -32,37 +49,37 @@ def pattern(*names: str):
 
 
 @pattern("conv2d")
-def conv2d(reading: Reading, node: fx.Node) -> Match:
+def conv2d(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias, stride, padding, dilation, groups = arguments(node, reading.value)
     if not reading.is_image(x) or not isinstance(weight, Param) or isinstance(padding, str):
         return None
     if bias is not None and not isinstance(bias, Param):
         return None
     sizes = {"stride": pair(stride), "padding": pair(padding), "dilation": pair(dilation), "groups": groups}
-    return "conv", [x], {"weight": weight, "bias": bias, "kernel": size_of(node.args[1])[2:], **sizes}
+    return Match("conv", [x], {"weight": weight, "bias": bias, "kernel": size_of(node.args[1])[2:], **sizes})
 
 
 @pattern("linear")
-def linear(reading: Reading, node: fx.Node) -> Match:
+def linear(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias = arguments(node, reading.value)
     if not isinstance(x, Ref) or not isinstance(weight, Param) or not (bias is None or isinstance(bias, Param)):
         return None
     shape = reading.nodes[x.index].shape
-    return ("linear", [x], {"weight": weight, "bias": bias}) if shape and len(shape) == 1 else None
+    return Match("linear", [x], {"weight": weight, "bias": bias}) if shape and len(shape) == 1 else None
 
 
 @pattern("batch_norm")
-def batch_norm(reading: Reading, node: fx.Node) -> Match:
+def batch_norm(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias, mean, var, training, _, eps, _ = arguments(node, reading.value)
     if training or not reading.is_image(x) or not all(v is None or isinstance(v, Param) for v in (weight, bias)):
         return None
     if not isinstance(mean, Param) or not isinstance(var, Param):
         return None
-    return "batch_norm", [x], {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
+    return Match("batch_norm", [x], {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps})
 
 
 def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
-    """All rows on one wing, with residual sum and ReLU (ops.py)."""
+    """Two-wing batch norm with all rows on one wing, then residual sum and ReLU: a node for each."""
     x, residual, split, mean, var, weight, bias, *_, eps, relu, _, _ = arguments(node, reading.value)
     rows = isinstance(split, Ref) and reading.nodes[split.index].op == "rows"
     vectors = (mean, var, weight, bias)
@@ -71,52 +88,54 @@ def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
     options = {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
     shape, where = reading.nodes[x.index].shape, module_of(node)
 
-    def add(op: str, inputs: list[int], options: dict) -> Ref:
-        reading.nodes.append(Node(op, inputs, shape, where, True, options))
+    def append(op: str, inputs: list[Ref], options: dict, call: Call | None) -> Ref:
+        reading.nodes.append(Node(op, [ref.index for ref in inputs], shape, where, True, options, call))
         return Ref(len(reading.nodes) - 1)
 
-    result = add("batch_norm", [x.index], options)
+    result = append("batch_norm", [x], options, None)
     if residual is not None:
-        result = add("add", [result.index, residual.index], {})
+        result = append("add", [result, residual], {}, (aten.add.Tensor, (result, residual), {}))
     if relu:
-        result = add("relu", [result.index], {})
+        result = append("relu", [result], {}, (aten.relu.default, (result,), {}))
     return result, None, None
 
 
 @pattern("relu")
-def relu(reading: Reading, node: fx.Node) -> Match:
+def relu(reading: Reading, node: fx.Node) -> Match | None:
     x = reading.value(node.args[0])
-    return ("relu", [x], {}) if reading.is_batched(x) else None
+    return Match("relu", [x], {}) if reading.is_batched(x) else None
 
 
 @pattern("hardtanh")
-def hardtanh(reading: Reading, node: fx.Node) -> Match:
+def hardtanh(reading: Reading, node: fx.Node) -> Match | None:
     x, low, high = arguments(node, reading.value)
-    return ("clamp", [x], {"low": float(low), "high": float(high), "at_bounds": 0}) if reading.is_batched(x) else None
+    options = {"low": float(low), "high": float(high), "at_bounds": 0}
+    return Match("clamp", [x], options) if reading.is_batched(x) else None
 
 
 @pattern("clamp", "clip")
-def clamp(reading: Reading, node: fx.Node) -> Match:
+def clamp(reading: Reading, node: fx.Node) -> Match | None:
     x, low, high = arguments(node, reading.value)
     if not reading.is_batched(x) or not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
         return None
     low, high = (float(d if b is None else b) for b, d in ((low, "-inf"), (high, "inf")))
-    return "clamp", [x], {"low": low, "high": high, "at_bounds": int(torch_passes_at_bounds())}
+    return Match("clamp", [x], {"low": low, "high": high, "at_bounds": int(torch_passes_at_bounds())})
 
 
 @pattern("masked_fill")
-def masked_fill(reading: Reading, node: fx.Node) -> Match:
+def masked_fill(reading: Reading, node: fx.Node) -> Match | None:
     """One side of :func:`twins_fast.models.clamp.clamp`."""
     x, _, bound = arguments(node, reading.value)
     compared = node.args[1]
     side = {aten.lt.Scalar: "low", aten.gt.Scalar: "high"}.get(compared.target)
     if side is None or compared.args != (node.args[0], bound) or not reading.is_batched(x):
         return None
-    return "clamp", [x], {"low": -inf, "high": inf, side: float(bound), "at_bounds": 1}
+    options = {"low": -inf, "high": inf, side: float(bound), "at_bounds": 1}
+    return Match("clamp", [x], options, (clamp_passing_at_bounds, (x, options["low"], options["high"]), {}))
 
 
 @pattern("add", "sub", "mul", "div")
-def arithmetic(reading: Reading, node: fx.Node) -> Match:
+def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
     """A sum of two alike values, or arithmetic with a parameter or number that is the same for every row."""
     kind = _ARITHMETIC.get(node.target)
     if kind is None or any(node.kwargs.values()) or len(node.args) != 2:
@@ -124,7 +143,7 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match:
     x, other = (reading.value(a) for a in node.args)
     if isinstance(x, Ref) and isinstance(other, Ref):
         alike = reading.is_batched(x) and reading.nodes[x.index].shape == reading.nodes[other.index].shape
-        return ("add", [x, other], {}) if kind == "add" and alike else None
+        return Match("add", [x, other], {}) if kind == "add" and alike else None
     if not isinstance(x, Ref):
         if kind not in ("add", "mul"):
             return None
@@ -140,63 +159,65 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match:
             return None
     elif not isinstance(other, (int, float)):
         return None
-    return "arithmetic", [x], {"kind": kind, "other": other}
+    return Match("arithmetic", [x], {"kind": kind, "other": other})
 
 
 @pattern("max_pool2d")
-def max_pool2d(reading: Reading, node: fx.Node) -> Match:
+def max_pool2d(reading: Reading, node: fx.Node) -> Match | None:
     x, kernel, stride, padding, dilation, ceil = arguments(node, reading.value)
     kernel = pair(kernel)
     if not reading.is_image(x) or pair(dilation) != (1, 1) or ceil or kernel[0] * kernel[1] > 255:
         return None
-    return "max_pool", [x], {"kernel": kernel, "stride": pair(stride or kernel), "padding": pair(padding)}
+    return Match("max_pool", [x], {"kernel": kernel, "stride": pair(stride or kernel), "padding": pair(padding)})
 
 
 @pattern("avg_pool2d")
-def avg_pool2d(reading: Reading, node: fx.Node) -> Match:
+def avg_pool2d(reading: Reading, node: fx.Node) -> Match | None:
     x, kernel, stride, padding, ceil, _, divisor = arguments(node, reading.value)
     if not reading.is_image(x) or pair(padding) != (0, 0) or ceil or divisor is not None:
         return None
-    return "avg_pool", [x], {"kernel": pair(kernel), "stride": pair(stride or kernel)}
+    return Match("avg_pool", [x], {"kernel": pair(kernel), "stride": pair(stride or kernel)})
 
 
 @pattern("adaptive_avg_pool2d")
-def adaptive_avg_pool2d(reading: Reading, node: fx.Node) -> Match:
+def adaptive_avg_pool2d(reading: Reading, node: fx.Node) -> Match | None:
     x = reading.value(node.args[0])
     if not reading.is_image(x) or shape_of(node)[1:] != (1, 1):
         return None
     size = reading.nodes[x.index].shape[1:]
-    return "avg_pool", [x], {"kernel": size, "stride": size}
+    return Match("avg_pool", [x], {"kernel": size, "stride": size})
 
 
 @pattern("mean")
-def mean(reading: Reading, node: fx.Node) -> Match:
+def mean(reading: Reading, node: fx.Node) -> Match | None:
     x = reading.value(node.args[0])
     dims = node.args[1] if len(node.args) > 1 and not node.kwargs else None
     if not reading.is_image(x) or dims is None or sorted(d % 4 for d in dims) != [2, 3]:
         return None
     size = reading.nodes[x.index].shape[1:]
-    return "avg_pool", [x], {"kernel": size, "stride": size}
+    return Match("avg_pool", [x], {"kernel": size, "stride": size})
 
 
 @pattern("flatten")
-def flatten(reading: Reading, node: fx.Node) -> Match:
+def flatten(reading: Reading, node: fx.Node) -> Match | None:
     x, start, end = arguments(node, reading.value)
     if not reading.is_image(x) or start != 1 or end not in (-1, 3) or reading.nodes[x.index].shape[1:] != (1, 1):
         return None
-    return "flatten", [x], {}
+    # The operation itself may name the number of images, which nothing needs.
+    return Match("flatten", [x], {}, (aten.flatten.using_ints, (x, 1), {}))
 
 
 @pattern("view", "reshape")
-def view(reading: Reading, node: fx.Node) -> Match:
+def view(reading: Reading, node: fx.Node) -> Match | None:
     x = reading.value(node.args[0])
     if not reading.is_image(x) or reading.nodes[x.index].shape != (*(shape_of(node) or ()), 1, 1):
         return None
-    return "flatten", [x], {}
+    # The operation itself may name the number of images, which nothing needs.
+    return Match("flatten", [x], {}, (aten.flatten.using_ints, (x, 1), {}))
 
 
 @pattern("upsample_nearest2d")
-def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match:
+def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match | None:
     x, *sizes = arguments(node, reading.value)
     if not reading.is_image(x):
         return None
@@ -206,4 +227,4 @@ def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match:
     # With a scale, PyTorch looks up pixels by it and not by the sizes' ratio.
     if any(old * scale != new for old, scale, new in zip(before, scales, after, strict=False)):
         return None
-    return "upsample", [x], {}
+    return Match("upsample", [x], {})

@@ -9,7 +9,7 @@ from torch import fx
 from twins_fast.attacks.engine.graph import Reading, arguments, shape_of
 from twins_fast.attacks.engine.nodes import Ref
 
-# They do so whatever their arguments, if all operands are batched.
+# These do, with any arguments, if all operands are batched.
 _ALWAYS = {
     "relu", "relu6", "hardtanh", "clamp", "silu", "sigmoid", "tanh", "gelu", "elu", "leaky_relu", "hardswish", "prelu",
     "hardsigmoid", "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "pow", "neg", "abs", "add", "sub", "mul", "div",
@@ -29,7 +29,7 @@ def keeps_samples_apart(reading: Reading, node: fx.Node, name: str, shapes: list
         return True
     rank = len(shapes[0]) + 1
     values = arguments(node, reading.value)
-    if name in ("view", "reshape"):  # the batch stays in front, and what it leads stays together
+    if name in ("view", "reshape"):  # the batch stays in front, and each sample's values stay together
         first = values[1][0]
         rows = isinstance(first, Ref) and reading.nodes[first.index].op == "rows"
         return (rows or first == -1) and prod(shapes[0]) == prod(shape_of(node))

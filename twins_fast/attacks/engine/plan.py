@@ -38,7 +38,7 @@ class Value:
 
 @dataclass
 class Stage:
-    """What is computed in one go: ``y = relu(op(x) + other)``.
+    """What is computed in one pass: ``y = relu(op(x) + other)``.
 
     Attributes:
         kind: ``conv``, ``affine`` (a batch norm by itself), ``pointwise`` (sum or ReLU alone), ``max_pool``,
@@ -74,7 +74,12 @@ class Step:
 
 @dataclass
 class Slot:
-    """Memory of one tensor: its kind (``value``, ``gradient``, ``mask``, ``argmax``), like which value."""
+    """Memory of one tensor, live from step ``first`` to step ``last``.
+
+    Attributes:
+        kind: ``value``, ``gradient``, ``mask`` or ``argmax``.
+        value: index of the value that it is, or belongs to.
+    """
 
     kind: str
     value: int
@@ -87,8 +92,8 @@ class Plan:
     """A program for any batch.
 
     Attributes:
-        program: steps of the input's program, see :class:`~twins_fast.attacks.engine.executors.torch.Input`.
-        resized: the size that the image is upsampled to, or None.
+        program: steps of the input's program, see :class:`~twins_fast.attacks.engine.executors.pixels.Input`.
+        resized: (height, width) that the image is upsampled to, or None.
         per_sample: whether the batch may be cut into chunks.
     """
 

@@ -16,11 +16,11 @@ from twins_fast.attacks.engine.executors.segment import Segment
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
 from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import place
-from twins_fast.attacks.engine.nodes import tensors_of
+from twins_fast.attacks.engine.nodes import Node, tensors_of
 from twins_fast.attacks.engine.plan import Plan
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
-CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last cache
+CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
 KEPT_SIZES = 8  # chunk sizes with bound tensors
 
 
@@ -41,10 +41,13 @@ class Program:
     """A plan with its memory: parameters folded by :meth:`fold`, one arena for all tensors.
 
     Attributes:
+        largest_chunk: the most images that go through all steps at once; halved when memory runs out, None: no limit.
         nan_gradients: pixel values whose gradient was NaN, in the last :meth:`attack`.
     """
 
-    def __init__(self, plan: Plan, nodes: list, model: nn.Module, shape: tuple[int, ...], executor: TorchExecutor):
+    def __init__(
+        self, plan: Plan, nodes: list[Node], model: nn.Module, shape: tuple[int, ...], executor: TorchExecutor
+    ):
         self.plan = plan
         self.shape = shape
         self.executor = executor
@@ -63,7 +66,7 @@ class Program:
         self._offsets, self.bytes_per_image = place(sizes, plan.slots)
         self._arena: Tensor | None = None
         self._bound: OrderedDict[int, Bound] = OrderedDict()
-        self._largest = 0  # chunk, after memory ran out; 0 while it never did
+        self.largest_chunk: int | None = None
         self.input = None
         self.nan_gradients = 0
         self.verified: set[int] = set()  # numbers of images
@@ -80,7 +83,7 @@ class Program:
         return any(not at_bounds and (low >= 0 or high <= 1) for _, low, high, at_bounds in first)
 
     def fold(self, model: nn.Module) -> None:
-        """Take over the parameters as they are now."""
+        """Fold in the parameters as they are now."""
         self.input = self._fold(model)
 
     def attack(
@@ -94,7 +97,7 @@ class Program:
         """Take ``steps`` steps from ``x``.
 
         Args:
-            x, clean: [N, C, H, W] float32.
+            x, clean: [N, C, H, W] float32: where to start, and the centre of the ball.
             gradient_of: (float32 logits [n, classes], rows) -> gradient of the objective, alike.
             step: (input, x, clean, gradient, nan, out): one step on x in place, and what the next pass reads into out.
         """
@@ -102,7 +105,7 @@ class Program:
         clean = clean.contiguous()
         nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
-        def go(bound: Bound, rows: slice) -> None:
+        def run(bound: Bound, rows: slice) -> None:
             result[rows] = x[rows]
             nan[rows] = 0
             self.input.prepare(result[rows], bound.image)
@@ -113,50 +116,50 @@ class Program:
                 step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
 
         for rows in self._chunks(len(x)):
-            self._with_memory(rows, go)
+            self._with_memory(rows, run)
         self.nan_gradients = nan
         return result
 
     def graphed(
-        self, options: tuple, model: nn.Module, attack: Attack, given: tuple[Tensor, ...]
+        self, options: tuple, model: nn.Module, attack: Attack, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """``attack(*given)``, which folds ``model`` and takes steps: on a GPU as a graph, one for equal ``options``."""
+        """``attack(*inputs)``, which folds ``model`` and takes steps; on a GPU as a graph for these ``options``."""
         if self._graphs is not None:
             addresses = tuple(t.data_ptr() for _, t in tensors_of(model))
-            found = self._graphs((options, addresses), attack, given, keep=lambda: list(self._bound.values()))
-            if found is not None:
-                return found
+            results = self._graphs((options, addresses), attack, inputs, keep=lambda: list(self._bound.values()))
+            if results is not None:
+                return results
             self._graphs = None
-            self.free()  # it may have been taken during the capture
-        return attack(*given)
+            self.free()  # the arena may have been allocated in the memory of the failed capture
+        return attack(*inputs)
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [N, classes] of images ``x``."""
         x = x.contiguous()
-        made = torch.empty(len(x), self.classes, device=x.device)
+        logits = torch.empty(len(x), self.classes, device=x.device)
 
-        def go(bound: Bound, rows: slice) -> None:
+        def run(bound: Bound, rows: slice) -> None:
             self.input.prepare(x[rows], bound.image)
             _run(bound.forward)
-            made[rows] = bound.logits
+            logits[rows] = bound.logits
 
         for rows in self._chunks(len(x)):
-            self._with_memory(rows, go)
-        return made
+            self._with_memory(rows, run)
+        return logits
 
     def free(self) -> None:
-        """Give the arena back; the next call takes a new one."""
+        """Free the arena; the next call allocates a new one."""
         if self._graphs is not None:
             self._graphs.clear()
         self._bound.clear()
         self._arena = None
 
     def chunk(self, images: int) -> int:
-        """How many of a batch's images are taken through all steps at once."""
+        """How many of a batch's images go through all steps at once."""
         if not self.plan.per_sample:
             return images
         most = max(1, CACHED // self.bytes_per_image) if self.executor.device.type == "cpu" else images
-        most = min(most, self._largest or most)
+        most = min(most, self.largest_chunk or most)
         return -(-images // -(-images // most))
 
     def _chunks(self, images: int):
@@ -166,21 +169,21 @@ class Program:
             yield slice(begin, end)
             begin = end
 
-    def _with_memory(self, rows: slice, go: Callable[[Bound, slice], None]) -> None:
-        """``go`` on the rows, in smaller and smaller parts while memory runs out."""
+    def _with_memory(self, rows: slice, run: Callable[[Bound, slice], None]) -> None:
+        """``run`` on the rows, in smaller and smaller parts while memory runs out."""
         todo = [rows]
         while todo:
             part = todo.pop(0)
             size = part.stop - part.start
             try:
-                go(self.bound(size), part)
+                run(self.bound(size), part)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error) or size == 1 or not self.plan.per_sample:
                     raise
                 self.free()
-                self._largest = (size + 1) // 2
-                warnings.warn(f"memory ran out with {size} images at once; going on with {self._largest}", stacklevel=4)
-                middle = part.start + self._largest
+                half = self.largest_chunk = (size + 1) // 2
+                warnings.warn(f"memory ran out with {size} images at once; continuing with {half}", stacklevel=4)
+                middle = part.start + half
                 todo = [slice(part.start, middle), slice(middle, part.stop), *todo]
             finally:
                 self._release()
@@ -191,19 +194,19 @@ class Program:
                 state.segment.release()
 
     def bound(self, rows: int) -> Bound:
-        """The steps for so many images."""
+        """The steps for ``rows`` images."""
         if self._arena is None or self._arena.numel() < rows * self.bytes_per_image + ALIGN:
             self.free()
             self._arena = torch.empty(
                 rows * self.bytes_per_image + ALIGN, dtype=torch.uint8, device=self.executor.device
             )
-        found = self._bound.get(rows)
-        if found is None:
-            found = self._bound[rows] = self._bind(rows)
+        bound = self._bound.get(rows)
+        if bound is None:
+            bound = self._bound[rows] = self._bind(rows)
             while len(self._bound) > KEPT_SIZES:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(rows)
-        return found
+        return bound
 
     def _bind(self, rows: int) -> Bound:
         plan = self.plan

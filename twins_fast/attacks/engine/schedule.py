@@ -100,14 +100,14 @@ class _Scheduler:
         return readers
 
     def _backward(self, i: int, stage: Stage, steps: list[Step]) -> None:
-        known = [self.pending.get(value) for value in stage.outputs]
+        gradients = [self.pending.get(value) for value in stage.outputs]
         if stage.kind == "segment":
             if stage.inputs:
-                self._segment_backward(i, stage, known, steps)
+                self._segment_backward(i, stage, gradients, steps)
             return
-        if known[0] is None:
+        gradient = gradients[0]
+        if gradient is None:
             raise NotCaptured(f"{stage.where}: no gradient comes back to it")
-        gradient = known[0]
         if stage.other is not None:
             self._pass_on(stage.other, gradient, i, steps)
         value = stage.inputs[0]
@@ -121,30 +121,30 @@ class _Scheduler:
         self.pending[value] = tensors["dx"]
 
     def _sum_into(self, value: int, slot: int | None = None) -> dict[str, int | None]:
-        """Where a share of the gradient of ``value`` goes, and with what it is finished."""
+        """Slots for a step that adds a summand to the gradient of ``value``; the last one applies the ReLU's mask."""
         self.readers[value] -= 1
         before = self.pending.get(value)
         mask = self._mask(value) if self.readers[value] == 0 and self.values[value].masked else None
         return {"other": before, "mask": mask, "dx": self._slot("gradient", value) if slot is None else slot}
 
     def _pass_on(self, value: int, gradient: int, i: int, steps: list[Step]) -> None:
-        """The gradient itself is a share of that of ``value``."""
-        shares = self.pending.get(value)
+        """Add ``gradient`` as it is to the gradient of ``value``."""
+        summed = self.pending.get(value)
         last = self.readers[value] == 1
-        if shares is None and not (last and self.values[value].masked):
+        if summed is None and not (last and self.values[value].masked):
             self.readers[value] -= 1
             self.pending[value] = gradient
             return
         into = self._sum_into(value)
-        steps.append(self._step("finish", i, {"x": gradient, "other": shares, "mask": into["mask"], "y": into["dx"]}))
+        steps.append(self._step("finish", i, {"x": gradient, "other": summed, "mask": into["mask"], "y": into["dx"]}))
         self.pending[value] = into["dx"]
 
-    def _segment_backward(self, i: int, stage: Stage, known: list[int | None], steps: list[Step]) -> None:
+    def _segment_backward(self, i: int, stage: Stage, gradients: list[int | None], steps: list[Step]) -> None:
         for value in stage.inputs:
-            self._touch(self.value_slot[value])  # PyTorch may have kept it
-        made = [self._slot("gradient", value) for value in stage.inputs]
-        steps.append(self._step("segment_backward", i, {"gradients": known, "made": made}))
-        for value, slot in zip(stage.inputs, made, strict=True):
+            self._touch(self.value_slot[value])  # autograd may have saved it
+        slots = [self._slot("gradient", value) for value in stage.inputs]
+        steps.append(self._step("segment_backward", i, {"gradients": gradients, "input_gradients": slots}))
+        for value, slot in zip(stage.inputs, slots, strict=True):
             into = self._sum_into(value, slot)
             if into["other"] is not None or into["mask"] is not None:
                 steps.append(

@@ -15,6 +15,8 @@ _INSIDE = -1  # the value of a node inside the input program
 
 
 class Fuser:
+    """Stages of a list of nodes, in the order in which they run, and the values that they read and write."""
+
     def __init__(self, nodes: list[Node]):
         self.nodes = nodes
         self.users: list[list[int]] = [[] for _ in nodes]
@@ -23,12 +25,12 @@ class Fuser:
                 self.users[source].append(index)
         self.users[-1].append(len(nodes))  # whoever reads the logits
         self.values: list[Value] = []
-        self.value_of: dict[int, int] = {}  # node -> value
+        self.value_of: dict[int, int | tuple[str, int]] = {}  # node -> value, or ("same", the node whose value it has)
         self.owner: dict[int, Stage] = {}  # node -> the stage that it is a part of
         self.stages: list[Stage] = []
         self.program: list[tuple] = []
         self.resized: tuple[int, int] | None = None
-        self._reached = {0}  # what depends on the images
+        self._reached = {0}  # nodes that depend on the images
         for index, node in enumerate(nodes):
             if self._reached.intersection(node.inputs):
                 self._reached.add(index)
@@ -43,13 +45,13 @@ class Fuser:
 
     @staticmethod
     def _read(node: Node) -> list[int]:
-        found: list[int] = []
+        operands: list[int] = []
         if node.call is not None:
-            map_values(lambda v: found.append(v.index) if isinstance(v, Ref) else None, node.call[1:])
-        return [*found, *node.inputs]
+            map_values(lambda v: operands.append(v.index) if isinstance(v, Ref) else None, node.call[1:])
+        return [*operands, *node.inputs]
 
     def _read_input(self) -> None:
-        """Take the operations on the image itself into the input program."""
+        """Move the first operations, on the image itself, into the input program."""
         last = 0
         while len(self.users[last]) == 1 and self.users[last][0] < len(self.nodes):
             user = self.users[last][0]
@@ -73,7 +75,7 @@ class Fuser:
         self.value_of[last] = self._value(self.nodes[last])
 
     def _clamp(self, options: dict[str, Any]) -> tuple:
-        """A step of the input program, which takes in a one-sided clamp before it."""
+        """A step of the input program; a one-sided clamp before it becomes a part of it."""
         low, high, at_bounds = options["low"], options["high"], options["at_bounds"]
         before = self.program[-1] if self.program else ("",)
         if before[0] == "clamp" and low == -inf and before[1] <= high and before[2:] == (inf, at_bounds):
@@ -177,12 +179,12 @@ class Fuser:
             stage.outputs = [self.value_of[last]]
 
     def _close(self, stage: Stage) -> None:
-        """What a segment takes and gives."""
+        """Which values a segment takes and gives, and which results it keeps for later segments."""
         inside = {index for index, _ in stage.nodes}
-        taken = dict.fromkeys(s for _, node in stage.nodes for s in self._read(node) if s not in inside)
-        given = [index for index, _ in stage.nodes if any(user not in inside for user in self.users[index])]
+        sources = dict.fromkeys(s for _, node in stage.nodes for s in self._read(node) if s not in inside)
+        results = [index for index, _ in stage.nodes if any(user not in inside for user in self.users[index])]
         stage.options = {"takes": {}, "gives": {}, "keeps": []}
-        for index in taken:
+        for index in sources:
             if index not in self._reached or not self._has_gradient(index):
                 stage.options["takes"][index] = None
                 continue
@@ -192,9 +194,9 @@ class Fuser:
             stage.options["takes"][index] = value
             if value not in stage.inputs:
                 stage.inputs.append(value)
-        for index in given:
+        for index in results:
             if index not in self._reached or not self._has_gradient(index):
-                stage.options["keeps"].append(index)  # made of parameters and numbers, or of another kind than numbers
+                stage.options["keeps"].append(index)  # independent of the images, or not floating point
                 if all(user in self._generic for user in self.users[index]):
                     continue
             elif self.nodes[index].dtype != torch.float32:
@@ -209,11 +211,12 @@ class Fuser:
         return dtype is None or dtype.is_floating_point or dtype.is_complex
 
     def resolve(self, index: int) -> int:
-        found = self.value_of[index]
-        return self.resolve(found[1]) if isinstance(found, tuple) else found
+        """The value that holds the result of a node."""
+        value = self.value_of[index]
+        return self.resolve(value[1]) if isinstance(value, tuple) else value
 
     def _collapse(self) -> None:
-        """A first convolution reads the small image, if it was upsampled by whole numbers."""
+        """Let the first convolution read the small image if that was upsampled by whole numbers."""
         if self.resized is None or not self.stages:
             return
         first = self.stages[0]

@@ -1,4 +1,4 @@
-"""Does a plan compute its model? Looked at on one or two images before its first use."""
+"""Whether a plan computes its model, checked on one or two images before its first use."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
 from twins_fast.attacks.engine.program import Program
 
-DIFFERENT = 0.05  # relative to what the model gives: a plan that does not compute the model
+DIFFERENT = 0.05  # relative L2 distance from the model's results beyond which a plan is rejected
 
 
 def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
     """Whether plan and model give the same logits and gradients on one or two of ``images``; compared once.
 
-    In float32 and with the PyTorch executor, far wider than roundoff: this finds what the capture did not see.
+    Runs the plan in float32 by PyTorch. The tolerance is far wider than roundoff: what this finds is a forward that
+    the capture did not see in full.
+
+    Args:
+        images: [N, C, H, W] float32.
     """
     count = min(len(images), 2)
     if count in program.verified or count == 0:
@@ -22,13 +26,13 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
     program.verified.add(count)
     device = program.executor.device
     probe = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
-    probe._largest = 1  # rows at once: they must not see each other
+    probe.largest_chunk = 1  # images must not see each other
     x = images[:count].detach().contiguous()
     direction = torch.randn(count, program.classes, generator=torch.Generator().manual_seed(0)).to(device)
-    found: list[Tensor] = []
+    planned_logits: list[Tensor] = []
 
     def gradient_of(logits: Tensor, rows: slice) -> Tensor:
-        found.append(logits.clone())
+        planned_logits.append(logits.clone())
         return direction[rows]
 
     def step(prepare, x, clean, gradient, nan, out):
@@ -44,10 +48,10 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
             if logits.shape != direction.shape:
                 return False
             (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
-    return _close(torch.cat(found), logits.detach()) and _close(gradient, expected)
+    return _close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Alike in direction and length, NaN apart."""
-    found, expected = (t.nan_to_num(0, 0, 0).double().flatten() for t in (found, expected))
-    return bool((found - expected).norm() <= DIFFERENT * expected.norm() + 1e-6)
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether their L2 distance is small relative to ``expected``; NaN and infinity count as 0."""
+    actual, expected = (t.nan_to_num(0, 0, 0).double().flatten() for t in (actual, expected))
+    return bool((actual - expected).norm() <= DIFFERENT * expected.norm() + 1e-6)

@@ -1,4 +1,4 @@
-"""What a plan depends on besides values: the module inside of wrappers, what rules a plan out, what it was made of."""
+"""What a plan depends on besides values: the unwrapped module, obstacles to a plan, and the model's fingerprint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KNOWN = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_bu
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of wrappers that do nothing on one device but call it."""
+    """The network inside wrappers that, on one device, do nothing but call it."""
     while not has_hooks(model):
         if type(model) is nn.DataParallel and len(model.device_ids) <= 1:
             model = model.module
@@ -30,7 +30,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def obstacle(model: nn.Module, images: Tensor) -> str:
-    """What keeps a model or its images from being planned, if anything."""
+    """Why this model cannot be planned for these images; empty if it can."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "its processes exchange buffers in every forward; attack its .module"
     if images.dtype != torch.float32:
@@ -51,7 +51,7 @@ def obstacle(model: nn.Module, images: Tensor) -> str:
 
 
 class _Same:
-    """Equal to itself alone; does not keep it alive if it need not."""
+    """Equal to itself alone; a weak reference where the object allows one."""
 
     def __init__(self, what: object):
         self._id = id(what)
@@ -91,7 +91,7 @@ def fingerprint(model: nn.Module) -> tuple:
 
 
 def _frozen(value: object, depth: int = 0) -> object:
-    """An attribute as something that compares by value where it is plain, by identity where not."""
+    """An attribute in a form that compares by value if it is plain data, by identity if not."""
     if isinstance(value, Tensor):
         return (_Same(value), value._version, tuple(value.shape), value.dtype)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, type)):

@@ -32,7 +32,7 @@ _tracing = threading.RLock()  # fx and the tracer replace methods of nn.Module w
 
 
 class Fusion(NamedTuple):
-    """What became of one two-wing layer."""
+    """What is fused with one two-wing layer, and why no more."""
 
     layer: str  # name in the network
     fused: str  # what runs in the same call: "relu", "add", "add+relu"; "" for nothing
@@ -45,7 +45,7 @@ class Fusion(NamedTuple):
 def fuse_twin_bn(model: nn.Module) -> nn.Module:
     """Run batch norm, residual sum and ReLU of ``model`` as one call wherever that provably changes nothing.
 
-    In place; :func:`fusion_report` says for every layer what became of it, :func:`twins_fast.revert_twin_bn`
+    In place; :func:`fusion_report` lists what was fused with every layer, :func:`twins_fast.revert_twin_bn`
     undoes it, a second call changes nothing. Parameters, buffers, state dict, hooks, children and
     ``isinstance`` stay; copies are fused too. A fused module pickles as what it was before: fuse it again after
     loading. With the torch backend results are the same to the bit.

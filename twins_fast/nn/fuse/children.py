@@ -32,7 +32,7 @@ def twin_children(module: nn.Module) -> dict[Path, TwinBatchNorm2d]:
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether a module, ModuleList for one, has no forward and is what the module above makes of it."""
+    """Whether a module, such as ModuleList, has no forward of its own."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
@@ -60,6 +60,7 @@ def children(module: nn.Module) -> list[tuple[Path, list]]:
 
 
 def at(module: nn.Module | None, path: Path) -> nn.Module | None:
+    """The descendant at ``path``; None if there is none."""
     for name in path:
         module = module and module._modules.get(name)
     return module

@@ -1,4 +1,4 @@
-"""Which batch norm, sum and ReLU may run as one call, and the graph in which they do."""
+"""Finds the batch norms, sums and ReLUs that may run as one call, and rewrites the graph so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
 
 _SUM = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}  # -> whether in place
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-_PURE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, TwinBatchNorm2d)  # neither write their input nor return its memory
+_PURE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, TwinBatchNorm2d)
 
 
 def obstacle(layer: TwinBatchNorm2d) -> str:
@@ -41,7 +41,12 @@ class _Chain(NamedTuple):
 def rewrite(
     graph: fx.Graph, module: nn.Module, candidates: dict[str, Path]
 ) -> tuple[dict[str, tuple[str, str]], dict[Path, type]]:
-    """Fuse in place what the graph allows. Returns (fused, why) of each layer called, and what was relied on."""
+    """Fuse in place what the graph allows.
+
+    Returns:
+        (fused, why) of each layer that the graph calls, as in :class:`~twins_fast.nn.fuse.apply.Fusion`; and the
+        modules whose exact types the new graph relies on.
+    """
     outcomes: dict[str, tuple[str, str]] = {}
     parts: dict[Path, type] = {}
     for node in list(graph.nodes):
@@ -62,7 +67,7 @@ def rewrite(
 
 
 def _chain(node: fx.Node, module: nn.Module) -> _Chain:
-    """The longest run of sum and ReLU after a batch norm that no one looks into."""
+    """The longest chain of sum and ReLU after a batch norm whose intermediate results nothing else reads."""
     if node.kwargs or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
         raise NotFused("it is not called with one tensor")
     path = tuple(node.target.split("."))
@@ -134,7 +139,7 @@ def _describe(user: fx.Node, module: nn.Module) -> str:
 
 
 def _check_order(chain: _Chain, graph: fx.Graph, module: nn.Module) -> None:
-    """The batch norm moves to where the chain ends: nothing on the way may write what it reads, or run it too."""
+    """Refuse if, before the chain ends, where the batch norm moves to, something may write what it reads or runs it."""
     order = list(graph.nodes)
     start, end = order.index(chain.nodes[0]), order.index(chain.nodes[-1])
     layer = at(module, tuple(chain.nodes[0].target.split(".")))
@@ -158,20 +163,21 @@ def _check_order(chain: _Chain, graph: fx.Graph, module: nn.Module) -> None:
 
 
 def is_pure(node: fx.Node, module: nn.Module) -> bool:
+    """Whether it calls a layer that neither writes its input nor returns memory of it."""
     return node.op == "call_module" and is_untouched(at(module, tuple(node.target.split("."))), *_PURE)
 
 
 def _memory(node: fx.Node, module: nn.Module) -> set[fx.Node]:
     """The values that ``node`` may share memory with, itself included."""
-    found, waiting = set(), [node]
+    values, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
-        if node in found:
+        if node in values:
             continue
-        found.add(node)
+        values.add(node)
         if not is_pure(node, module):
             waiting += node.all_input_nodes
-    return found
+    return values
 
 
 def _replace(chain: _Chain, graph: fx.Graph) -> None:

@@ -24,7 +24,7 @@ class NotFused(Exception):
 
 
 def trace(module: nn.Module) -> tuple[fx.Graph, Tracer]:
-    """The graph of a forward that is the same in every mode, and what the forward read meanwhile.
+    """The graph of a forward that is the same in every mode, and what the forward read.
 
     Raises:
         NotFused: the forward does something that the graph would not do.
@@ -62,7 +62,7 @@ for _name in fx.graph.inplace_methods:
 
 
 class Tracer(fx.Tracer):
-    """Traces one forward, and notes what its result depends on besides its arguments.
+    """Traces one forward, and records what its result depends on besides its arguments.
 
     Attributes:
         arguments: names of the required arguments, the only ones that are traced.
@@ -93,7 +93,7 @@ class Tracer(fx.Tracer):
         return list
 
     def read(self, module: nn.Module, name: str) -> None:
-        """Note that the forward reads an attribute."""
+        """Record that the forward reads an attribute."""
         if name.startswith("__") or module not in self._modules:
             return
         if name in _STATE and (name != "training" or module is self.root):
@@ -218,7 +218,7 @@ def _unwritten(module: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a changed value can be told from this one."""
+    """Whether another value would be noticed by comparison."""
     if isinstance(value, (tuple, frozenset)):
         return all(_is_plain(item) for item in value)
     return _is_flag(value) or inspect.isroutine(value) or isinstance(value, type)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.attacks.engine.executors.helpers import ISAS, Result, first, last, pointers, unpack
+from tests.ops.cases import DTYPES, UNIT
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.ops import native
 
@@ -17,13 +19,7 @@ if native._C is None:
 
 from twins_fast.attacks.engine.executors.cpu import KernelConvolution, Workspace  # noqa: E402  it needs the compiled kernels
 
-ISAS = list(native._C.cpu_isas)
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-DTYPES = list(UNIT)
 ALGORITHMS = ["gemm", "winograd", "winograd4"]
-GUARD = 64  # sentinel bytes on both sides of a result
-
 TILES = {"winograd": 2, "winograd4": 4}  # F(2x2, 3x3) and F(4x4, 3x3)
 
 
@@ -53,21 +49,6 @@ MATRICES = {  # of a tile's size: B^T, G and A^T
     ],
     4: cook_toom([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2]),
 }
-
-
-def pointer(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def guarded(shape, dtype):
-    """A tensor of bytes 0xff, NaN in every float type, within a longer one of the same bytes."""
-    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    memory = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8)
-    return memory[GUARD : GUARD + size].view(dtype).view(shape), memory
-
-
-def untouched(memory):
-    return bool((memory[:GUARD] == 0xFF).all() and (memory[-GUARD:] == 0xFF).all())
 
 
 def forward_phases(kernel, padding, dilation):
@@ -127,7 +108,7 @@ class Layer:
         self.x = torch.randn(images, self.inputs, *self.in_size, generator=generator).to(self.dtype)
         self.products = kernel * kernel * self.inputs
         shapes = self.in_size, self.inputs, self.out_size, self.outputs
-        self.conv = native._C.Conv(self.algorithm, NAMES[self.dtype], *shapes, *steps_and_phases, self.isa)
+        self.conv = native._C.Conv(self.algorithm, native.dtype_name(self.dtype), *shapes, *steps_and_phases, self.isa)
         self.prepare(options.get("pack_threads", 2))
 
     def __repr__(self):  # what hypothesis prints of a failing case
@@ -142,10 +123,10 @@ class Layer:
         return out, (stride, stride), (1, 1), forward_phases(kernel, padding, dilation)
 
     def prepare(self, threads):
-        self.packed, memory = guarded((self.conv.packed_bytes,), torch.uint8)
-        arguments = pointer(self.weight), tuple(self.weight.shape), pointer(self.scale), self.gradient
-        assert self.conv.pack(*arguments, pointer(self.packed), threads) == ""
-        assert untouched(memory)
+        packed = Result((self.conv.packed_bytes,), torch.uint8)
+        weight, scale, target = pointers(self.weight, self.scale, packed.tensor)
+        assert self.conv.pack(weight, tuple(self.weight.shape), scale, self.gradient, target, threads) == ""
+        self.packed = packed.get()
 
     def exact(self, x, weight):
         """In float64; ``x`` and ``weight`` may be magnitudes."""
@@ -157,21 +138,18 @@ class Layer:
         return F.conv2d(x, weight, None, **self.geometry)
 
     def run(self, x=None, threads=2, bias=None, other=None, mask=None, relu=False, want_bits=False, in_place=False):
-        x = (self.x if x is None else x).permute(0, 2, 3, 1).contiguous()
+        x = last(self.x if x is None else x)
         shape = len(x), *self.out_size, self.outputs
-        y, memory = guarded(shape, self.dtype)
-        bits, bits_memory = guarded((*shape[:3], (self.outputs + 7) // 8), torch.uint8) if want_bits else (None, None)
-        if other is not None:
-            other = other.permute(0, 2, 3, 1).contiguous()
+        y, bits = Result(shape, self.dtype), Result((*shape[:3], (self.outputs + 7) // 8), torch.uint8)
+        workspace = Result((self.conv.workspace_bytes(threads),), torch.uint8)
+        other = None if other is None else last(other)
         if in_place:
-            y.copy_(other)
-            other = y
-        workspace, workspace_memory = guarded((self.conv.workspace_bytes(threads),), torch.uint8)
-        pointers = [pointer(t) for t in (x, self.packed, bias, other, mask, y, bits)]
-        assert self.conv.run(len(x), *pointers, relu, pointer(workspace), threads) == ""
-        assert untouched(memory) and untouched(workspace_memory) and (bits is None or untouched(bits_memory))
-        y = y.permute(0, 3, 1, 2)
-        return (y, bits) if want_bits else y
+            y.tensor.copy_(other)
+            other = y.tensor
+        operands = pointers(x, self.packed, bias, other, mask, y.tensor, bits.tensor if want_bits else None)
+        assert self.conv.run(len(x), *operands, relu, *pointers(workspace.tensor), threads) == ""
+        workspace.get()
+        return (first(y.get()), bits.get()) if want_bits else first(y.get())
 
     def magnitudes(self, x, weight):
         """Sums of the magnitudes that each result is made of."""
@@ -228,7 +206,7 @@ def layers(draw, algorithm, isa, dtype):
     return Layer((draw(sizes), draw(sizes)), draw(CHANNELS), draw(CHANNELS), **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_random_layers(algorithm, isa, dtype):
@@ -240,7 +218,7 @@ def test_random_layers(algorithm, isa, dtype):
     check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 @pytest.mark.parametrize(
     ("algorithm", "size", "channels", "outputs", "options"),
     [
@@ -263,13 +241,7 @@ def test_large_layers(dtype, algorithm, size, channels, outputs, options):
         layer.check(layer.run())
 
 
-def unpacked(bits, channels):
-    """The bits as booleans [images, channels, height, width], and whether those past the channels are 0."""
-    all_bits = (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(3).bool()
-    return all_bits[..., :channels].permute(0, 3, 1, 2), not all_bits[..., channels:].any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_epilogue(algorithm, isa, dtype):
@@ -279,7 +251,7 @@ def test_epilogue(algorithm, isa, dtype):
         plain, plain_want = layer.run(threads=1), layer.want()
         bias, other = torch.randn(outputs), torch.randn(plain.shape).to(dtype)
         mask = torch.randint(0, 256, (len(plain), *layer.out_size, (outputs + 7) // 8), dtype=torch.uint8)
-        kept, _ = unpacked(mask, outputs)
+        unmasked = first(unpack(mask, outputs)[0])
         limit = layer.limit(added=bias.abs()[:, None, None] + other.double().abs())
         choices = [None, bias], [None, "apart", "in place"], [None, mask], [None, "relu", "with bits"]
         for bias_, other_, mask_, relu in list(itertools.product(*choices))[::every]:
@@ -291,21 +263,22 @@ def test_epilogue(algorithm, isa, dtype):
                     want, exact = want + term, exact + term
             if relu == "with bits":
                 y, bits = y
-                passes, padding_is_zero = unpacked(bits, outputs)
+                passes, padding_is_zero = unpack(bits, outputs)
+                passes = first(passes)
                 assert padding_is_zero and (passes == (want > 0))[want.abs() > limit].all()
                 assert dtype != torch.float32 or torch.equal(passes, exact > 0)
             if relu:
                 want, exact = want.relu(), exact.relu()
             if mask_ is not None:
-                want, exact = want * kept, exact * kept
-                assert (y[~kept] == 0).all()
+                want, exact = want * unmasked, exact * unmasked
+                assert (y[~unmasked] == 0).all()
             assert ((y.double() - want).abs() <= limit).all()
             assert dtype != torch.float32 or torch.equal(y, exact)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 def test_bits_and_values_of_nan(algorithm, isa, dtype):
     layer = Layer((7, 8), 5, 17, algorithm=algorithm, isa=isa, dtype=dtype)
     clean = layer.run(relu=True)
@@ -321,13 +294,13 @@ def test_bits_and_values_of_nan(algorithm, isa, dtype):
         reached = (top - 1 <= 3) & (top + size >= 3) & (left - 1 <= 4) & (left + size >= 4)
     reached = torch.stack([torch.zeros_like(reached), reached])[:, None].expand_as(y)
     assert y.isfinite()[~reached].all() and torch.equal(y[~reached], clean[~reached])
-    passes = unpacked(bits, 17)[0]
+    passes = first(unpack(bits, 17)[0])
     assert passes[y.isnan()].all()
     if algorithm == "gemm":
         assert y[reached].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 @pytest.mark.parametrize(
     ("algorithm", "size", "options"),
     [
@@ -353,7 +326,7 @@ def test_deterministic(dtype, algorithm, size, options):
 
 
 class Stem(Layer):
-    """A convolution of an image enlarged ``factor`` times, without the enlarged image."""
+    """A convolution of an image upsampled ``factor`` times, without the upsampled image."""
 
     def __init__(self, size, factor, kernel, stride, **options):
         self.factor = factor
@@ -368,15 +341,15 @@ class Stem(Layer):
             reads, writes = writes, reads
 
         def taps(residue):
-            found = {}
+            kernel_indices = {}
             for k in range(kernel):
                 if not self.gradient:
-                    found.setdefault((residue * stride - padding + k) // self.factor, []).append(k)
+                    kernel_indices.setdefault((residue * stride - padding + k) // self.factor, []).append(k)
                     continue
-                for enlarged in range(residue * self.factor, (residue + 1) * self.factor):
-                    if (enlarged + padding - k) % stride == 0:
-                        found.setdefault((enlarged + padding - k) // stride, []).append(k)
-            return found.items()
+                for upsampled in range(residue * self.factor, (residue + 1) * self.factor):
+                    if (upsampled + padding - k) % stride == 0:
+                        kernel_indices.setdefault((upsampled + padding - k) // stride, []).append(k)
+            return kernel_indices.items()
 
         phases = [
             (oy, ox, [(dy, dx, list(itertools.product(ky, kx))) for dy, ky in taps(oy) for dx, kx in taps(ox)])
@@ -389,11 +362,11 @@ class Stem(Layer):
         if not self.gradient:
             return F.conv2d(F.interpolate(x, scale_factor=self.factor, mode="nearest"), weight, None, **self.geometry)
         image = torch.zeros(len(x), self.outputs, *self.out_size, dtype=x.dtype, requires_grad=True)
-        enlarged = F.interpolate(image, scale_factor=self.factor, mode="nearest")
-        return torch.autograd.grad(F.conv2d(enlarged, weight, None, **self.geometry), image, x)[0]
+        upsampled = F.interpolate(image, scale_factor=self.factor, mode="nearest")
+        return torch.autograd.grad(F.conv2d(upsampled, weight, None, **self.geometry), image, x)[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("factor", "kernel", "stride"), [(7, 7, 2), (2, 3, 1), (4, 7, 2), (3, 5, 3)])
 def test_collapsed_stem(dtype, gradient, factor, kernel, stride):
@@ -449,15 +422,16 @@ def test_impossible_geometry(changes, message):
 
 def test_bad_arguments_are_refused():
     layer = Layer((5, 5), 4, 6)
-    weight, packed = pointer(layer.weight), pointer(layer.packed)
+    weight, packed = pointers(layer.weight, layer.packed)
+    refused = "argument out of range"
     for kernel in (6, 5, 3, 3), (5, 4, 3, 3), (6, 4, 2, 3), (6, 4, 3, 2), (6, 4, 0, 3), (6, 4, 3, 2**40):
-        assert layer.conv.pack(weight, kernel, 0, False, packed, 2)
-    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, True, packed, 2)
-    assert layer.conv.pack(0, (6, 4, 3, 3), 0, False, packed, 2)
-    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, False, packed, 0)
-    assert layer.conv.run(-1, packed, packed, 0, 0, 0, packed, 0, False, packed, 2)
-    assert layer.conv.run(1, 0, packed, 0, 0, 0, packed, 0, False, packed, 2)
-    assert layer.conv.run(1, packed, packed, 0, 0, 0, packed, 0, False, packed, 0)
+        assert layer.conv.pack(weight, kernel, 0, False, packed, 2) == refused
+    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, True, packed, 2) == refused
+    assert layer.conv.pack(0, (6, 4, 3, 3), 0, False, packed, 2) == refused
+    assert layer.conv.pack(weight, (6, 4, 3, 3), 0, False, packed, 0) == refused
+    assert layer.conv.run(-1, packed, packed, 0, 0, 0, packed, 0, False, packed, 2) == refused
+    assert layer.conv.run(1, 0, packed, 0, 0, 0, packed, 0, False, packed, 2) == refused
+    assert layer.conv.run(1, packed, packed, 0, 0, 0, packed, 0, False, packed, 0) == refused
     assert layer.conv.run(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 2) == ""  # no images: nothing to do
 
 

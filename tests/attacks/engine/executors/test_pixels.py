@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attacks.engine.executors.test_cpu_pointwise import Result, name, pointers
+from tests.attacks.engine.executors.helpers import ISAS, Result, last, pointers
 from tests.ops.cases import DTYPES
-from twins_fast.ops.native import _C
+from twins_fast.ops.native import _C, dtype_name
 
 pytestmark = pytest.mark.skipif(_C is None, reason="no compiled module")
-ISAS = getattr(_C, "cpu_isas", [])
 OPERATIONS = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
 
 
@@ -24,7 +23,7 @@ class Program:
             F.interpolate(torch.arange(n).float().view(1, 1, n), m, mode="nearest").int().flatten().tolist()
             for n, m in zip(self.size, self.out_size, strict=True)
         ]
-        listed = [(k, *(v.tolist() if isinstance(v, torch.Tensor) else v for v in rest)) for k, *rest in steps]
+        listed = [(k, rest[:2], rest[2]) if k == "clamp" else (k, rest[0].tolist(), 0) for k, *rest in steps]
         self.compiled = _C.InputProgram(listed, channels, self.size, *self.tables)
 
     def torch(self, x):
@@ -45,7 +44,7 @@ class Program:
 
     def prepare(self, x, dtype, **how):
         out = Result((len(x), *self.out_size, self.channels), dtype)
-        assert self.compiled.prepare(len(x), name(dtype), *pointers(x, out.tensor), **how) == ""
+        assert self.compiled.prepare(len(x), dtype_name(dtype), *pointers(x, out.tensor), **how) == ""
         return out.get()
 
 
@@ -54,10 +53,6 @@ def same(a, b):
     a, b = a.contiguous(), b.contiguous()
     bits = torch.int32 if a.dtype == torch.float32 else torch.int16
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(bits)[~a.isnan()], b.view(bits)[~b.isnan()])
-
-
-def last(images):
-    return images.permute(0, 2, 3, 1).contiguous()
 
 
 def normalization(channels):
@@ -113,7 +108,7 @@ def test_prepare_and_gradient(make, channels, size, out_size, isa):
         g = torch.randint(-3, 4, want.shape).to(dtype)
         g[:, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])[: g[0, 0, 0, :2].numel()]
         d = Result(x.shape, torch.float32)
-        arguments = (len(x), name(dtype), *pointers(last(g), x, d.tensor))
+        arguments = (len(x), dtype_name(dtype), *pointers(last(g), x, d.tensor))
         assert program.compiled.gradient(*arguments, threads=2, isa=isa) == ""
         assert same(d.get(), program.gradient(x, g.float()))
 
@@ -150,7 +145,7 @@ def test_step(channels, size, out_size, isa):
                 arguments = pointers(seen, source, clean), alpha, eps
                 targets = pointers(count, result, target if with_out else None)
                 how = {"threads": threads, "isa": isa}
-                assert program.compiled.step(3, name(dtype), *arguments[0], *arguments[1:], *targets, **how) == ""
+                assert program.compiled.step(3, dtype_name(dtype), *arguments[0], *arguments[1:], *targets, **how) == ""
                 out.get()
                 assert same(result, want)
                 assert torch.equal(count - 5, d.isnan().sum((1, 2, 3)))
@@ -200,14 +195,23 @@ def test_what_is_refused():
     def program(steps=(), channels=3, size=(2, 2), rows=(0, 1), cols=(0, 1)):
         return _C.InputProgram(list(steps), channels, size, list(rows), list(cols))
 
-    clamp, add = ("clamp", 0.0, 1.0, 1), ("add", [1.0] * 3)
+    clamp, add = ("clamp", [0.0, 1.0], 1), ("add", [1.0] * 3, 0)
     good = program([clamp, add])
-    for steps in ([clamp] * 9, [("clamp", 1.0, 0.0, 1)], [("clamp", torch.nan, 0.0, 1)], [("clamp", 0.0, 1.0, 2)]):
-        with pytest.raises(ValueError):
+    wrong = {
+        "too many steps": [clamp] * 9,
+        "in order": [("clamp", [1.0, 0.0], 1)],
+        "bounds must": [("clamp", [torch.nan, 0.0], 1)],
+        "0 or 1": [("clamp", [0.0, 1.0], 2)],
+        "one value per channel": [("add", [1.0], 0)],
+        "two bounds": [("clamp", [0.0], 1)],
+        "no step square": [("square", [1.0] * 3, 0)],
+    }
+    for words, steps in wrong.items():
+        with pytest.raises(ValueError, match=words):
             program(steps)
-    for steps in ([("add", [1.0])], [("add",)], [("clamp", 0.0, 1.0)], [("square", [1.0] * 3)], [()]):
-        with pytest.raises(ValueError):
-            program(steps)
+    for step in (("add",), ("add", 1.0, 0), ()):
+        with pytest.raises(TypeError):
+            program([step])
     wrong = ({"rows": (1, 0)}, {"cols": (0, 2)}, {"rows": (-1, 0)}, {"rows": ()}, {"channels": 0}, {"channels": 257})
     for arguments in (*wrong, {"size": (0, 2)}):
         with pytest.raises(ValueError):

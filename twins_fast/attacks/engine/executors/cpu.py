@@ -1,4 +1,4 @@
-"""TorchExecutor of the C++ kernels: convolutions with everything around them in one pass, ReLU masks of one bit."""
+"""The executor of the C++ kernels: a convolution with all around it in one pass, ReLU masks of one bit."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _C = native._C
 
 
 def _how() -> tuple[int, str]:
+    """Threads and instruction set of a call."""
     return torch.get_num_threads(), native.cpu_isa
 
 
@@ -83,7 +84,7 @@ class _Kernel:
 
 
 class _ImageGradient:
-    """The gradient of an image of few channels, a block of pixels at a time, so that a vector's lanes are all used.
+    """The gradient of an image of few channels, a block of pixels at a time, so that all lanes of a vector are used.
 
     The pixels of a block become channels of one convolution; where a pixel does not see a tap its weight is zero.
     """
@@ -100,11 +101,11 @@ class _ImageGradient:
         self._kernel = _Kernel("gemm", dtype, ends, [(0, 0, taps)], workspace)
         # Kernel positions [pixels of a block, taps], one past the last where there is none.
         nowhere = g.kernel[0] * g.kernel[1]
-        found = [
+        positions = [
             [nowhere if ky is None or kx is None else ky * g.kernel[1] + kx for ky, kx in product(row, col)]
             for row, col in product(rows, cols)
         ]
-        self._positions = torch.tensor(found)
+        self._positions = torch.tensor(positions)
         self._kernel_size = (len(tops), len(lefts))
 
     def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
@@ -140,8 +141,12 @@ class _ImageGradient:
 def _blocked(
     times: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> tuple[int, int, list[int], list[list]]:
-    """Along one axis: pixels in a block, outputs per block, offsets of the outputs that a block sees, and for each
-    pixel the kernel index that leads to each of them, or None."""
+    """One axis of a block.
+
+    Returns:
+        pixels in the block, outputs per block, offsets of the outputs that read the block, and for each pixel the
+        kernel index with which each of these reads it, or None.
+    """
     block = times * (stride if stride > 1 else 2)
     _, _, phases = axis_backward(kernel, stride, padding, dilation, 1)
     seen = [{tap + pixel // stride: ks[0] for tap, ks in phases[pixel % stride]} for pixel in range(block)]
@@ -150,7 +155,7 @@ def _blocked(
 
 
 def _time(axes: tuple[tuple, tuple], channels: int) -> float:
-    """Per pixel, relative: every input of a block is gathered and takes part in some vectors of products."""
+    """Relative time per pixel: every input of a block is gathered once and multiplied in some vectors of products."""
     (by, _, tops, _), (bx, _, lefts, _) = axes
     return len(tops) * len(lefts) * (GATHERING + -(-by * bx * channels // LANES)) / (by * bx)
 
@@ -192,7 +197,7 @@ def _phased(
 
 
 class LibraryConvolution(TorchConvolution):
-    """A convolution by oneDNN, weights in its own order."""
+    """A convolution by oneDNN, with the weights in its layout."""
 
     runs = "oneDNN"
 
@@ -239,7 +244,7 @@ class LibraryConvolution(TorchConvolution):
 
 
 class CpuExecutor(TorchExecutor):
-    """Every step in C++; convolutions in groups, or where the CPU has a matrix unit, by oneDNN."""
+    """Every step in C++; convolutions in groups, and most others on a CPU with a matrix unit, by oneDNN."""
 
     name = "C++"
 
@@ -257,8 +262,8 @@ class CpuExecutor(TorchExecutor):
             return LibraryConvolution(geometry, self.dtype, self.device)
         return KernelConvolution(geometry, self.dtype, self._workspace, algorithm)
 
-    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> KernelInput:
-        return KernelInput(program, shape, resized)
+    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        return (Input if shape[0] > _C.most_pixel_channels else KernelInput)(program, shape, resized)
 
     def conv(self, state: State, t: Tensors) -> Run:
         if isinstance(state.convolution, TorchConvolution):
@@ -286,11 +291,11 @@ class CpuExecutor(TorchExecutor):
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["x"], t["y"])
-        return _bind("pool_forward", *sizes, 0, 0, self._name, False, t["x"], t["y"], None)
+        return _bind("pool_forward", *sizes, self._name, False, t["x"], t["y"], None)
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["dx"], t["g"])
-        return _bind("pool_backward", *sizes, 0, 0, self._name, False, t["g"], None, t["other"], t["mask"], t["dx"])
+        return _bind("pool_backward", *sizes, self._name, False, t["g"], None, t["other"], t["mask"], t["dx"])
 
     def pointwise(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["x"], t["y"], other=t["other"], bits=t["mask"])
@@ -298,8 +303,8 @@ class CpuExecutor(TorchExecutor):
     def finish(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["x"], t["y"], other=t.get("other"), mask=t["mask"])
 
-    def _finish(self, v, bias, other, mask, kept, y) -> None:
-        _bind_pointwise(dense(v), y, shift=bias, other=other, mask=mask, bits=kept)()
+    def _finish(self, v, bias, other, mask, relu_mask, y) -> None:
+        _bind_pointwise(dense(v), y, shift=bias, other=other, mask=mask, bits=relu_mask)()
 
 
 def _bind_pointwise(
@@ -314,7 +319,7 @@ def _bind_pointwise(
 ) -> Run:
     """``y = mask(relu(x * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
     sizes = (*rows_of(y), dtype_name(y.dtype))
-    return _bind("pointwise", *sizes, x, None, scale, shift, other, mask, bits is not None, y, bits)
+    return _bind("pointwise", *sizes, x, scale, shift, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:
@@ -330,7 +335,7 @@ def _bind(name: str, *arguments) -> Run:
 
 
 class KernelInput(Input):
-    """The pixels in one pass."""
+    """The input's steps in one pass."""
 
     def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
         super().__init__(program, shape, resized)
@@ -339,11 +344,13 @@ class KernelInput(Input):
         self._kernel = _C.InputProgram([self._listed(step) for step in program], shape[0], tuple(size), rows, cols)
 
     def _listed(self, step: tuple) -> tuple:
+        """(kind, values, derivative of a clamp at its bounds), as the kernel takes it."""
         kind, *arguments = step
         if kind == "clamp":
-            return step
+            low, high, at_bounds = arguments
+            return kind, [low, high], at_bounds
         other = torch.as_tensor(arguments[0], dtype=torch.float32).flatten().expand(self._channels)
-        return kind, other.tolist()
+        return kind, other.tolist(), 0
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         pointers = (x.data_ptr(), out.data_ptr())
@@ -364,8 +371,10 @@ class KernelInput(Input):
 
 
 def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
-    """``winograd4``, ``winograd``, ``gemm`` or ``library``: what was measured to be fastest, as a rule, so that runs
-    repeat."""
+    """``winograd4``, ``winograd``, ``gemm`` or ``library``.
+
+    A fixed rule made from measurements, not a measurement, so that results are the same in every run.
+    """
     g = geometry
     few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
     if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
@@ -379,6 +388,6 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies the type by tiles (AMX), which oneDNN uses and the kernels here do not."""
-    found = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return dtype in found and found[dtype]()
+    """Whether this CPU has a matrix unit for ``dtype`` (AMX), which oneDNN uses and the C++ kernels do not."""
+    has = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    return dtype in has and has[dtype]()

@@ -1,4 +1,4 @@
-"""TorchExecutor of the Triton and CUDA kernels, convolutions by cuDNN or as a matmul. Not yet run on a GPU.
+"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or as matmuls. Not yet run on a GPU.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """
@@ -29,37 +29,37 @@ from twins_fast.kernels import attack, tuning
 from twins_fast.ops import native
 from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
-Way = attack.MatmulConfig | None  # how a convolution runs; None: as PyTorch does
+Algorithm = attack.MatmulConfig | None  # of a convolution: the block sizes of our matmul; None: the library's
 
-_ways: dict[tuple, Way] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
+_algorithms: dict[tuple, Algorithm] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
 
 
 class CudaConvolution(TorchConvolution):
-    """A convolution by cuDNN, or one of single pixels by our matmul with all around it, whatever is faster."""
+    """A convolution by cuDNN or, if it is 1x1 and that is faster, by our matmul with all around it fused."""
 
     def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
         super().__init__(geometry, dtype, device)
         g = geometry
-        of_pixels = (g.kernel, g.stride, g.padding, g.groups, g.upsample) == ((1, 1), (1, 1), (0, 0), 1, (1, 1))
-        # Float32 would go without tensor cores, and channels that fill no vector without room in the registers.
-        self.is_matmul = of_pixels and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
+        is_1x1 = (g.kernel, g.stride, g.padding, g.groups, g.upsample) == ((1, 1), (1, 1), (0, 0), 1, (1, 1))
+        # Float32 would not use tensor cores; channels that do not fill a vector would run out of registers.
+        self.is_matmul = is_1x1 and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
         self.device = device
-        self._way: list[Way] = [None, None]
+        self._algorithm: list[Algorithm] = [None, None]
 
     @property
     def runs(self) -> str:
         library = "cuDNN" if self.device.type == "cuda" else "PyTorch"
-        return ", ".join(dict.fromkeys("Triton matmul" if way else library for way in self._way))
+        return ", ".join(dict.fromkeys("Triton matmul" if algorithm else library for algorithm in self._algorithm))
 
-    def way(self, backward: bool, launch: Callable[[Way], object]) -> Way:
-        """The fastest way, measured with ``launch`` where it is not known yet."""
+    def algorithm(self, backward: bool, launch: Callable[[Algorithm], object]) -> Algorithm:
+        """The fastest one, measured with ``launch`` if it is not known yet and a measurement is allowed now."""
         if self.is_matmul and self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
-            if key not in _ways and not torch.cuda.is_current_stream_capturing():
+            if key not in _algorithms and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):
-                    _ways[key] = tuning.fastest([None, *attack.MATMUL_CONFIGS], launch, tuning._seconds)
-            self._way[backward] = _ways.get(key)
-        return self._way[backward]
+                    _algorithms[key] = tuning.fastest([None, *attack.MATMUL_CONFIGS], launch, tuning._seconds)
+            self._algorithm[backward] = _algorithms.get(key)
+        return self._algorithm[backward]
 
 
 class CudaExecutor(TorchExecutor):
@@ -83,7 +83,7 @@ class CudaExecutor(TorchExecutor):
         tables = None
         if resized is not None:
             key = (shape, resized)
-            if key not in self._tables:  # never during the capture of a graph, since a warm-up comes first
+            if key not in self._tables:  # never while a graph is captured: a warm-up comes first
                 sources = (sources_of(small, big) for small, big in zip(shape[1:], resized, strict=True))
                 self._tables[key] = attack.Tables.of(*sources, shape[1:], self.device)
             tables = self._tables[key]
@@ -100,13 +100,13 @@ class CudaExecutor(TorchExecutor):
     def _convolve(
         self, convolution: CudaConvolution, backward: bool, x: Tensor, y: Tensor, library: Run, epilogue: dict
     ) -> Run:
-        def launch(way: Way) -> None:
-            if way is None:
+        def launch(algorithm: Algorithm) -> None:
+            if algorithm is None:
                 library()
             else:
-                attack.matmul(x, convolution.weight[:, :, 0, 0], y, rows_of(y), way, not backward, **epilogue)
+                attack.matmul(x, convolution.weight[:, :, 0, 0], y, rows_of(y), algorithm, not backward, **epilogue)
 
-        return partial(launch, convolution.way(backward, launch))
+        return partial(launch, convolution.algorithm(backward, launch))
 
     def affine(self, state: State, t: Tensors) -> Run:
         options = dict(scale=state.scale, shift=state.shift, other=t["other"], bits=t["mask"])
@@ -132,12 +132,12 @@ class CudaExecutor(TorchExecutor):
         window = window_of(state, t["dx"], t["g"])
         return partial(attack.pool_backward, t["g"], t["dx"], window, argmax, t["other"], t["mask"])
 
-    def _finish(self, v, bias, other, mask, kept, y) -> None:
-        attack.pointwise(dense(v), y, rows_of(y), shift=bias, other=other, mask=mask, bits=kept)
+    def _finish(self, v, bias, other, mask, relu_mask, y) -> None:
+        attack.pointwise(dense(v), y, rows_of(y), shift=bias, other=other, mask=mask, bits=relu_mask)
 
 
 class KernelInput(Input):
-    """The pixels in one pass: by the CUDA kernel where it was built, else by Triton's."""
+    """The input's steps in one pass: by the CUDA kernel if it was built, else by Triton's."""
 
     def __init__(
         self,
@@ -163,10 +163,10 @@ class KernelInput(Input):
                 row.fill_(arguments[0])
         self.bind(device.type == "cuda" and getattr(native._C, "has_cuda", False))
 
-    def bind(self, native: bool) -> None:
+    def bind(self, compiled: bool) -> None:
         """Use the CUDA kernel, or Triton's."""
         triton = partial(attack.pixels, values=self._values, codes=self._codes, tables=self._tables)
-        self._launch = self._cuda if native else triton
+        self._launch = self._cuda if compiled else triton
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         self._launch(x, out=out)

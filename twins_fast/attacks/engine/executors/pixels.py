@@ -1,4 +1,4 @@
-"""The image's way into the network, and the attack's step on it, in plain PyTorch."""
+"""The path of the images into the network, and the attack's step on them, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from twins_fast.models.clamp import clamp
 
 
 class Input:
-    """The image's way into the network: arithmetic per channel, nearest-neighbour upsampling, cast, layout.
+    """What happens to the images before the first layer: steps per channel, upsampling, cast to the plan's dtype.
 
     Args:
-        program: of ``("clamp", low, high, derivative at the bounds)`` and ``(add | sub | mul | div, number or [C])``.
-        shape: of one image.
-        resized: its size after upsampling, or None.
+        program: steps ``("clamp", low, high, derivative at the bounds: 0 or 1)`` and
+            ``("add" | "sub" | "mul" | "div", number or float32 [C])``.
+        shape: (C, H, W) of an image.
+        resized: (H, W) after nearest-neighbour upsampling, or None.
+
+    Shapes:
+        images float32 [N, C, H, W] contiguous -> [N, C, *resized] in half precision or float32, channels-last.
     """
 
     def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
@@ -24,11 +28,11 @@ class Input:
         self.resized = resized
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
-        """Float32 images in [0, 1] -> what the first layer reads."""
+        """Write what the first layer reads for float32 images ``x`` in [0, 1] into ``out``."""
         out.copy_(self._apply(x))
 
     def gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with respect to ``x``, from that with respect to what :meth:`prepare` wrote."""
+        """The float32 gradient with respect to ``x``, from that with respect to what :meth:`prepare` wrote."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self._apply(x), x, gradient.float())[0]
@@ -36,9 +40,15 @@ class Input:
     def sign_step(
         self, x: Tensor, clean: Tensor, gradient: Tensor, alpha: float, eps: float, nan: Tensor, out: Tensor
     ) -> None:
-        """One L-infinity step on ``x`` in place, and :meth:`prepare` into ``out``.
+        """One L-infinity step on ``x`` in place, then :meth:`prepare` into ``out``.
 
-        A pixel whose gradient is NaN stays as it is, and is counted in ``nan`` [N] int64.
+        A pixel whose gradient is NaN stays as it is, and is counted in ``nan``.
+
+        Args:
+            x, clean: float32 [N, C, H, W].
+            gradient: with respect to what :meth:`prepare` wrote.
+            alpha, eps: step size and radius of the ball, in pixel units of [0, 1].
+            nan: int64 [N], added to.
         """
         d = self.gradient(x, gradient)
         bad = d.isnan()
@@ -60,7 +70,7 @@ class Input:
 
 
 def sources_of(small: int, big: int) -> list[int]:
-    """Which of ``small`` rows each of ``big`` rows shows, by PyTorch itself."""
+    """The index, below ``small``, of the row that each of ``big`` rows copies: PyTorch's own nearest neighbours."""
     if small == big:
         return list(range(small))
     index = torch.arange(small, dtype=torch.float32).view(1, 1, small)

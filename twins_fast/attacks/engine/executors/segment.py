@@ -1,4 +1,4 @@
-"""Operations that are not planned: run by PyTorch, and differentiated by it."""
+"""Operations that are not planned: run and differentiated by PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twins_fast.attacks.engine.plan import Stage
 
 @dataclass
 class Segment:
-    """Operations that are not planned: run as they are, differentiated by PyTorch, under autocast in half precision.
+    """Neighbouring operations that are not planned, under autocast if ``dtype`` is half precision.
 
     Attributes:
         parameters: name -> tensor, filled in by every attack call.
@@ -25,7 +25,7 @@ class Segment:
     stage: Stage
     dtype: torch.dtype
     device: torch.device
-    shapes: dict[int, tuple[int, ...]]  # of the nodes that it takes
+    shapes: dict[int, tuple[int, ...]]  # of the results that it reads, by node, without the batch
     carried: dict
     parameters: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
@@ -33,13 +33,13 @@ class Segment:
     _operands: list[Tensor] = field(default_factory=list)
 
     def names(self) -> Iterable[str]:
-        """Of the parameters that it reads."""
-        found: dict[str, None] = {}
+        """Names of the parameters that it reads."""
+        names: dict[str, None] = {}
         for _, node in self.stage.nodes:
             map_values(
-                lambda v: found.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
+                lambda v: names.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
             )
-        return found
+        return names
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         stage = self.stage
@@ -62,11 +62,13 @@ class Segment:
             output.copy_(tensor.detach())
         self.carried.update((i, values[i]) for i in stage.options["keeps"])
 
-    def backward(self, gradients: list[Tensor], made: list[Tensor]) -> None:
+    def backward(self, gradients: list[Tensor | None], input_gradients: list[Tensor]) -> None:
+        """From the gradients of the results, those of the inputs, written into ``input_gradients``."""
         pairs = [(t, g) for t, g in zip(self._results, gradients, strict=True) if g is not None and t.requires_grad]
-        given = [(t, g.view(t.shape).to(t.dtype)) for t, g in pairs]
-        found = torch.autograd.grad([t for t, _ in given], self._operands, [g for _, g in given], allow_unused=True)
-        for slot, gradient in zip(made, found, strict=True):
+        results = [t for t, _ in pairs]
+        cast = [g.view(t.shape).to(t.dtype) for t, g in pairs]
+        computed = torch.autograd.grad(results, self._operands, cast, allow_unused=True)
+        for slot, gradient in zip(input_gradients, computed, strict=True):
             slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
         self.release()
 

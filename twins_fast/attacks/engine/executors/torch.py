@@ -1,6 +1,6 @@
 """What runs the steps of a plan: each operation binds tensors once and gives a function without arguments.
 
-:class:`TorchExecutor` is plain PyTorch, for any device: the truth that the kernels are tested against.
+:class:`TorchExecutor` is plain PyTorch, for any device: the reference that the kernels are tested against.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TorchConvolution:
     """A convolution by PyTorch.
 
     Attributes:
-        runs: what runs, for people.
+        runs: what computes it, as :func:`~twins_fast.attacks.engine.explain.explain` names it.
     """
 
     runs = "PyTorch"
@@ -124,9 +124,9 @@ class TorchExecutor:
         index = torch.empty(t["y"].shape, dtype=torch.int64, device=self.device, memory_format=torch.channels_last)
 
         def run():
-            y, found = F.max_pool2d(t["x"], o["kernel"], o["stride"], o["padding"], return_indices=True)
+            y, argmax = F.max_pool2d(t["x"], o["kernel"], o["stride"], o["padding"], return_indices=True)
             t["y"].copy_(y)
-            index.copy_(found)
+            index.copy_(argmax)
 
         t["argmax"].index = index  # PyTorch's own form, which needs eight bytes
         return run
@@ -162,7 +162,7 @@ class TorchExecutor:
         return lambda: state.segment.forward(t["rows"], t["inputs"], t["outputs"])
 
     def segment_backward(self, state: State, t: Tensors) -> Run:
-        return lambda: state.segment.backward(t["gradients"], t["made"])
+        return lambda: state.segment.backward(t["gradients"], t["input_gradients"])
 
     def _finish(
         self,
@@ -170,18 +170,18 @@ class TorchExecutor:
         bias: Tensor | None,
         other: Tensor | None,
         mask: Tensor | None,
-        kept: Tensor | None,
+        relu_mask: Tensor | None,
         y: Tensor,
     ) -> None:
-        """y = v + bias + other, then ReLU with its mask into ``kept``, or times the ``mask`` of an earlier one."""
+        """y = v + bias + other, then a ReLU that fills ``relu_mask``, or 0 where the ``mask`` of an earlier ReLU is."""
         v = v.float().view(y.shape)
         if bias is not None:
             v = v + bias.view(1, -1, 1, 1)
         if other is not None:
             v = v + other.view(y.shape)
-        if kept is not None:
+        if relu_mask is not None:
             positive = ~(v <= 0)  # lets NaN pass
-            _like(kept, y).copy_(positive)
+            _like(relu_mask, y).copy_(positive)
             v = v.where(positive, 0)
         if mask is not None:
             v = v.where(_like(mask, y), 0)
@@ -193,21 +193,22 @@ def _like(mask: Tensor, y: Tensor) -> Tensor:
 
 
 def bytes_of_bits(value: Value) -> int:
-    """Of a mask of one bit per value, whole bytes per pixel, for one image."""
+    """Bytes of one image's mask of one bit per value, in whole bytes per pixel."""
     return value.pixels * ((value.channels + 7) // 8)
 
 
 def dense(v: Tensor) -> Tensor:
-    """In the order of the arena; where height or width is 1, a library's strides may only look different."""
+    """Channels-last, as the arena is; a library's strides may only look different where height or width is 1."""
     return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
 
 
 def rows_of(y: Tensor) -> tuple[int, int]:
+    """Pixels of all images, and channels."""
     channels = y.shape[1] if y.dim() == 4 else y.shape[-1]
     return y.numel() // channels, channels
 
 
 def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """images, channels, height, width, results' height and width, kernel, stride, padding (max-pooling only)."""
+    """Of a pooling: images, channels, height, width, results' height and width, kernel, stride, padding: 12 numbers."""
     o = state.stage.options
-    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", ()))
+    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", (0, 0)))

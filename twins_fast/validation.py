@@ -72,6 +72,12 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
+def check_radius(norm: str, eps: float) -> None:
+    """Require an L-infinity radius that images in [0, 1] leave a meaning."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps must be at most 1, as images are in [0, 1], got {eps:g}; did you mean {eps:g}/255?")
+
+
 def check_choice(name: str, value: str, choices) -> None:
     """Require ``value`` to be one of ``choices``."""
     if value not in choices:

@@ -34,7 +34,8 @@ def test_image_folder_is_cropped_to_224(tmp_path):
                 Image.new("L" if k else "RGB", (300, 280), 40 + 100 * index).save(folder / f"{k}.png")
     train, test, classes = load_datasets("folder", tmp_path)
     assert classes == ("cat", "dog")
-    for loader in loaders(train, test, batch_size=4, augmentation="high-resolution"):
+    made = loaders(train, test, batch_size=4, augmentation="high-resolution")
+    for loader in (made.train, made.test):
         images, labels = next(iter(loader))
         assert images.shape == (4, 3, 224, 224)
         torch.testing.assert_close(images[:, 0, 112, 112], (40 + 100 * labels) / 255)
@@ -56,7 +57,7 @@ def test_torchvision_cifar10_is_read_from_its_own_files(tmp_path):
         patch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)
         train, test, classes = load_datasets("cifar10", tmp_path)
     assert classes == CIFAR10_CLASSES and (len(train), len(test)) == (50, 10)
-    images, _ = next(iter(loaders(train, test, batch_size=8)[0]))
+    images, _ = next(iter(loaders(train, test, batch_size=8).train))
     assert images.shape == (8, 3, 32, 32)
 
 

@@ -8,7 +8,7 @@ from twins_fast.train.loaders import EpochBatches, loaders
 
 
 def batches(sets, epoch=0, first=0, workers=0):
-    loader, _ = loaders(*sets, batch_size=8, workers=workers)
+    loader = loaders(*sets, batch_size=8, workers=workers).train
     loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
     return list(loader)
 
@@ -19,7 +19,7 @@ def test_npz_batches_are_float_images_in_zero_one(npz):
     images, labels = batches((train, test))[0]
     assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
     assert 0 <= images.min() and 0.5 < images.max() <= 1
-    _, loader = loaders(train, test, batch_size=8)
+    loader = loaders(train, test, batch_size=8).test
     seen = torch.cat([images for images, _ in loader])
     expected = torch.from_numpy(test.images).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(seen, expected)
@@ -43,7 +43,7 @@ def test_augmentation_leaves_the_global_generator_alone(npz):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    dataset = loaders(*sets, batch_size=8)[0].dataset
+    dataset = loaders(*sets, batch_size=8).train.dataset
     dataset[0, 5], dataset[1, 5]
     assert torch.equal(torch.rand(2), expected)
 
@@ -60,7 +60,25 @@ def test_numbers_and_names_are_checked_before_anything_is_loaded(npz):
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"batch_size": 8, "augmentation": "flip"}, "unknown augmentation 'flip'"),
         ({"batch_size": 8, "workers": -1}, "workers must be a finite number >= 0, got -1"),
-        ({"batch_size": 8, "test_images": -1}, "test_images must be a finite number >= 0, got -1"),
+        ({"batch_size": 8, "evaluation_images": -1}, "evaluation_images must be a finite number >= 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             loaders(*sets, **options)
+
+
+def test_validation_images_are_set_apart_and_not_augmented(npz):
+    train, test = load_datasets("npz", npz)[:2]
+    made = loaders(train, test, batch_size=8, validation_part=0.25, seed=3)
+    again = loaders(train, test, batch_size=8, validation_part=0.25, seed=3)
+    assert (len(made.train.dataset), len(made.validation.dataset), len(made.test.dataset)) == (18, 6, 12)
+    apart, rest = made.validation.dataset.base.indices, made.train.dataset.base.indices
+    assert sorted([*apart, *rest]) == list(range(24)) and apart == again.validation.dataset.base.indices
+    images = next(iter(made.validation))[0]
+    torch.testing.assert_close(images, torch.from_numpy(train.images[apart]).permute(0, 3, 1, 2) / 255)
+    limited = loaders(train, test, batch_size=8, validation_part=0.5, evaluation_images=5)
+    assert (len(limited.validation.dataset), len(limited.test.dataset)) == (5, 5)
+    assert loaders(train, test, batch_size=8).validation is None
+    with pytest.raises(ValueError, match="the validation set has 0 images; at least 1 needed"):
+        loaders(train, test, batch_size=8, validation_part=0.001)
+    with pytest.raises(ValueError, match="validation_part must be less than 1, got 1"):
+        loaders(train, test, batch_size=8, validation_part=1)

@@ -83,10 +83,12 @@ def test_files_that_are_no_recipes(tmp_path):
         (Network, {"upsample": 0}, "upsample must be at least 1, got 0"),
         (Network, {"channels_last": 1}, "channels_last must be of type bool, got 1"),
         (Attack, {"eps": float("nan")}, "eps must be a finite number >= 0, got nan"),
+        (Attack, {"eps": 8}, "eps must be at most 1, as images are in .0, 1., got 8; did you mean 8/255?"),
         (Attack, {"steps": 2.5}, "steps must be an integer, got 2.5"),
         (Attack, {"norm": "l1"}, "unknown norm 'l1'"),
         (Optimizer, {"epochs": 0}, "epochs must be at least 1, got 0"),
         (Optimizer, {"warmup": 1.0}, r"warmup must be in \(0, 1\), got 1.0"),
+        (Evaluation, {"validation_part": 1.0}, r"validation_part must be in \(0, 1\), got 1.0"),
         (Evaluation, {"every": 0}, "every must be at least 1, got 0"),
         (Run, {"amp": "fp8"}, "unknown amp 'fp8'"),
         (Run, {"baselines": ("at", "at")}, "baselines must name each method once, got at, at"),
@@ -115,7 +117,7 @@ def test_the_flat_form_of_version_0_1_is_read():
         Network("resnet18", channels_last=True),
         Attack(alpha=4 / 255, steps=2),
         Optimizer(epochs=2, lr=0.05, weight_decay=5e-4, milestones=(1,)),
-        Evaluation(steps=2),
+        Evaluation(steps=2, choose_on="test"),
         Run(baselines=("trades",)),
     )
     with pytest.raises(RecipeError, match="unknown recipe sections: colour"):

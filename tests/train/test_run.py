@@ -21,12 +21,12 @@ def assert_same_run(left, right):
     for name in ("last.safetensors", "best.safetensors"):
         (a, meta_a), (b, meta_b) = load_checkpoint(left / name), load_checkpoint(right / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        meta_a.pop("seconds", None), meta_b.pop("seconds", None)
-        assert meta_a == meta_b
+        assert meta_a == meta_b and (left / name).read_bytes() == (right / name).read_bytes()
 
     def lines(folder):
         return [
-            {k: v for k, v in line.items() if k != "images_per_second"} for line in RunFolder(folder).read_metrics()
+            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")}
+            for line in RunFolder(folder).read_metrics()
         ]
 
     assert lines(left) == lines(right)
@@ -40,11 +40,12 @@ def test_a_run_writes_everything_and_learns(tmp_path, npz, capsys, method):
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert [line["epoch"] for line in lines if line["kind"] == "test"] == [1, 2, 3, 4]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
     assert sum(line["loss"] for line in steps[-3:]) < sum(line["loss"] for line in steps[:3])
     assert ("frozen_accuracy" in steps[0]) == (METHODS[method].wings == 2)
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     result = json.loads(run.result.read_text())
-    assert result["test_images"] == 12 and ("after_frozen_wing" in result) == (METHODS[method].wings == 2)
+    assert result["after"]["images"] == 12 and ("after_frozen_wing" in result) == (METHODS[method].wings == 2)
     assert method.upper() in capsys.readouterr().out
     names = load_checkpoint(run.best)[0]
     assert any(".main_bn." in name for name in names) == (METHODS[method].wings == 2)
@@ -130,7 +131,7 @@ def test_a_baseline_runs_another_method_on_the_same_budget(tmp_path, npz, capsys
     options = ["--method", "twins-at", "--run.baselines", "at,twins-at", "--evaluation.before", "--epochs", "1"]
     assert train(tmp_path / "run", npz, *options) == 0
     table = capsys.readouterr().out
-    for row in ("before (fresh head)", "TWINS-AT | adaptive", "TWINS-AT | frozen", "| AT |"):
+    for row in ("before training", "TWINS-AT | adaptive", "TWINS-AT | frozen", "| AT |"):
         assert row in table
     assert RunFolder(tmp_path / "run" / "at").result.exists()
 

@@ -24,6 +24,7 @@ from twins_fast.validation import (
     check_images,
     check_labels,
     check_not_negative,
+    check_radius,
     check_running_statistics,
     checked_logits,
 )
@@ -65,7 +66,7 @@ class PGD:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
-        ValueError: an unknown name, a negative eps, alpha or steps, ``targeted`` with ``"kl"``.
+        ValueError: an unknown name, a negative eps, alpha or steps, an L-infinity radius above 1, ``targeted`` with ``"kl"``.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class PGD:
         if not isinstance(steps, Integral):
             raise ValueError(f"steps must be an integer, got {steps!r}")
         check_choice("norm", norm, NORMS)
+        check_radius(norm, eps)
         check_choice("loss", loss, LOSSES)
         check_choice("bn_mode", bn_mode, BN_MODES)
         check_choice("random_start", random_start, STARTS)

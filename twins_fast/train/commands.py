@@ -99,7 +99,7 @@ class Eval(Generic[M]):
         own = _recipe_in(meta)
         if not (self.recipe or self.config or own):
             raise RecipeError(f"{path} does not say how it was made; --recipe or --config is needed")
-        (_, loader), classes = data_loaders(recipe.data, recipe.evaluation, self.data_root, recipe.run.seed)
+        batches, classes = data_loaders(recipe.data, recipe.evaluation, self.data_root, recipe.run.seed)
         trained_on = tuple(meta.get("classes", ())) or (own.data.classes if own else ())
         if trained_on and trained_on != classes:
             raise DataError(f"{path} knows the classes {', '.join(trained_on)}; the data has {', '.join(classes)}")
@@ -113,7 +113,7 @@ class Eval(Generic[M]):
         started = time.monotonic()
         with autocast(recipe.run.amp, self.device):
             attack = evaluation_attack(recipe, model)
-            accuracy = evaluate(model, loader, attack, device=self.device, wing=self.wing)
+            accuracy = evaluate(model, batches.test, attack, device=self.device, wing=self.wing)
         print(
             f"clean {accuracy.clean:.2%}, under PGD-{recipe.evaluation.steps} ({recipe.attack.norm}, "
             f"eps {recipe.attack.eps:.5f}) {accuracy.robust:.2%}, on {accuracy.images} images of "

@@ -163,7 +163,7 @@ def _caltech256(root: Path, seed: int) -> tuple[Dataset, Dataset, tuple[str, ...
     """60 training images per class (Salman et al., arXiv 2007.08489), the rest for testing."""
     whole = _downloaded(tv_datasets.Caltech256, root)
     labels = np.array(whole.y)
-    order = np.random.default_rng(derived_seed(seed)).permutation(len(labels))
+    order = np.random.default_rng(derived_seed("caltech256", seed)).permutation(len(labels))
     train = np.concatenate([order[labels[order] == k][:_CALTECH_TRAIN_PER_CLASS] for k in range(len(whole.categories))])
     test = np.setdiff1d(order, train)
     return Subset(whole, sorted(train.tolist())), Subset(whole, test.tolist()), tuple(whole.categories)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +17,19 @@ from twins_fast.validation import check_choice, check_not_negative
 
 MIN_BATCH = 4  # a last batch smaller than this is left out: its adaptive half may lack batch statistics
 
-
 AUGMENTATIONS = {
     "none": (),
     "cifar": (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()),
     "high-resolution": (v2.Resize(256), v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()),
 }
+
+
+class Loaders(NamedTuple):
+    """Batches of (images [B, 3, H, W] float32 in [0, 1], labels [B] int64)."""
+
+    train: DataLoader
+    validation: DataLoader | None
+    test: DataLoader
 
 
 def loaders(
@@ -29,18 +38,20 @@ def loaders(
     *,
     batch_size: int,
     augmentation: str = "cifar",
-    test_images: int = 0,
+    validation_part: float = 0.0,
+    evaluation_images: int = 0,
     seed: int = 0,
     workers: int = 0,
-) -> tuple[DataLoader, DataLoader]:
-    """Data loaders of (images [B, 3, H, W] float32 in [0, 1], labels [B] int64).
+) -> Loaders:
+    """The data loaders of a run.
 
     Args:
         train, test: data sets of (PIL image or [H, W, 3] uint8 array, label).
         batch_size: images of a batch.
         augmentation: of training images, a key of :data:`AUGMENTATIONS`.
-        test_images: how many of the test images, chosen by the seed; 0 for all.
-        seed: order, augmentation and choice depend on it.
+        validation_part: of the training images, in [0, 1): set apart for validation; 0 for none.
+        evaluation_images: how many of the validation and of the test images are used; 0 for all.
+        seed: order, augmentation and the choice of images depend on it.
         workers: processes that load images; 0 loads them in this process.
 
     Raises:
@@ -48,31 +59,49 @@ def loaders(
         ValueError: a number or a name that makes no sense.
     """
     check_choice("augmentation", augmentation, AUGMENTATIONS)
-    check_not_negative(test_images=test_images, seed=seed, workers=workers)
+    check_not_negative(validation_part=validation_part, evaluation_images=evaluation_images, seed=seed, workers=workers)
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    if validation_part >= 1:
+        raise ValueError(f"validation_part must be less than 1, got {validation_part}")
     if augmentation == "cifar" and isinstance(train, ImageArray) and train.images.shape[1:3] != (32, 32):
         height, width = train.images.shape[1:3]
         raise DataError(f"augmentation 'cifar' is for 32 x 32 pixels, but the images have {height} x {width}")
-    if test_images:
-        generator = torch.Generator().manual_seed(derived_seed(seed))
-        test = Subset(test, torch.randperm(len(test), generator=generator)[:test_images].sort()[0].tolist())
 
-    def loader(kind: str, data: Dataset, transform: Callable, shuffle: bool) -> DataLoader:
-        batches = EpochBatches(len(data), batch_size, seed, shuffle)
+    def loader(kind: str, data: Dataset, transform: Callable) -> DataLoader:
+        if kind != "training" and 0 < evaluation_images < len(data):
+            data = Subset(data, _chosen(len(data), evaluation_images, "evaluation", seed)[0])
+        batches = EpochBatches(len(data), batch_size, seed, shuffle=kind == "training")
         if len(batches) == 0:
-            raise DataError(f"the {kind} set has {len(data)} images; at least {MIN_BATCH if shuffle else 1} needed")
+            least = MIN_BATCH if kind == "training" else 1
+            raise DataError(f"the {kind} set has {len(data)} images; at least {least} needed")
         return DataLoader(
             Augmented(data, transform, seed),
             batch_sampler=batches,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
-    return (
-        loader("training", train, train_transform(augmentation), shuffle=True),
-        loader("test", test, eval_transform(augmentation), shuffle=False),
+    as_tested, validation = eval_transform(augmentation), None
+    if validation_part:
+        apart, rest = _chosen(len(train), round(validation_part * len(train)), "validation", seed)
+        validation = loader("validation", Subset(train, apart), as_tested)
+        train = Subset(train, rest)
+    return Loaders(
+        loader("training", train, train_transform(augmentation)), validation, loader("test", test, as_tested)
     )
+
+
+def _chosen(size: int, count: int, purpose: str, seed: int) -> tuple[list[int], list[int]]:
+    """``count`` random indices below ``size``, and the others, both ascending."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(purpose, seed)))
+    return order[:count].sort()[0].tolist(), order[count:].sort()[0].tolist()
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the trainer is to finish its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train_transform(augmentation: str) -> Callable:
@@ -108,7 +137,7 @@ class Augmented(Dataset):
         epoch, index = key
         image, label = self.base[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, epoch, index))
+            torch.manual_seed(derived_seed("augmentation", self.seed, epoch, index))
             return self.transform(image), label
 
 
@@ -130,7 +159,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = range(self.size)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(derived_seed("order", self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.first, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]

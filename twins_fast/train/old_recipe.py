@@ -36,6 +36,7 @@ def from_flat(fields: Mapping[str, Any]) -> dict[str, Any]:
         }
     if tables["run"].get("amp", "none") is None:
         tables["run"]["amp"] = "none"
+    tables["evaluation"]["choose_on"] = "test"
     method = rest.pop("method", "twins-at")
     tables["method"] = {"name": method}
     for new, (old, methods) in _METHOD_OPTIONS.items():

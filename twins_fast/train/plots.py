@@ -1,52 +1,72 @@
-"""The picture of a run's curves."""
+"""The picture of one run or of several."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
+from twins_fast.checkpoints import write_atomically
 
-def draw_curves(lines: list[dict], target: str | Path, title: str) -> None:
-    """Draw loss, training accuracy per wing, and clean and robust test accuracy over steps.
+_SMOOTHED_POINTS = 200
+_WINGS = {"frozen_accuracy": ("frozen wing", "--"), "adaptive_accuracy": ("adaptive wing", "-"), "accuracy": ("", "-")}
+
+
+def draw_curves(runs: Mapping[str, list[dict]], target: str | Path, title: str) -> None:
+    """Draw loss, training accuracy under attack, evaluations and learning rate over epochs.
 
     Args:
-        lines: what ``Run.read_metrics`` returns.
+        runs: method -> what ``RunFolder.read_metrics`` returns; each method has its colour.
         target: the PNG file to write.
+        title: above the picture.
     """
     import matplotlib  # slow to import, and only needed here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    train = [line for line in lines if line["kind"] == "train"]
-    test = [line for line in lines if line["kind"] == "test"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, ((loss, rate), (training, tests)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     figure.suptitle(title)
-    axes[0].plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=0.8)
-    axes[0].set(title="training loss", xlabel="step")
-    for key, label in (
-        ("frozen_accuracy", "frozen wing"),
-        ("adaptive_accuracy", "adaptive wing"),
-        ("accuracy", "batch"),
-    ):
-        points = [(line["step"], 100 * line[key]) for line in train if key in line]
-        if points and not (key == "accuracy" and "frozen_accuracy" in train[0]):
-            axes[1].plot(*zip(*_smoothed(points), strict=True), label=label)
-    axes[1].set(title="accuracy on training batches, %", xlabel="step")
-    for key, label in (("clean", "clean"), ("robust", "under attack")):
-        axes[2].plot([line["step"] for line in test], [100 * line[key] for line in test], marker="o", label=label)
-    axes[2].set(title="test accuracy, %", xlabel="step")
-    for axis in axes[1:]:
-        axis.set_ylim(0, 100)
+    for number, (method, lines) in enumerate(runs.items()):
+        color = f"C{number}"
+        train = [line for line in lines if line["kind"] == "train"]
+        raw = [(line["epoch"], line["loss"]) for line in train]
+        if raw:
+            loss.plot(*zip(*raw, strict=True), color=color, linewidth=0.6, alpha=0.3)
+            loss.plot(*zip(*_smoothed(raw), strict=True), color=color, label=method)
+            rate.plot(*zip(*[(line["epoch"], line["lr"]) for line in train], strict=True), color=color, label=method)
+        for key, (wing, style) in _WINGS.items():
+            points = [(line["epoch"], 100 * line[key]) for line in train if key in line]
+            if points and not (key == "accuracy" and "frozen_accuracy" in train[0]):
+                label = f"{method}, {wing}" if wing else method
+                training.plot(*zip(*_smoothed(points), strict=True), style, color=color, label=label)
+        for kind, marker in (("validation", "o"), ("test", "s")):
+            measured = [line for line in lines if line["kind"] == kind]
+            epochs = [line["epoch"] for line in measured]
+            for key, label, style in (("clean", "clean", "--"), ("robust", "under attack", "-")):
+                values = [100 * line[key] for line in measured]
+                if measured:
+                    tests.plot(epochs, values, style, marker=marker, color=color, label=f"{method}, {kind}, {label}")
+            if len(measured) > 1:  # the gap that robustness costs
+                clean, robust = ([100 * line[key] for line in measured] for key in ("clean", "robust"))
+                tests.fill_between(epochs, robust, clean, color=color, alpha=0.08)
+    loss.set(title="training loss, each step and smoothed", ylabel="loss, nats")
+    rate.set(title="learning rate", ylabel="learning rate")
+    training.set(title="accuracy on training batches under attack, smoothed", ylabel="accuracy, %", ylim=(0, 100))
+    tests.set(title="accuracy, and the gap between clean and robust", ylabel="accuracy, %", ylim=(0, 100))
+    for axis in (loss, rate, training, tests):
+        axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend()
-    axes[0].grid(alpha=0.3)
-    figure.savefig(target, dpi=110)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
+    write_atomically(target, picture.getvalue())
 
 
-def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over at most 200 bins, so that the trend shows through the batch noise."""
-    width = max(1, len(points) // 200)
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over bins, so that the trend shows through the noise of the batches."""
+    width = max(1, len(points) // _SMOOTHED_POINTS)
     bins = [points[i : i + width] for i in range(0, len(points), width)]
     return [(bin_[-1][0], sum(value for _, value in bin_) / len(bin_)) for bin_ in bins]

@@ -82,12 +82,12 @@ def _train(
 def _measure(recipe: Recipe, state: dict[str, torch.Tensor], data_root: str | None, device: str) -> dict:
     """Clean and PGD-10 accuracy on every source test image."""
     whole = dataclasses.replace(recipe.evaluation, images=0)
-    (_, loader), classes = data_loaders(recipe.data, whole, data_root, recipe.run.seed)
+    batches, classes = data_loaders(recipe.data, whole, data_root, recipe.run.seed)
     model = make_network(recipe.network, len(classes)).to(device)
     model.load_state_dict(state)
-    return dataclasses.asdict(evaluate(model, loader, evaluation_attack(recipe, model), device=device))
+    return dataclasses.asdict(evaluate(model, batches.test, evaluation_attack(recipe, model), device=device))
 
 
 def _cost(recipe: Recipe, result: dict) -> dict:
-    minutes = round(result["seconds"] / 60, 1)
-    return {"epochs": recipe.optimizer.epochs, "attack_steps": recipe.attack.steps, "minutes": minutes}
+    cost = {"epochs": recipe.optimizer.epochs, "minutes": round(result["seconds"] / 60, 1)}
+    return cost if recipe.method.name == "standard" else cost | {"attack_steps": recipe.attack.steps}

@@ -17,7 +17,7 @@ from twins_fast.train.datasets import DATASETS
 from twins_fast.train.field_types import Fraction, Integers, Names, OptionalInteger, OptionalPath, Pixels, short
 from twins_fast.train.loaders import AUGMENTATIONS
 from twins_fast.train.old_recipe import from_flat, is_flat
-from twins_fast.validation import check_choice
+from twins_fast.validation import check_choice, check_radius
 
 M = TypeVar("M", bound=Method)
 
@@ -80,6 +80,7 @@ class Attack:
 
     def __post_init__(self):
         check_options(self)
+        check_radius(self.norm, self.eps)
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,18 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on clean test images and under PGD without a random start."""
+    """Accuracy on clean images and under PGD without a random start."""
 
     alpha: Pixels = 2 / 255
     """Length of an attack step, pixels in [0, 1]."""
     steps: int = 10
     """Steps of the attack."""
+    choose_on: Literal["validation", "test"] = "validation"
+    """Images on which the best network is chosen: training images set apart, or the test images as published."""
+    validation_part: float = 0.05
+    """Part of the training images that is set apart for validation."""
     images: int = 0
-    """Test images, chosen by the seed; 0 for all."""
+    """Images of an evaluation, chosen by the seed; 0 for all."""
     every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     before: bool = False
@@ -126,6 +131,8 @@ class Evaluation:
 
     def __post_init__(self):
         check_options(self, least={"every": 1})
+        if not 0 < self.validation_part < 1:
+            raise ValueError(f"validation_part must be in (0, 1), got {self.validation_part!r}")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ RECIPES: dict[str, Recipe] = {
             Data("embedded", batch_size=64, workers=0),
             network=Network("cifar-resnet18-w16", checkpoint="embedded"),
             optimizer=Optimizer(epochs=4, lr=1e-2, milestones=(3,)),
-            evaluation=Evaluation(before=True, every=4),
+            evaluation=Evaluation(choose_on="test", before=True, every=4),
             run=Run(baselines=("at",)),
         ),
         Recipe(
@@ -49,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
             Network("cifar-resnet18-w16", channels_last=True),
             Attack(alpha=4 / 255, steps=3),
             Optimizer(epochs=15, lr=0.2, weight_decay=5e-4, schedule="onecycle"),
-            Evaluation(images=500),
+            Evaluation(choose_on="test", images=500),
         ),
     )
 }

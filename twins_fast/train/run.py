@@ -8,7 +8,8 @@ import torch
 
 from twins_fast.train.build import make_network
 from twins_fast.train.datasets import load_datasets
-from twins_fast.train.loaders import loaders
+from twins_fast.train.loaders import Loaders, loaders
+from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipe import Data, Evaluation, Recipe
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.trainer import Trainer
@@ -19,18 +20,23 @@ def run_with_baselines(
 ) -> list[dict]:
     """Train a recipe into ``folder`` and its baselines into ``folder/METHOD``; their results, the recipe's own first.
 
-    A baseline shares everything but the method, and keeps the method's options that both have. Arguments and errors
-    are those of :func:`run_recipe`.
+    A baseline shares everything but the method, and keeps the method's options that both have. The picture in
+    ``folder`` shows all of them. Arguments and errors are those of :func:`run_recipe`.
     """
-    results = [run_recipe(recipe, RunFolder(folder), data_root, device, resume=resume)]
+    runs = [RunFolder(folder)]
+    results = [run_recipe(recipe, runs[0], data_root, device, resume=resume)]
     for name in recipe.run.baselines:
         if name == recipe.method.name:
             continue
-        other = RunFolder(folder / name)
+        runs.append(RunFolder(folder / name))
         baseline = recipe.replaced(method=name, run={"baselines": []}, evaluation={"before": False})
-        if resume and other.exists():  # of an older version, perhaps, with an option that the main method lacks
-            baseline, _ = other.load_config()
-        results.append(run_recipe(baseline, other, data_root, device, resume=resume))
+        if resume and runs[-1].exists():  # of an older version, perhaps, with an option that the main method lacks
+            own, _ = runs[-1].load_config()
+            baseline = own.replaced(optimizer={"epochs": recipe.optimizer.epochs})
+        results.append(run_recipe(baseline, runs[-1], data_root, device, resume=resume))
+    if len(runs) > 1:
+        lines = {result["method"]: run.read_metrics() for result, run in zip(results, runs, strict=True)}
+        draw_curves(lines, runs[0].curves, recipe.name)
     return results
 
 
@@ -51,37 +57,42 @@ def run_recipe(
     Raises:
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
-    (train, test), classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
+    batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
     network = recipe.network
     if resume and folder.last.exists():  # then the pre-trained file is no longer needed
         network = recipe.replaced(network={"checkpoint": None}).network
     model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
-    if resume and folder.exists():
-        folder.check_recipe(recipe)
-    else:
-        folder.create(recipe, data_root)
-    print(
-        f"{recipe.name}: {recipe.method.name} on {recipe.data.dataset} ({len(train.dataset)} training images, "
-        f"{len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
-        flush=True,
-    )
-    return Trainer(recipe, folder, model, train, test, classes, device).fit()
+    with folder.locked():
+        if resume and folder.exists():
+            folder.check_recipe(recipe)
+            folder.extend(recipe)
+        else:
+            folder.create(recipe, data_root)
+        print(
+            f"{recipe.name}: {recipe.method.name} on {recipe.data.dataset} ({len(batches.train.dataset)} training "
+            f"images, {len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
+            flush=True,
+        )
+        return Trainer(recipe, folder, model, batches, classes, device).fit()
 
 
-def data_loaders(data: Data, evaluation: Evaluation, data_root: str | None, seed: int):
-    """Training and test loaders, and the class names.
+def data_loaders(
+    data: Data, evaluation: Evaluation, data_root: str | None, seed: int
+) -> tuple[Loaders, tuple[str, ...]]:
+    """The loaders of a recipe, and the class names.
 
     Raises:
         DataError: no such data there, or not in the expected form.
     """
     train, test, classes = load_datasets(data.dataset, data_root, classes=data.classes, seed=seed)
-    pair = loaders(
+    made = loaders(
         train,
         test,
         batch_size=data.batch_size,
         augmentation=data.augmentation,
-        test_images=evaluation.images,
+        validation_part=evaluation.validation_part if evaluation.choose_on == "validation" else 0.0,
+        evaluation_images=evaluation.images,
         seed=seed,
         workers=data.workers,
     )
-    return pair, classes
+    return made, classes

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from twins_fast.checkpoints import write_atomically
+from twins_fast.checkpoints.write import naming
 from twins_fast.train.recipe import Recipe
 
 
@@ -34,21 +39,47 @@ class RunFolder:
     def exists(self) -> bool:
         return self.config.exists()
 
-    def create(self, recipe: Recipe, data_root: str | None) -> None:
-        """Make the folder.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and let no other process write into it; the lock ends with this process at the latest.
 
         Raises:
-            RunError: it cannot be written, or already holds a run.
+            RunError: the folder cannot be written, or another process has it.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process is writing into run folder {str(self.folder)!r}") from None
+        except OSError as error:
+            raise RunError(f"run folder {str(self.folder)!r} cannot be written: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def create(self, recipe: Recipe, data_root: str | None) -> None:
+        """Write the configuration.
+
+        Raises:
+            RunError: the folder already holds a run.
+            OSError: it cannot be written.
         """
         if self.exists() or self.last.exists():
             raise RunError(f"run folder {str(self.folder)!r} already holds a run; use --resume {self.folder}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
-            config = {"recipe": recipe.to_dict(), "data_root": root}
-            write_atomically(self.config, json.dumps(config, indent=2).encode())
-        except OSError as error:
-            raise RunError(f"run folder {str(self.folder)!r} cannot be written: {error}") from error
+        root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
+        self._write_config(recipe, root)
+
+    def extend(self, recipe: Recipe) -> None:
+        """Take over the number of epochs of a recipe that is the run's own but for them."""
+        own, data_root = self.load_config()
+        if own.optimizer.epochs != recipe.optimizer.epochs:
+            self._write_config(recipe, data_root)
+
+    def _write_config(self, recipe: Recipe, data_root: str | None) -> None:
+        config = {"recipe": recipe.to_dict(), "data_root": data_root}
+        write_atomically(self.config, json.dumps(config, indent=2).encode())
 
     def load_config(self) -> tuple[Recipe, str | None]:
         """The recipe and data root the run was made with."""
@@ -59,19 +90,35 @@ class RunFolder:
             raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Require the run to be of this very recipe."""
-        own, asked = _flat(self.load_config()[0].to_dict()), _flat(recipe.to_dict())
-        differing = [
-            f"{name} is {own.get(name)!r}, asked {asked.get(name)!r}"
-            for name in {**own, **asked}
-            if own.get(name) != asked.get(name)
-        ]
+        """Require the run to be of this very recipe, or of one with fewer epochs, which extends it.
+
+        Raises:
+            RunError: it is not, or its learning rates depend on the number of epochs.
+        """
+        own_recipe = self.load_config()[0]
+        own, asked = _flat(own_recipe.to_dict()), _flat(recipe.to_dict())
+        differing = [name for name in {**own, **asked} if own.get(name) != asked.get(name)]
+        if differing == ["optimizer.epochs"] and own[differing[0]] < asked[differing[0]]:
+            if own_recipe.optimizer.schedule == "multistep":
+                return
+            raise RunError(
+                f"run folder {str(self.folder)!r} cannot be extended: the learning rates of "
+                f"{own_recipe.optimizer.schedule!r} depend on the number of epochs"
+            )
         if differing:
-            raise RunError(f"run folder {str(self.folder)!r} belongs to another recipe: {'; '.join(differing)}")
+            said = "; ".join(f"{name} is {own.get(name)!r}, asked {asked.get(name)!r}" for name in differing)
+            raise RunError(f"run folder {str(self.folder)!r} belongs to another recipe: {said}")
 
     def log(self, **line) -> None:
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def read_result(self) -> dict | None:
+        """The content of ``result.json``; None if there is none that can be read."""
+        try:
+            return json.loads(self.result.read_text())
+        except (OSError, ValueError):
+            return None
 
     def read_metrics(self) -> list[dict]:
         """All lines; a last one that a kill cut short is left out."""
@@ -85,10 +132,11 @@ class RunFolder:
                 break
         return lines
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after ``step``, because it will be computed again."""
-        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        write_atomically(self.metrics, "".join(lines).encode())
+    def rewind_metrics(self, step: int, evaluated: int) -> None:
+        """Drop what was logged after a checkpoint: training after ``step``, evaluations after ``evaluated``."""
+        last = {"train": step}
+        lines = [line for line in self.read_metrics() if line["step"] <= last.get(line["kind"], evaluated)]
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _flat(tables: dict[str, Any]) -> dict[str, Any]:

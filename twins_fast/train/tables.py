@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 
 def result_table(results: list[dict]) -> str:
-    """One Markdown table of what several methods reached on the same budget.
+    """One Markdown table of what several methods reached on the same budget, each figure with its standard error.
 
     Args:
         results: contents of ``result.json``, the main method first.
     """
     first = results[0]
-    rows = []
-    if "before" in first:
-        rows.append(("before (fresh head)", "", first["before"]))
+    rows = [("before training", "", first["before"])] if "before" in first else []
     for result in results:
         name = result["method"].upper()
-        if "after_frozen_wing" in result:
-            rows.append((name, "adaptive", result["after"]))
+        twin = "after_frozen_wing" in result
+        rows.append((name, "adaptive" if twin else "", result["after"]))
+        if twin:
             rows.append((name, "frozen", result["after_frozen_wing"]))
-        else:
-            rows.append((name, "", result["after"]))
+        best = result["best"]
+        rows.append((f"{name}, epoch {best['epoch']}", "adaptive" if twin else "", best))
+    chosen_on = {"validation": "validation images", "test": "the test images themselves"}[first["best"]["chosen_on"]]
     seconds = ", ".join(f"{result['method']} {result['seconds']:.0f} s" for result in results)
-    attack = f"PGD-{first['eval_steps']}"
     lines = [
-        f"| {first['test_images']} test images | wing | clean | {attack} |",
+        f"| {first['after']['images']} test images | wing | clean | PGD-{first['eval_steps']} |",
         "|---|---|---|---|",
-        *(f"| {name} | {wing} | {100 * v['clean']:.1f} % | {100 * v['robust']:.1f} % |" for name, wing, v in rows),
+        *(f"| {name} | {wing} | {_percent(v, 'clean')} | {_percent(v, 'robust')} |" for name, wing, v in rows),
     ]
-    return "\n".join(lines) + f"\n\ntraining and testing: {seconds} on {first['threads']} threads"
+    return (
+        "\n".join(lines)
+        + f"\n\nThe last network of each method, and the best one under attack, chosen on {chosen_on}. "
+        + f"Training and testing: {seconds} on {first['threads']} threads."
+    )
+
+
+def _percent(accuracy: dict, key: str) -> str:
+    """With the standard error that the number of images leaves."""
+    part = accuracy[key]
+    return f"{100 * part:.1f} ± {100 * sqrt(part * (1 - part) / accuracy['images']):.1f} %"

@@ -9,13 +9,15 @@ import time
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from twins_fast.checkpoints import save_checkpoint, write_atomically
+from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.nn.wings import is_twin
 from twins_fast.train.build import autocast, evaluation_attack, make_optimizer, training_attack
+from twins_fast.train.interruption import Interruption
+from twins_fast.train.loaders import Loaders
 from twins_fast.train.plots import draw_curves
+from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import Recipe
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.schedule import learning_rate
@@ -36,7 +38,8 @@ class Trainer:
         recipe: hyper-parameters.
         folder: where everything is written; training resumes from its ``last`` checkpoint if there is one.
         model: a network that the recipe's method has prepared.
-        train, test: loaders of :func:`twins_fast.train.loaders.loaders`.
+        loaders: of :func:`twins_fast.train.loaders.loaders`; the best network is chosen on the validation images, or
+            on the test images if there are none.
         classes: class names, written into the checkpoints.
         device: where to train.
 
@@ -49,8 +52,7 @@ class Trainer:
         recipe: Recipe,
         folder: RunFolder,
         model: nn.Module,
-        train: DataLoader,
-        test: DataLoader,
+        loaders: Loaders,
         classes: tuple[str, ...],
         device: torch.device | str,
     ):
@@ -58,49 +60,52 @@ class Trainer:
         self.folder = folder
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.train_loader = train
-        self.test_loader = test
+        self.loaders = loaders
         self.classes = classes
-        self.steps_per_epoch = len(train)
+        self.steps_per_epoch = len(loaders.train)
         self.total_steps = recipe.optimizer.epochs * self.steps_per_epoch
         self.step = 0
+        self.evaluated = -1  # the step of the last evaluation
         self.best_robust = -1.0
-        self.seconds = 0.0  # spent by the processes before this one
         self.started = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
         self.attack = training_attack(recipe, self.model)
-        self.test_attack = evaluation_attack(recipe, self.model)
+        self.evaluation_attack = evaluation_attack(recipe, self.model)
 
     def fit(self) -> dict:
-        """Train to the end and return the content of ``result.json``."""
+        """Train to the end and return the content of ``result.json``.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM, once the step at hand and a checkpoint are complete.
+            TrainingError: the loss is not finite.
+        """
         if self.folder.last.exists():
             self._restore()
-        self.folder.rewind_metrics(self.step if self.step else -1)  # what precedes step 0 is measured again too
-        self.started = time.monotonic() - self.seconds
-        epochs, evaluation = self.recipe.optimizer.epochs, self.recipe.evaluation
-        if evaluation.before and self.step == 0:
-            self._test(epoch=0)
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None) as bar:
-            while self.step < self.total_steps:
-                self._train_epoch(bar)
-                epoch = self.step // self.steps_per_epoch
-                if epoch % evaluation.every == 0 or epoch == epochs:
-                    accuracy = self._test(epoch)
-                    bar.write(
-                        f"epoch {epoch}/{epochs}: clean {accuracy.clean:.2%}, "
-                        f"under attack {accuracy.robust:.2%} on {accuracy.images} images"
-                    )
-                    if accuracy.robust > self.best_robust:
-                        self.best_robust = accuracy.robust
-                        self._save_best(epoch, accuracy)
-                self._save_last()
-        return self._finish()
+        self.folder.rewind_metrics(self.step, self.evaluated)
+        self.started = time.monotonic() - self._seconds_before()
+        if self.step == self.total_steps == self.evaluated and (result := self.folder.read_result()):
+            return result
+        with Progress(self.total_steps, self.step) as progress, Interruption() as interruption:
+            try:
+                while True:
+                    if self._evaluation_is_due():
+                        self._evaluate_epoch(progress)
+                        self._save_last()
+                    if self.step == self.total_steps:
+                        break
+                    self._train_epoch(progress, interruption)
+                    self._save_last()
+            except KeyboardInterrupt:
+                if self.step:
+                    self._save_last()
+                raise
+            return self._finish()
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """One optimiser step on images [B, 3, H, W] in [0, 1] and labels [B]; returns the metrics."""
         recipe, method, model = self.recipe, self.recipe.method, self.model
-        torch.manual_seed(derived_seed(recipe.run.seed, self.step))  # attack noise, dropout
+        torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
         model.train()
         layout = torch.channels_last if recipe.network.channels_last else torch.contiguous_format
         images = images.to(self.device, memory_format=layout, non_blocking=True)
@@ -124,68 +129,98 @@ class Trainer:
         self.step += 1
         return {**metrics, "lr": rate}
 
-    def _train_epoch(self, bar: tqdm) -> None:
+    def _train_epoch(self, progress: Progress, interruption: Interruption) -> None:
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        batches = self.train_loader.batch_sampler
+        batches = self.loaders.train.batch_sampler
         batches.epoch, batches.first = epoch, done
         saved = time.monotonic()
-        for images, labels in self.train_loader:
-            started = time.monotonic()
-            metrics = self.train_step(images, labels)
-            speed = len(labels) / (time.monotonic() - started)
-            self.folder.log(kind="train", step=self.step, epoch=epoch, images_per_second=round(speed, 1), **metrics)
-            shown = {"loss": f"{metrics['loss']:.3f}", "images/s": f"{speed:.0f}"}
-            shown |= {k.removesuffix("_accuracy"): f"{v:.0%}" for k, v in metrics.items() if k.endswith("_accuracy")}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if time.monotonic() - saved > SAVE_EVERY_SECONDS and self.step % self.steps_per_epoch:
-                self._save_last()
-                saved = time.monotonic()
+        for images, labels in self.loaders.train:
+            with interruption.held():
+                started = time.monotonic()
+                metrics = self.train_step(images, labels)
+                speed = len(labels) / (time.monotonic() - started)
+                self._log("train", images_per_second=round(speed, 1), **metrics)
+                progress.step(speed, metrics)
+                if time.monotonic() - saved > SAVE_EVERY_SECONDS and self.step % self.steps_per_epoch:
+                    self._save_last()
+                    saved = time.monotonic()
 
-    def _test(self, epoch: int) -> Accuracy:
-        accuracy = self._evaluate(None)
-        self.folder.log(kind="test", step=self.step, epoch=epoch, **dataclasses.asdict(accuracy))
-        return accuracy
+    def _evaluation_is_due(self) -> bool:
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        if rest or self.evaluated == self.step:
+            return False
+        options = self.recipe.evaluation
+        return options.before if epoch == 0 else epoch % options.every == 0 or epoch == self.recipe.optimizer.epochs
 
-    def _evaluate(self, wing: str | None) -> Accuracy:
+    def _evaluate_epoch(self, progress: Progress) -> None:
+        """Measure the network as it is, and keep it if it is the best one; before training, on the test images."""
+        epoch = self.step // self.steps_per_epoch
+        kind = "test" if epoch == 0 or self.loaders.validation is None else "validation"
+        accuracy = self._evaluate(getattr(self.loaders, kind))
+        self._log(kind, **dataclasses.asdict(accuracy))
+        self.evaluated = self.step
+        progress.write(
+            f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
+            f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
+        )
+        if epoch and accuracy.robust > self.best_robust:
+            self.best_robust = accuracy.robust
+            meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
+            save_checkpoint(self.folder.best, self.model.state_dict(), meta)
+        self._draw()
+
+    def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
         with autocast(self.recipe.run.amp, self.device):
-            return evaluate(self.model, self.test_loader, self.test_attack, device=self.device, wing=wing)
-
-    def _meta(self, **more) -> dict:
-        return {"recipe": self.recipe.to_dict(), "classes": list(self.classes), "step": self.step, **more}
-
-    def _save_best(self, epoch: int, accuracy: Accuracy) -> None:
-        meta = self._meta(epoch=epoch, **dataclasses.asdict(accuracy))
-        save_checkpoint(self.folder.best, self.model.state_dict(), meta)
-
-    def _save_last(self) -> None:
-        meta = self._meta(best_robust=self.best_robust, seconds=time.monotonic() - self.started)
-        save_state(self.folder.last, self.model, self.optimizer, self.scaler, meta)
-
-    def _restore(self) -> None:
-        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler)
-        self.step, self.best_robust, self.seconds = meta["step"], meta["best_robust"], meta["seconds"]
+            return evaluate(self.model, batches, self.evaluation_attack, device=self.device, wing=wing)
 
     def _finish(self) -> dict:
-        if not any(line["kind"] == "test" for line in self.folder.read_metrics()):  # the file was lost
-            self._test(self.recipe.optimizer.epochs)
-        lines = self.folder.read_metrics()
-        tests = [line for line in lines if line["kind"] == "test"]
+        tests = {line["step"]: line for line in self.folder.read_metrics() if line["kind"] == "test"}
+
+        def on_test(step: int | None = None, wing: str | None = None) -> dict[str, float]:
+            accuracy = tests.get(step) or dataclasses.asdict(self._evaluate(self.loaders.test, wing))
+            return {name: accuracy[name] for name in ("clean", "robust", "images")}
+
         result = {
             "recipe": self.recipe.name,
             "method": self.recipe.method.name,
             "seed": self.recipe.run.seed,
-            "test_images": tests[-1]["images"],
-            "after": {k: tests[-1][k] for k in ("clean", "robust")},
             "eval_steps": self.recipe.evaluation.steps,
-            "seconds": round(time.monotonic() - self.started, 1),
-            "threads": torch.get_num_threads(),
+            "after": on_test(self.total_steps),
         }
-        if tests[0]["epoch"] == 0:
-            result["before"] = {k: tests[0][k] for k in ("clean", "robust")}
+        if 0 in tests:
+            result["before"] = on_test(0)
         if is_twin(self.model):
-            frozen = self._evaluate("frozen")
-            result["after_frozen_wing"] = {"clean": frozen.clean, "robust": frozen.robust}
+            result["after_frozen_wing"] = on_test(wing="frozen")
+        if self.folder.best.exists():
+            state, meta = load_checkpoint(self.folder.best)
+            load_state(self.model, state)
+            best = {"epoch": meta["epoch"], "chosen_on": meta.get("chosen_on", "test")}
+            result["best"] = best | on_test(meta["step"])
+        result |= {"seconds": round(time.monotonic() - self.started, 1), "threads": torch.get_num_threads()}
         write_atomically(self.folder.result, json.dumps(result, indent=2).encode())
-        draw_curves(lines, self.folder.curves, f"{self.recipe.name}, {self.recipe.method.name}")
+        self._draw()
         return result
+
+    def _draw(self) -> None:
+        runs = {self.recipe.method.name: self.folder.read_metrics()}
+        draw_curves(runs, self.folder.curves, self.recipe.name)
+
+    def _log(self, kind: str, **values: float) -> None:
+        seconds = round(time.monotonic() - self.started, 2)
+        self.folder.log(kind=kind, step=self.step, epoch=self.step / self.steps_per_epoch, seconds=seconds, **values)
+
+    def _meta(self, **more) -> dict:
+        return {"recipe": self.recipe.to_dict(), "classes": list(self.classes), "step": self.step, **more}
+
+    def _save_last(self) -> None:
+        meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust)
+        save_state(self.folder.last, self.model, self.optimizer, self.scaler, meta)
+
+    def _restore(self) -> None:
+        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler)
+        self.step, self.best_robust = meta["step"], meta["best_robust"]
+        self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated
+
+    def _seconds_before(self) -> float:
+        """What the processes before this one spent."""
+        return max((line.get("seconds", 0.0) for line in self.folder.read_metrics()), default=0.0)

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM, which wait for the end of a training step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """While entered, both signals raise :class:`KeyboardInterrupt`: at once, or at the end of :meth:`held`.
+
+    A second signal while the first one is held raises at once. Does nothing outside the main thread, where Python
+    handles no signals.
+    """
+
+    def __init__(self):
+        self._holding = self._noted = False
+        self._before = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What stands inside is finished before a signal raises."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def _note(self, number, frame) -> None:
+        if not self._holding or self._noted:
+            raise KeyboardInterrupt
+        self._noted = True

@@ -1,0 +1,47 @@
+"""How far a run is: a bar in a terminal, a line every so often elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 30.0
+
+
+class Progress:
+    """Of a run of ``total`` steps, ``done`` of which earlier processes made."""
+
+    def __init__(self, total: int, done: int):
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=None)  # None: in terminals only
+        self._total, self._first, self._done = total, done, done
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def step(self, images_per_second: float, metrics: dict[str, float]) -> None:
+        """Count a step and show its speed, loss and accuracies."""
+        self._done += 1
+        shown = {"loss": f"{metrics['loss']:.3f}", "images/s": f"{images_per_second:.0f}"}
+        shown |= {k.removesuffix("_accuracy"): f"{v:.0%}" for k, v in metrics.items() if k.endswith("_accuracy")}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= LINE_EVERY_SECONDS:
+            self._said = now
+            left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+            words = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {self._done}/{self._total}: {words}, {_duration(left)} left", flush=True)
+
+    def write(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text) if not self._bar.disable else print(text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

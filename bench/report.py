@@ -17,8 +17,8 @@ from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
 
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "attack.md")
-SCALING_PLOT = ROOT / "docs" / "attack-scaling.png"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("**/*.md")))
+SCALING_PLOT = ROOT / "docs" / "results" / "attack-scaling.png"
 VERSIONS = RESULTS / "cpu_versions.json"  # measured with earlier versions of the kernel
 
 
@@ -41,14 +41,14 @@ def pretrain() -> str:
         f"| {100 * record[name]['robust']:.1f} % | {record[name]['minutes']:.0f} min |"
         for name in ("robust", "standard")
     ]
-    images, steps = record["robust"]["images"], record["recipe"]["eval_steps"]
+    images, steps = record["robust"]["images"], record["recipe"]["evaluation"]["steps"]
     return "\n".join(
         [
             f"| {images} source test images | clean | PGD-{steps} | training |",
             "|---|---|---|---|",
             *rows,
             "",
-            f"`{record['command']}`, seed {record['recipe']['seed']}, {record['threads']} threads, "
+            f"`{record['command']}`, seed {record['recipe']['run']['seed']}, {record['threads']} threads, "
             f"torch {record['torch']}.",
         ]
     )
@@ -85,6 +85,27 @@ def kernels() -> str:
     record = json.loads(bench_kernels.RESULT.read_text())
     where = record["header"]
     return f"{bench_kernels.table(record['kernels'])}\n\nnvcc {record['nvcc']}, Triton {where['triton']}."
+
+
+def speed() -> str:
+    """One attack step of the published code, of the fastest ``torch.compile``, and of this package."""
+    names = ("resnet50-224", "resnet18-32")
+
+    def table(record: dict) -> str:
+        rows = [row for row in record["workloads"] if row["name"] in names]
+        lines = [["ms per step", *(f"{row['name']}, batch {row['batch']}" for row in rows)]]
+        for title, own in (
+            ("published code", lambda peer: peer == "published"),
+            ("best `torch.compile`, bfloat16", lambda peer: peer.startswith("compile")),
+            ("this package, bfloat16", lambda peer: peer == "plan-bf16"),
+        ):
+            lines.append([title])
+            for row in rows:
+                fastest = min(filter(None, (_milliseconds(row, peer) for peer in row["peers"] if own(peer))))
+                lines[-1].append(f"{fastest:.0f} ({_milliseconds(row, 'published') / fastest:.1f} x)")
+        return f"{markdown(lines)}\n\n{source(record)}"
+
+    return parts(bench_attack.ATTACK, table)
 
 
 def attack() -> str:
@@ -254,7 +275,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
-TABLES |= {"attack": attack, "attack_details": attack_details, "attack_training": attack_training}
+TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

@@ -1,6 +1,9 @@
 """The command line: its commands, and what it refuses in one line."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,12 +22,13 @@ def test_names_are_checked(capsys):
     assert "unknown arch 'resnet51'" in refused(capsys, "train", "--recipe", "mini", "--arch", "resnet51")
     assert "--recipe or --config is needed" in refused(capsys, "train")
     assert "Unrecognized options: --lrate" in refused(capsys, "train", "--recipe", "mini", "--lrate", "1")
-    assert "trian" in refused(capsys, "trian")
+    assert "unknown command 'trian'; choose from train, eval" in refused(capsys, "trian")
 
 
 def test_values_are_checked(capsys):
     for words, message in (
         ("--eps -1", "eps must be a finite number >= 0, got -1"),
+        ("--eps 8", "eps must be at most 1, as images are in [0, 1], got 8; did you mean 8/255?"),
         ("--eps 8/x", "'8/x' is not a number or fraction"),
         ("--steps 2.5", "--steps"),
         ("--amp fp8", "fp8"),
@@ -61,9 +65,16 @@ def test_help_has_a_sentence_for_every_field(capsys):
         "--data.dataset {cifar10,cifar100,caltech256,folder,npz,embedded} Which images;",
     ):
         assert words in text
-    assert cli.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "eval", "recipes", "pretrain", "convert-checkpoint", "info"))
+
+
+def test_what_only_prints_a_text_does_not_wait_for_pytorch(capsys):
+    for arguments in ([], ["--help"], ["--version"]):
+        program = (
+            f"import sys; from twins_fast.train import cli; cli.main({arguments}); sys.exit('torch' in sys.modules)"
+        )
+        said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        assert all(command in said.stdout for command in cli.COMMANDS) or said.stdout.startswith("twins-fast 0.")
 
 
 def test_recipes_are_printed_as_files_that_config_reads(capsys, tmp_path, npz):
@@ -89,29 +100,40 @@ def test_eval_reads_what_a_run_wrote(tmp_path, npz, capsys):
     capsys.readouterr()
     for wing, key in (("adaptive", "after"), ("frozen", "after_frozen_wing")):
         checkpoint = str(tmp_path / "run" / "last.safetensors")
-        assert cli.main(["eval", "--checkpoint", checkpoint, "--data-root", str(npz), "--wing", wing]) == 0
+        assert cli.main(["eval", checkpoint, "--wing", wing, "--json", str(tmp_path / "eval.json")]) == 0
         said = capsys.readouterr().out
         assert f"clean {result[key]['clean']:.2%}" in said and f"{result[key]['robust']:.2%}, on 12" in said
-    baseline = str(tmp_path / "run" / "at" / "best.safetensors")
-    assert cli.main(["eval", "--checkpoint", baseline, "--data-root", str(npz)]) == 0
+        measured = json.loads((tmp_path / "eval.json").read_text())
+        assert measured["robust"] == result[key]["robust"] and measured["wing"] == wing
+        assert measured["attack"] == {
+            "name": "PGD",
+            "steps": 2,
+            "random_start": False,
+            "norm": "linf",
+            "eps": 8 / 255,
+            "alpha": 2 / 255,
+        }
+    assert cli.main(["eval", str(tmp_path / "run"), "--eps", "0", "--images", "5"]) == 0  # the best network
+    clean, robust = re.findall(r"[\d.]+%", capsys.readouterr().out)
+    assert clean == robust
+    assert cli.main(["eval", str(tmp_path / "run" / "at" / "best.safetensors"), "--data-root", str(npz)]) == 0
 
 
 def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
-    assert "--checkpoint is needed" in refused(capsys, "eval")
-    assert "knows the classes airplane" in refused(capsys, "eval", "--checkpoint", "embedded", "--recipe", "mini")
-    assert "not a readable checkpoint" in refused(capsys, "eval", "--checkpoint", str(npz), "--recipe", "mini")
+    assert "RUN|FILE|embedded" in refused(capsys, "eval")
+    assert "knows the classes airplane" in refused(capsys, "eval", "embedded", "--recipe", "mini")
+    # The network that comes with the package holds its recipe.
+    assert "classes can be chosen from an .npz file only, got airplane" in refused(capsys, "eval", "embedded")
+    assert "checkpoint" in refused(capsys, "eval", str(npz), "--recipe", "mini")
+    assert "holds no best.safetensors" in refused(capsys, "eval", str(tmp_path))
+    assert "no.ckpt" in refused(capsys, "eval", str(tmp_path / "no.ckpt"))
     train(tmp_path / "run", npz, "--method", "at", "--epochs", "1")
-    own = ["eval", "--checkpoint", str(tmp_path / "run" / "best.safetensors"), "--data-root", str(npz)]
+    own = ["eval", str(tmp_path / "run")]
     assert "has no two-wing layers" in refused(capsys, *own, "--wing", "frozen")
-    assert "needs an .npz file" in refused(capsys, *own[:3], "--data-root", str(tmp_path))
+    assert "needs an .npz file" in refused(capsys, *own, "--data-root", str(tmp_path))
+    assert "did you mean 8/255?" in refused(capsys, *own, "--eps", "8")
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
-    assert "does not say how it was made" in refused(capsys, "eval", "--checkpoint", str(tmp_path / "a.pt"))
-
-
-def test_the_embedded_network_is_evaluated_on_its_own_classes(capsys, tmp_path):
-    """Its checkpoint holds a recipe in the flat form of version 0.1."""
-    said = refused(capsys, "eval", "--checkpoint", "embedded")
-    assert "classes can be chosen from an .npz file only, got airplane, automobile, bird, cat, horse" in said
+    assert "does not say how it was made" in refused(capsys, "eval", str(tmp_path / "a.pt"))
 
 
 def test_convert_checkpoint_and_info(capsys, tmp_path):

@@ -1,6 +1,9 @@
 """Runs: what they write, that they repeat and resume bit for bit, and what they refuse."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +100,122 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path, npz):
     assert_same_run(tmp_path / "whole", run.folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_says_how_to_resume(tmp_path, npz, number):
+    assert train(tmp_path / "whole", npz, "--epochs", "3", "--data.workers", "2") == 0
+    folder = RunFolder(tmp_path / "cut")
+    # A signal in the middle of step 4: sent from inside, so that there is no race.
+    program = f"""{REGISTER_TINY}
+import os, sys
+from twins_fast.train import cli, trainer
+step = trainer.Trainer.train_step
+def signalled(self, images, labels):
+    if self.step == 3:
+        os.kill(os.getpid(), {int(number)})
+    return step(self, images, labels)
+trainer.Trainer.train_step = signalled
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    arguments = ["train", "--recipe", "mini-pretrain", "--run", str(folder.folder), "--data-root", str(npz), *TINY]
+    command = [sys.executable, "-c", program, *arguments, "--epochs", "3", "--data.workers", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.endswith(f"twins-fast: interrupted; twins-fast train --resume {folder.folder} resumes\n")
+    assert load_checkpoint(folder.last)[1]["step"] == 4 and folder.read_metrics()[-1]["step"] == 4
+    assert cli.main(["train", "--resume", str(folder.folder)]) == 0
+    assert_same_run(tmp_path / "whole", folder.folder)
+
+
+def test_an_interrupted_evaluation_is_made_again(tmp_path, npz, monkeypatch):
+    assert train(tmp_path / "whole", npz, "--evaluation.before") == 0
+    evaluate = trainer.evaluate
+    for evaluations in (0, 1):  # complete ones
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        run, calls = tmp_path / f"cut{evaluations}", iter(range(evaluations))
+
+        def interrupted(*arguments, calls=calls, **options):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return evaluate(*arguments, **options)
+
+        monkeypatch.setattr(trainer, "evaluate", interrupted)
+        assert train(run, npz, "--evaluation.before") == 130
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        assert cli.main(["train", "--resume", str(run)]) == 0
+        assert_same_run(tmp_path / "whole", run)
+
+
+def test_only_one_process_writes_a_run(capsys, tmp_path, npz):
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    program = f"""import sys
+from twins_fast.train.run_folder import RunFolder
+with RunFolder({str(tmp_path / "run")!r}).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"))
+    assert "another process is writing into run folder" in said
+    other.kill()  # no chance to unlock
+    other.wait()
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_finished_run_is_extended(capsys, tmp_path, npz):
+    assert train(tmp_path / "whole", npz, "--epochs", "3") == 0
+    assert train(tmp_path / "run", npz, "--epochs", "2") == 0
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0  # finished: nothing to do
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0  # the folder knows its new length
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"), "--epochs", "2")
+    assert "optimizer.epochs is 3, asked 2" in said
+    assert train(tmp_path / "cycle", npz, "--epochs", "1", "--optimizer.schedule", "onecycle") == 0
+    said = refused(capsys, "train", "--resume", str(tmp_path / "cycle"), "--epochs", "2")
+    assert "the learning rates of 'onecycle' depend on the number of epochs" in said
+
+
+def test_the_best_network_is_chosen_on_validation_images(tmp_path, npz, capsys):
+    options = ["--evaluation.choose-on", "validation", "--evaluation.validation-part", "0.25", "--epochs", "3"]
+    assert train(tmp_path / "run", npz, *options) == 0
+    table = capsys.readouterr().out
+    run = RunFolder(tmp_path / "run")
+    lines, result, meta = run.read_metrics(), run.read_result(), load_checkpoint(run.best)[1]
+    assert {line["kind"] for line in lines} == {"train", "validation"}
+    measured = [line for line in lines if line["kind"] == "validation"]
+    assert [line["images"] for line in measured] == [6, 6, 6] and result["after"]["images"] == 12
+    assert meta["robust"] == max(line["robust"] for line in measured) and meta["chosen_on"] == "validation"
+    assert result["best"]["epoch"] == meta["epoch"] and result["best"]["chosen_on"] == "validation"
+    assert "12 test images" in table and "chosen on validation images" in table
+
+
+def test_two_wings_from_random_weights_must_be_asked_for(capsys, tmp_path, npz):
+    run = ["--run", str(tmp_path / "run"), "--data-root", str(npz), "--data.dataset", "npz"]
+    said = refused(capsys, "train", "--recipe", "cifar10", *run)
+    assert "say --checkpoint FILE, or --checkpoint none for random weights" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path, npz, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    monkeypatch.setattr(os, "fsync", full)
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"), "--epochs", "2")
+    assert f"No space left on device: '{tmp_path / 'run'}/" in said and ".tmp" not in said
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.unlink()
+    metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
+        RunFolder(tmp_path / "run").log(kind="train")
+
+
 def test_a_resume_needs_the_pretrained_file_no_more(tmp_path, npz, monkeypatch):
     source = tmp_path / "source.safetensors"
     save_checkpoint(source, build_model("tiny", 3).state_dict(), {})
@@ -138,7 +257,8 @@ def test_a_baseline_runs_another_method_on_the_same_budget(tmp_path, npz, capsys
 
 def test_data_errors_leave_no_run_folder(capsys, tmp_path):
     run = tmp_path / "run"
-    said = refused(capsys, "train", "--recipe", "cub200", "--run", str(run), "--data-root", str(tmp_path / "no"))
+    place = ["--run", str(run), "--data-root", str(tmp_path / "no")]
+    said = refused(capsys, "train", "--recipe", "cub200", "--checkpoint", "none", *place)
     assert "no' is not a folder" in said and not run.exists()
     said = refused(capsys, "train", "--recipe", "mini", "--run", str(run), "--checkpoint", str(tmp_path / "no.ckpt"))
     assert "no.ckpt" in said and not run.exists()

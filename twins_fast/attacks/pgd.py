@@ -66,7 +66,8 @@ class PGD:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
-        ValueError: an unknown name, a negative eps, alpha or steps, an L-infinity radius above 1, ``targeted`` with ``"kl"``.
+        ValueError: an unknown name, a negative eps, alpha or steps, an L-infinity radius above 1, ``targeted`` with
+            ``"kl"``.
     """
 
     def __init__(

@@ -17,11 +17,6 @@ from twins_fast.train.recipe import Network, Recipe
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def checkpoint_path(checkpoint: str) -> str:
-    """The file that a recipe's checkpoint names."""
-    return str(assets.NETWORK) if checkpoint == "embedded" else checkpoint
-
-
 def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module:
     """The network before its method prepares it: a pre-trained body, if there is one, and a fresh head.
 
@@ -31,8 +26,9 @@ def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module
     """
     torch.manual_seed(seed)
     model = build_model(network.arch, num_classes, network.upsample)
-    if network.checkpoint is not None:
-        load_pretrained(model, read_state_dict(checkpoint_path(network.checkpoint)))
+    if network.checkpoint not in ("", "none"):
+        path = assets.NETWORK if network.checkpoint == "embedded" else network.checkpoint
+        load_pretrained(model, read_state_dict(path))
     return model.to(memory_format=torch.channels_last) if network.channels_last else model
 
 

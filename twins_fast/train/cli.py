@@ -1,4 +1,7 @@
-"""The command line: reads the arguments, runs a command, and says in one line what went wrong."""
+"""The command line: reads the arguments, runs a command, and says in one line what went wrong.
+
+What only prints a text imports nothing: PyTorch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,56 @@ import re
 import sys
 from typing import Annotated, Union
 
-import tyro
-from tyro.conf import subcommand
-
-import twins_fast
-from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Train, base_recipe
-from twins_fast.train.recipe import RecipeError
-from twins_fast.train.recipes import get_recipe
-from twins_fast.train.trainer import TrainingError
+COMMANDS = {
+    "train": "fine-tune a network by a recipe; every field of the recipe can be overridden",
+    "eval": "measure a network clean and under attack",
+    "recipes": "list the recipes, or print one as TOML, to be changed and given to train --config",
+    "pretrain": "make the network and the images that come with the package from CIFAR-10",
+    "convert-checkpoint": "turn any supported checkpoint into safetensors",
+    "info": "versions, devices, and which backend runs what",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2 for a clear error, 130 for an interrupt)."""
     argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"twins-fast {version('twins-fast')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return _fail(f"unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
+
+    from twins_fast.train.trainer import TrainingError
+
     try:
         command = _parse(argv)
         if command is not None:
             command()
     except (ValueError, TypeError, TrainingError, OSError) as error:
-        print(f"twins-fast: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("twins-fast: interrupted (train --resume RUN resumes from its last checkpoint)", file=sys.stderr)
+        return _fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        print(f"twins-fast: interrupted{''.join(f'; {part}' for part in interrupt.args)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:20}{sentence}" for name, sentence in COMMANDS.items())
+    return (
+        "usage: twins-fast COMMAND [OPTIONS]\n\n"
+        "Adversarial fine-tuning of robust networks with two-wing batch norm (TWINS, arXiv 2303.11135).\n\n"
+        f"{rows}\n\ntwins-fast COMMAND --help says what a command takes; twins-fast --version prints the version."
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"twins-fast: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _parse(argv: list[str]):
@@ -40,23 +69,28 @@ def _parse(argv: list[str]):
     Raises:
         ValueError: wrong arguments.
     """
-    recipe, pretrain = base_recipe(argv), get_recipe("mini-pretrain")
-    train, evaluation = Train[type(recipe.method)], Eval[type(recipe.method)]
-    commands = (
-        Annotated[train, subcommand("train", default=train(recipe))],
-        Annotated[evaluation, subcommand("eval", default=evaluation(recipe))],
-        Annotated[PrintRecipe, subcommand("recipes")],
-        Annotated[Pretrain[type(pretrain.method)], subcommand("pretrain", default=Pretrain(pretrain))],
-        Annotated[Convert, subcommand("convert-checkpoint")],
-        Annotated[Info, subcommand("info")],
+    import tyro
+    from tyro.conf import subcommand
+
+    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Train, base_recipe
+
+    recipe = base_recipe(argv) if argv[0] == "train" else base_recipe(())
+    train = Train[type(recipe.method)]
+    kinds = (train, Eval, PrintRecipe, Pretrain, Convert, Info)
+    commands = tuple(
+        Annotated[
+            kind,
+            subcommand(name, description=sentence, **({"default": train(recipe)} if kind is train else {})),
+        ]
+        for (name, sentence), kind in zip(COMMANDS.items(), kinds, strict=True)
     )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Union[commands], prog="twins-fast", description=twins_fast.__doc__, args=argv)  # noqa: UP007
+            return tyro.cli(Union[commands], prog="twins-fast", args=argv)  # noqa: UP007
     except SystemExit as stop:
         if stop.code:
-            raise RecipeError(_one_line(said.getvalue())) from None
+            raise ValueError(_one_line(said.getvalue())) from None
         return None
 
 

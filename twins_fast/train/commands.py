@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
 import torch
 from tyro.conf import Positional, arg
 
-from twins_fast.checkpoints import CheckpointError, convert_checkpoint, load_checkpoint, load_state, read_state_dict
+from twins_fast.attacks.pgd import NORMS
+from twins_fast.checkpoints import (
+    CheckpointError,
+    convert_checkpoint,
+    load_checkpoint,
+    load_state,
+    read_state_dict,
+    write_atomically,
+)
 from twins_fast.evaluation import evaluate
 from twins_fast.methods import METHODS
+from twins_fast.models import ARCHITECTURES
 from twins_fast.nn import convert_twin_bn
-from twins_fast.train.build import autocast, checkpoint_path, evaluation_attack, make_network
+from twins_fast.train import assets
+from twins_fast.train.build import autocast, evaluation_attack, make_network
 from twins_fast.train.config_file import read_recipe, recipe_as_toml
 from twins_fast.train.datasets import DataError
+from twins_fast.train.field_types import OptionalPixels
 from twins_fast.train.info import print_info
 from twins_fast.train.pretrain import pretrain
 from twins_fast.train.recipe import M, Recipe, RecipeError
@@ -33,25 +44,26 @@ def _own(metavar: str):
     return arg(metavar=metavar, help_behavior_hint="")
 
 
-_Fields = arg(name="")  # the recipe's sections stand beside the command's own arguments
+def _choice(names: Sequence[str]):
+    return _own("{" + ",".join(names) + "}")
+
+
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Train(Generic[M]):
-    """Fine-tune a network by a recipe; every field of the recipe can be overridden."""
-
-    fields: Annotated[Recipe[M], _Fields]
-    recipe: Annotated[str | None, _own("{" + ",".join(RECIPES) + "}")] = None
+    fields: Annotated[Recipe[M], arg(name="")]  # its sections stand beside the command's own arguments
+    recipe: Annotated[str | None, _choice(RECIPES)] = None
     """Where to start from."""
     config: Annotated[str | None, _own("FILE")] = None
     """A recipe of your own in TOML, as twins-fast recipes NAME prints one."""
-    method: Annotated[str | None, _own("{" + ",".join(METHODS) + "}")] = None
+    method: Annotated[str | None, _choice(METHODS)] = None
     """Instead of the recipe's method."""
     run: Annotated[str | None, _own("RUN")] = None
     """Folder to write (default: runs/RECIPE-METHOD-TIME)."""
     resume: Annotated[str | None, _own("RUN")] = None
-    """Resume an interrupted run."""
+    """Resume an interrupted run, or extend a finished one with more --epochs."""
     data_root: Annotated[str | None, _own("D")] = None
     """Folder or .npz file of the data set."""
     device: Annotated[str, _own("DEVICE")] = _DEVICE
@@ -69,41 +81,64 @@ class Train(Generic[M]):
         elif not (self.recipe or self.config):
             raise RecipeError(f"--recipe or --config is needed; choose from {', '.join(RECIPES)}")
         folder = Path(folder or f"runs/{recipe.name}-{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(result_table(run_with_baselines(recipe, folder, data_root, self.device, resume=bool(self.resume))))
+        try:
+            results = run_with_baselines(recipe, folder, data_root, self.device, resume=bool(self.resume))
+        except KeyboardInterrupt:
+            if RunFolder(folder).exists():
+                raise KeyboardInterrupt(f"twins-fast train --resume {folder} resumes") from None
+            raise
+        print(result_table(results))
         print(f"\nwritten to {folder}")
 
 
 @dataclass(frozen=True)
-class Eval(Generic[M]):
-    """Measure a network clean and under attack; what a run wrote says its recipe itself."""
+class Eval:
+    """What is not said here is as the network was trained, or as in the recipe."""
 
-    fields: Annotated[Recipe[M], _Fields]
-    recipe: Annotated[str | None, _own("{" + ",".join(RECIPES) + "}")] = None
-    """Where to start from."""
+    source: Annotated[Positional[str], arg(metavar="RUN|FILE|embedded")]
+    """A run folder (its best network), a checkpoint, or the network that comes with the package."""
+    recipe: Annotated[str | None, _choice(RECIPES)] = None
+    """Needed for a checkpoint that no run wrote, unless there is a --config."""
     config: Annotated[str | None, _own("FILE")] = None
-    """A recipe of your own in TOML, as twins-fast recipes NAME prints one."""
-    wing: Annotated[Literal["adaptive", "frozen"] | None, _own("{adaptive,frozen}")] = None
-    """Of a two-wing network (default: adaptive)."""
+    """A recipe in TOML."""
     data_root: Annotated[str | None, _own("D")] = None
-    """Folder or .npz file of the data set."""
+    """Folder or .npz file of the data set (default: where the run found it)."""
     device: Annotated[str, _own("DEVICE")] = _DEVICE
     """Where to compute; the first GPU, or else the CPU."""
+    json: Annotated[str | None, _own("FILE")] = None
+    """Also write what was measured into this file."""
+    wing: Annotated[Literal["adaptive", "frozen"] | None, _own("{adaptive,frozen}")] = None
+    """Of a two-wing network (default: adaptive)."""
+    arch: Annotated[str | None, _choice(ARCHITECTURES)] = None
+    """Name of the network."""
+    norm: Annotated[str | None, _choice(NORMS)] = None
+    """Norm of the ball around the clean images."""
+    eps: Annotated[OptionalPixels, _own("N/255")] = None
+    """Radius of the ball."""
+    alpha: Annotated[OptionalPixels, _own("N/255")] = None
+    """Length of an attack step."""
+    steps: Annotated[int | None, _own("N")] = None
+    """Steps of the attack."""
+    images: Annotated[int | None, _own("N")] = None
+    """Test images, chosen by the seed; 0 for all."""
+    batch_size: Annotated[int | None, _own("N")] = None
+    """Images of a batch."""
+    workers: Annotated[int | None, _own("N")] = None
+    """Processes that load images; 0 for the process itself."""
+    amp: Annotated[str | None, _choice(("none", "bf16", "fp16"))] = None
+    """Half-precision dtype of autocast."""
 
     def __call__(self) -> None:
         _check_device(self.device)
-        recipe = _absolute(self.fields)
-        if recipe.network.checkpoint is None:
-            raise RecipeError("--checkpoint is needed")
-        path = checkpoint_path(recipe.network.checkpoint)
+        path, data_root = self._places()
         state, meta = read_state_dict(path), _meta(path)
-        own = _recipe_in(meta)
-        if not (self.recipe or self.config or own):
-            raise RecipeError(f"{path} does not say how it was made; --recipe or --config is needed")
-        batches, classes = data_loaders(recipe.data, recipe.evaluation, self.data_root, recipe.run.seed)
-        trained_on = tuple(meta.get("classes", ())) or (own.data.classes if own else ())
+        recipe = self._recipe(path, meta)
+        batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
+        own = Recipe.from_dict(meta["recipe"]).data.classes if "recipe" in meta else ()
+        trained_on = tuple(meta.get("classes", own))
         if trained_on and trained_on != classes:
             raise DataError(f"{path} knows the classes {', '.join(trained_on)}; the data has {', '.join(classes)}")
-        model = make_network(recipe.replaced(network={"checkpoint": None}).network, len(classes))
+        model = make_network(recipe.network, len(classes))
         if any(".main_bn." in name for name in state):
             convert_twin_bn(model)
         elif self.wing:
@@ -114,18 +149,62 @@ class Eval(Generic[M]):
         with autocast(recipe.run.amp, self.device):
             attack = evaluation_attack(recipe, model)
             accuracy = evaluate(model, batches.test, attack, device=self.device, wing=self.wing)
+        steps, attacked = recipe.evaluation.steps, recipe.attack
         print(
-            f"clean {accuracy.clean:.2%}, under PGD-{recipe.evaluation.steps} ({recipe.attack.norm}, "
-            f"eps {recipe.attack.eps:.5f}) {accuracy.robust:.2%}, on {accuracy.images} images of "
-            f"{recipe.data.dataset} in {time.monotonic() - started:.0f} s"
+            f"clean {accuracy.clean:.2%}, under PGD-{steps} ({attacked.norm}, eps {attacked.eps:.5f}) "
+            f"{accuracy.robust:.2%}, on {accuracy.images} images of {recipe.data.dataset} "
+            f"in {time.monotonic() - started:.0f} s"
+        )
+        if self.json:
+            attack_options = {"norm": attacked.norm, "eps": attacked.eps, "alpha": recipe.evaluation.alpha}
+            record = {
+                "checkpoint": str(path),
+                "wing": self.wing,
+                **asdict(accuracy),
+                "attack": {"name": "PGD", "steps": steps, "random_start": False, **attack_options},
+                "dataset": recipe.data.dataset,
+                "torch": torch.__version__,
+            }
+            write_atomically(self.json, (json.dumps(record, indent=2) + "\n").encode())
+
+    def _places(self) -> tuple[Path, str | None]:
+        """The checkpoint, and the data it was trained with if a run wrote it."""
+        path = assets.NETWORK if self.source == "embedded" else Path(self.source)
+        folder = RunFolder(path if path.is_dir() else path.parent)
+        if path.is_dir():
+            if not folder.best.exists():
+                raise RecipeError(f"{self.source!r} holds no best.safetensors")
+            path = folder.best
+        if self.data_root or not folder.exists():
+            return path, self.data_root
+        return path, folder.load_config()[1]
+
+    def _recipe(self, path: Path, meta: dict) -> Recipe:
+        if self.recipe and self.config:
+            raise RecipeError("--recipe and --config exclude each other")
+        if self.recipe:
+            recipe = get_recipe(self.recipe)
+        elif self.config:
+            recipe = read_recipe(self.config)
+        elif "recipe" in meta:
+            recipe = Recipe.from_dict(meta["recipe"])
+        else:
+            raise RecipeError(f"{path} does not say how it was made; --recipe or --config is needed")
+        sections = {
+            "data": {"batch_size": self.batch_size, "workers": self.workers},
+            "network": {"arch": self.arch, "checkpoint": "none"},
+            "attack": {"norm": self.norm, "eps": self.eps},
+            "evaluation": {"alpha": self.alpha, "steps": self.steps, "images": self.images, "choose_on": "test"},
+            "run": {"amp": self.amp},
+        }
+        return recipe.replaced(
+            **{name: {k: v for k, v in fields.items() if v is not None} for name, fields in sections.items()}
         )
 
 
 @dataclass(frozen=True)
 class PrintRecipe:
-    """List the recipes, or print one as TOML, to be changed and given to --config."""
-
-    name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
+    name: Annotated[Positional[str | None], _own("NAME")] = None
     """Of the recipe."""
 
     def __call__(self) -> None:
@@ -137,29 +216,29 @@ class PrintRecipe:
 
 
 @dataclass(frozen=True)
-class Pretrain(Generic[M]):
-    """Make the embedded network and images from CIFAR-10."""
-
-    fields: Annotated[Recipe[M], _Fields]
-    out: str = "assets"
-    """Folder of the assets."""
-    run: str = "runs/mini-pretrain"
-    """Folder of the training runs."""
+class Pretrain:
     data_root: Annotated[str | None, _own("D")] = None
-    """Folder or .npz file of the data set."""
+    """The .npz file of CIFAR-10: train [50000, 32, 32, 3] uint8, train_labels, test, test_labels."""
+    out: Annotated[str, arg(metavar="D")] = "assets"
+    """Folder of the network and the images."""
+    run: Annotated[str, arg(metavar="RUN")] = "runs/mini-pretrain"
+    """Folder of the training runs."""
+    epochs: Annotated[int | None, _own("N")] = None
+    """Instead of the recipe's."""
     device: Annotated[str, _own("DEVICE")] = _DEVICE
     """Where to compute; the first GPU, or else the CPU."""
 
     def __call__(self) -> None:
         _check_device(self.device)
-        record = pretrain(_absolute(self.fields), Path(self.run), self.data_root, self.device, Path(self.out))
+        recipe = get_recipe("mini-pretrain")
+        if self.epochs is not None:
+            recipe = recipe.replaced(optimizer={"epochs": self.epochs})
+        record = pretrain(recipe, Path(self.run), self.data_root, self.device, Path(self.out))
         print(json.dumps(record, indent=2))
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn any supported checkpoint into safetensors."""
-
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """File to read."""
     target: Annotated[Positional[str], arg(metavar="TARGET")]
@@ -174,30 +253,25 @@ class Convert:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, devices, and which backend runs what."""
-
     def __call__(self) -> None:
         print_info()
 
 
 def base_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe that the command's arguments override: the kind of its method decides which arguments there are.
+    """The recipe that the arguments of ``train`` override: the kind of its method decides which arguments there are.
 
     Raises:
         RecipeError, RunError: no such recipe, file or run.
     """
-    if "--recipe" in argv and "--config" in argv:
+    name, config, resume, method = (_value(argv, flag) for flag in ("--recipe", "--config", "--resume", "--method"))
+    if name and config:
         raise RecipeError("--recipe and --config exclude each other")
-    name, config, resume = (_value(argv, flag) for flag in ("--recipe", "--config", "--resume"))
-    checkpoint, method = _value(argv, "--checkpoint"), _value(argv, "--method")
     if name:
         recipe = get_recipe(name)
     elif config:
         recipe = read_recipe(config)
     elif resume:
         recipe, _ = RunFolder(resume).load_config()
-    elif checkpoint and argv[0] == "eval" and (own := _recipe_in(_meta(checkpoint_path(checkpoint)))):
-        recipe = own
     else:
         recipe = get_recipe("cifar10")  # shows the defaults in the help; no command runs it
     return recipe.replaced(method=method) if method else recipe
@@ -213,7 +287,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 def _absolute(recipe: Recipe) -> Recipe:
     """With the checkpoint's path made absolute, since a resume may start elsewhere."""
     checkpoint = recipe.network.checkpoint
-    if checkpoint in (None, "embedded"):
+    if checkpoint in ("", "none", "embedded"):
         return recipe
     return recipe.replaced(network={"checkpoint": str(Path(checkpoint).resolve())})
 
@@ -225,13 +299,9 @@ def _check_device(name: str) -> None:
         raise RecipeError(f"no device {name!r} here ({str(error).splitlines()[0]})") from None
 
 
-def _meta(path: str) -> dict:
+def _meta(path: Path) -> dict:
     """What a run wrote beside the network; nothing for other people's checkpoints."""
     try:
         return load_checkpoint(path)[1]
     except CheckpointError:
         return {}
-
-
-def _recipe_in(meta: dict) -> Recipe | None:
-    return Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None

@@ -27,14 +27,6 @@ def _word(metavar: str, read: Callable[[str], Any], write: Callable[[Any], str] 
     )
 
 
-def _optional(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec:
-    return _word(
-        f"{metavar}|none",
-        lambda word: None if word == "none" else read(word),
-        lambda value: "none" if value is None else str(value),
-    )
-
-
 def _several(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec:
     return _word(
         metavar,
@@ -50,7 +42,10 @@ def pixels_text(value: float) -> str:
 
 Fraction = Annotated[float, _word("X", fraction)]  # "1/3" or "0.03"
 Pixels = Annotated[float, _word("N/255", fraction, pixels_text)]
+OptionalPixels = Annotated[float | None, _word("N/255", fraction)]
 Names = Annotated[tuple[str, ...], _several("A,B,...", str)]
 Integers = Annotated[tuple[int, ...], _several("I,J,...", int)]
-OptionalInteger = Annotated[int | None, _optional("N", int)]
-OptionalPath = Annotated[str | None, _optional("FILE", str)]
+OptionalInteger = Annotated[
+    int | None,
+    _word("N|none", lambda word: None if word == "none" else int(word), lambda n: "none" if n is None else str(n)),
+]

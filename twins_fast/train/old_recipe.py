@@ -36,6 +36,8 @@ def from_flat(fields: Mapping[str, Any]) -> dict[str, Any]:
         }
     if tables["run"].get("amp", "none") is None:
         tables["run"]["amp"] = "none"
+    if tables["network"].get("checkpoint", "") is None:
+        tables["network"]["checkpoint"] = "none"
     tables["evaluation"]["choose_on"] = "test"
     method = rest.pop("method", "twins-at")
     tables["method"] = {"name": method}

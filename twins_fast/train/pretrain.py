@@ -20,7 +20,7 @@ from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.state import weights
 
 STANDARD_EPOCHS = 5  # enough for the comparison: a standard network has no robustness at any length
-TRAIN_IMAGES, TEST_IMAGES = 1000, 1000
+TRAIN_IMAGES, TEST_IMAGES = 2500, 1000
 
 
 def pretrain(recipe: Recipe, folder: Path, data_root: str | None, device: str, out: Path) -> dict:

@@ -14,7 +14,7 @@ from twins_fast.methods import METHODS, Method, TwinsAT
 from twins_fast.models import ARCHITECTURES
 from twins_fast.options import check_options, from_plain, known, to_plain, updated
 from twins_fast.train.datasets import DATASETS
-from twins_fast.train.field_types import Fraction, Integers, Names, OptionalInteger, OptionalPath, Pixels, short
+from twins_fast.train.field_types import Fraction, Integers, Names, OptionalInteger, Pixels, short
 from twins_fast.train.loaders import AUGMENTATIONS
 from twins_fast.train.old_recipe import from_flat, is_flat
 from twins_fast.validation import check_choice, check_radius
@@ -38,8 +38,8 @@ class Data:
     """Of training images: none; crop and flip of 32 x 32 pixels; resize, crop and flip to 224 x 224."""
     batch_size: Annotated[int, short("--batch-size")] = 128
     """Images of a training step; half of them for each wing."""
-    workers: Annotated[int, short("--workers")] = 4
-    """Processes that load images; 0 loads them in the training process."""
+    workers: Annotated[OptionalInteger, short("--workers")] = None
+    """Processes that load images, 0 for the training process itself; none for as many as there are cores, 4 at most."""
 
     def __post_init__(self):
         check_options(self, least={"batch_size": 2})
@@ -51,8 +51,8 @@ class Network:
 
     arch: Annotated[str, arg(aliases=("--arch",), metavar="{" + ",".join(ARCHITECTURES) + "}")] = "resnet50"
     """Name of a network; twins_fast.models.register adds one."""
-    checkpoint: Annotated[OptionalPath, short("--checkpoint")] = None
-    """Pre-trained network: a file, "embedded", or none for random weights."""
+    checkpoint: Annotated[str, arg(aliases=("--checkpoint",), metavar="FILE|embedded|none")] = ""
+    """Pre-trained network; none for random weights, which two-wing methods train from only if it is said."""
     upsample: OptionalInteger = None
     """Side in pixels to which the network upsamples its images; none for their own."""
     channels_last: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from twins_fast.train.build import make_network
 from twins_fast.train.datasets import load_datasets
 from twins_fast.train.loaders import Loaders, loaders
 from twins_fast.train.plots import draw_curves
-from twins_fast.train.recipe import Data, Evaluation, Recipe
+from twins_fast.train.recipe import Data, Evaluation, Recipe, RecipeError
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.trainer import Trainer
 
@@ -55,12 +56,18 @@ def run_recipe(
         resume: resume the run if the folder holds one (of this very recipe).
 
     Raises:
+        RecipeError: a two-wing method without a checkpoint.
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
+    resumes = resume and folder.last.exists()
+    if recipe.method.wings > 1 and not (recipe.network.checkpoint or resumes):
+        raise RecipeError(
+            f"method {recipe.method.name!r} fine-tunes a pre-trained network: say --checkpoint FILE, "
+            "or --checkpoint none for random weights"
+        )
     batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
-    network = recipe.network
-    if resume and folder.last.exists():  # then the pre-trained file is no longer needed
-        network = recipe.replaced(network={"checkpoint": None}).network
+    # A run that resumes no longer needs the pre-trained file.
+    network = recipe.replaced(network={"checkpoint": "none"}).network if resumes else recipe.network
     model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
     with folder.locked():
         if resume and folder.exists():
@@ -93,6 +100,6 @@ def data_loaders(
         validation_part=evaluation.validation_part if evaluation.choose_on == "validation" else 0.0,
         evaluation_images=evaluation.images,
         seed=seed,
-        workers=data.workers,
+        workers=min(len(os.sched_getaffinity(0)), 4) if data.workers is None else data.workers,
     )
     return made, classes

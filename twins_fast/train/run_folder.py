@@ -97,7 +97,7 @@ class RunFolder:
         """
         own_recipe = self.load_config()[0]
         own, asked = _flat(own_recipe.to_dict()), _flat(recipe.to_dict())
-        differing = [name for name in {**own, **asked} if own.get(name) != asked.get(name)]
+        differing = [name for name in {**own, **asked} if own.get(name) != asked.get(name) and name != "data.workers"]
         if differing == ["optimizer.epochs"] and own[differing[0]] < asked[differing[0]]:
             if own_recipe.optimizer.schedule == "multistep":
                 return

@@ -1,0 +1,37 @@
+"""The examples run, on little data."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def test_an_own_network_learns(capsys):
+    assert example("own_network")(train_images=256, epochs=2) > 0.6
+    assert "epoch 2: loss" in capsys.readouterr().out
+
+
+def test_a_foreign_checkpoint_is_evaluated(capsys, tmp_path):
+    """Laid out like the robustness library's."""
+    network = torchvision.models.resnet18(num_classes=4)
+    torch.save({"model": {f"module.model.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "robust.ckpt")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(6) % 4)
+    example("evaluate_checkpoint")(tmp_path / "robust.ckpt", tmp_path / "images.npz", arch="resnet18", steps=2)
+    said = capsys.readouterr().out
+    assert "under PGD-2" in said and "on 6 images" in said
+
+
+def test_a_recipe_runs_from_python(capsys, tmp_path):
+    little = {"data": {"batch_size": 256}, "attack": {"steps": 1}, "evaluation": {"steps": 1, "images": 20}}
+    example("run_recipe")(tmp_path / "run", optimizer={"epochs": 1}, **little)
+    assert "| AT |" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Evaluates somebody's checkpoint of a torchvision network: python examples/evaluate_checkpoint.py FILE IMAGES.npz
 
-The file is read without running anything that it holds. IMAGES.npz has ``images`` [N, H, W, 3] uint8 and ``labels`` [N].
+The file is read without running anything in it. IMAGES.npz has ``images`` [N, H, W, 3] uint8 and ``labels`` [N].
 """
 
 import sys

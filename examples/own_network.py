@@ -1,4 +1,4 @@
-"""Fine-tunes a network and images of your own with TWINS-AT, in a plain training loop: python examples/own_network.py"""
+"""Fine-tunes a network and images of your own with TWINS-AT in a plain loop: python examples/own_network.py"""
 
 import torch
 from torch import nn

@@ -17,7 +17,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tests.checkpoints.helpers import FORMATS, Body, assert_same, robustness_checkpoint, save, torch_bytes
+from tests.checkpoints.helpers import (
+    FORMATS,
+    Body,
+    assert_same,
+    file_with_pickle,
+    robustness_checkpoint,
+    save,
+    torch_bytes,
+)
 from twins_fast.checkpoints import CheckpointError, load_checkpoint, load_state, read_state_dict, save_checkpoint
 
 
@@ -84,6 +92,18 @@ def test_no_network_in_the_file(tmp_path, content, words):
     with pytest.raises(CheckpointError, match="net.ckpt") as caught:
         read_state_dict(save(tmp_path, content))
     assert words in str(caught.value)
+
+
+@FORMATS
+def test_keys_are_listed_in_bounds(tmp_path, zipped):
+    data = b"\x80\2})" + b"\x85" * 1000 + b"Ns."
+    with pytest.raises(CheckpointError, match=r"net.ckpt: holds no tensors; its keys are \(") as caught:
+        read_state_dict(file_with_pickle(tmp_path, data, zipped))
+    assert len(str(caught.value)) < 1000
+    many = {f"{number:09}" * 100: number for number in range(10_000)}
+    with pytest.raises(CheckpointError, match="its keys are '0000000000") as caught:
+        read_state_dict(save(tmp_path, many, zipped))
+    assert len(str(caught.value)) < 5000
 
 
 def npz() -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twins_fast.checkpoints.explain import explain, first_sentence
 from twins_fast.checkpoints.formats import file_format, loadable, not_a_checkpoint
-from twins_fast.checkpoints.names import CheckpointError, canonical
+from twins_fast.checkpoints.names import CheckpointError, canonical, listed
 
 _scalar = np.float64(0).__reduce__()[0]  # its module was renamed in NumPy 2: files hold either name
 _NUMPY_SCALARS = [
@@ -96,7 +96,7 @@ def _network_entries(content, path: str | Path) -> dict[str, Tensor]:
             break
     entries = {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not entries:
-        raise CheckpointError(f"{path}: holds no tensors; its keys are {', '.join(map(repr, content)) or 'none'}")
+        raise CheckpointError(f"{path}: holds no tensors; its keys are {listed(content)}")
     for name, value in entries.items():
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is not an ordinary dense tensor")

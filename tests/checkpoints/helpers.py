@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -78,14 +80,28 @@ def assert_same(state: dict, expected: dict) -> None:
         assert state[name].device.type == "cpu" and not state[name].requires_grad
 
 
-def torch_bytes(content, zipped: bool) -> bytes:
+def torch_bytes(content, zipped: bool, protocol: int = 2) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    torch.save(content, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
-def save(folder: Path, content, zipped: bool = True) -> Path:
+def save(folder: Path, content, zipped: bool = True, protocol: int = 2) -> Path:
     """``torch.save`` into a file of ``folder``."""
     path = folder / "net.ckpt"
-    path.write_bytes(torch_bytes(content, zipped))
+    path.write_bytes(torch_bytes(content, zipped, protocol))
+    return path
+
+
+def file_with_pickle(folder: Path, data: bytes, zipped: bool) -> Path:
+    """A file of PyTorch's layout whose content is the pickle ``data``."""
+    path, marker = folder / "net.ckpt", 0x5EED
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3\n")
+    else:
+        protocol = max(2, min(data[1], 5))
+        head, tail = torch_bytes(marker, False, protocol).split(pickle.dumps(marker, protocol))
+        path.write_bytes(head + data + tail)
     return path

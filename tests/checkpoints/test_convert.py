@@ -95,3 +95,27 @@ def test_convert_spares_the_source(tmp_path):
     assert source.read_bytes() == whole
     with pytest.raises(ValueError, match="wings must be one of keep"):
         convert_checkpoint(source, tmp_path / "b.safetensors", wings="both")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_convert_refuses_a_network_that_diverged(tmp_path, value, dtype):
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in Body(TwoWing).state_dict().items()}
+    for name in ("bn1.running_var", "layer1.0.conv1.weight", "fc.bias"):
+        state[name].flatten()[-1] = value
+    with pytest.raises(CheckpointError) as caught:
+        convert(state, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'source.ckpt'}: cannot convert with wings='keep': "
+        f"3 of its {len(state)} entries have NaN or infinite values, the first is bn1.running_var"
+    )
+    assert not (tmp_path / "target.safetensors").exists()
+    assert read_state_dict(tmp_path / "source.ckpt").keys() == state.keys()
+
+
+def test_convert_judges_only_what_it_writes(tmp_path):
+    state = Body(TwoWing).state_dict()
+    state["bn1.main_bn.running_mean"][0] = float("nan")
+    assert "bn1.main_bn.running_mean" not in convert(state, tmp_path, wings="adaptive")[0]
+    with pytest.raises(CheckpointError, match="wings='frozen': 1 of .* the first is bn1.running_mean"):
+        convert(state, tmp_path, wings="frozen")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from twins_fast.checkpoints.names import CheckpointError, frozen_name, is_frozen, layer_of, leaf_of, plain_name
@@ -31,7 +32,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "
         running statistics and input statistics left out.
 
     Raises:
-        CheckpointError: unreadable; without the wings asked for; or ``target`` is the source.
+        CheckpointError: unreadable; without the wings asked for; NaN or infinite values in what would be
+            written; or ``target`` is the source.
     """
     if wings not in WINGS:
         raise ValueError(f"wings must be one of {', '.join(WINGS)}, got {wings!r}")
@@ -40,6 +42,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "
     state = read_state_dict(source)
     try:
         state = _SELECT[wings](state)
+        _require_finite(state)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: cannot convert with wings={wings!r}: {error}") from None
     summary = {
@@ -90,3 +93,11 @@ def _require(condition, message: str) -> None:
 def _require_entries(state: Mapping[str, Tensor], names: Iterable[str]) -> None:
     lacking = [name for name in names if name not in state]
     _require(not lacking, f"it lacks {', '.join(lacking)}")
+
+
+def _require_finite(state: Mapping[str, Tensor]) -> None:
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} of its {len(state)} entries have NaN or infinite values, the first is {broken[0]}"
+        )

@@ -6,7 +6,9 @@ wing, ``bn1.main_bn.weight`` the frozen one.
 
 from __future__ import annotations
 
+import itertools
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -36,8 +38,16 @@ def canonical(entries: Mapping[str, Tensor], path: str | Path) -> dict[str, Tens
             raise CheckpointError(f"{path}: two entries are named {short} once prefixes are stripped")
         group[short] = value
     if not network and not attackers:
-        raise CheckpointError(f"{path}: holds no network; its keys are {', '.join(map(repr, entries)) or 'none'}")
+        raise CheckpointError(f"{path}: holds no network; its keys are {listed(entries)}")
     return {**attackers, **network}
+
+
+def listed(keys: Iterable) -> str:
+    """Keys of whatever a file holds, for a message: in bounds however many, long or deeply nested they are."""
+    short = reprlib.Repr()
+    short.maxstring = 100
+    shown = [short.repr(key) for key in itertools.islice(keys, 30)]
+    return ", ".join(shown) or "none"
 
 
 def covered(name: str, prefixes: Iterable[str]) -> bool:

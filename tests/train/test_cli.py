@@ -124,7 +124,7 @@ def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
     assert "knows the classes airplane" in refused(capsys, "eval", "embedded", "--recipe", "mini")
     # The network that comes with the package holds its recipe.
     assert "classes can be chosen from an .npz file only, got airplane" in refused(capsys, "eval", "embedded")
-    assert "checkpoint" in refused(capsys, "eval", str(npz), "--recipe", "mini")
+    assert "not a checkpoint" in refused(capsys, "eval", str(npz), "--recipe", "mini")
     assert "holds no best.safetensors" in refused(capsys, "eval", str(tmp_path))
     assert "no.ckpt" in refused(capsys, "eval", str(tmp_path / "no.ckpt"))
     train(tmp_path / "run", npz, "--method", "at", "--epochs", "1")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.cache import PlanCache
 from twins_fast.attacks.engine.explain import Explanation, explain
-from twins_fast.attacks.engine.program import Program
+from twins_fast.attacks.engine.nodes import in_one_line
+from twins_fast.attacks.engine.program import Program, out_of_memory
 from twins_fast.attacks.engine.watch import unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
@@ -59,8 +60,9 @@ class PGD:
         targeted: labels are targets, and the loss towards them is minimised.
         engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
             convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan on a
-            CPU if the model can be planned. :meth:`explain` reports which one runs, and why. Every call sees the
-            current state of the model (but see :meth:`forget`).
+            CPU if the model can be planned, and goes on in eager mode, with a warning, if an error occurs in the
+            engine. :meth:`explain` reports which one runs, and why. Every call sees the current state of the model
+            (but see :meth:`forget`).
 
     Attributes:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
@@ -155,14 +157,25 @@ class PGD:
         x = self._start(images) if x_init is None else _checked_start(x_init, images)
         if images.shape[0] == 0:
             return x
-        with self._cache.lock:
-            with in_mode(self.model, training=False):  # which may change parameters
-                program = self._program(images)
-                if isinstance(program, Program):
-                    x = self._planned(program, images, labels, largest_label, x)
-            blocks = isinstance(program, Program) and program.blocks_bounds
-        if not isinstance(program, Program):
+        failure = ""
+        with self._cache.lock, in_mode(self.model, training=False):  # which may change parameters
+            program = self._program(images)
+            if isinstance(program, Program):
+                if largest_label >= program.classes:
+                    raise ValueError(f"labels hold class {largest_label}, but the model has {program.classes} classes")
+                try:
+                    x, blocks = self._planned(program, images, labels, x), program.blocks_bounds
+                except Exception as error:
+                    if self.engine == "plan":
+                        raise
+                    failure, passing = f"the plan failed: {in_one_line(error)}", out_of_memory(error)
+                    program.free()
+        if failure or not isinstance(program, Program):
             x, blocks = self._eager(images, labels, largest_label, x)
+        if failure:  # and not the model or the loss: they would have failed again
+            if not passing:
+                self._cache.refuse(program, failure)
+            warnings.warn(f"{failure}; the model was attacked in eager mode", stacklevel=3)
         if blocks and not self._clamp_is_known:
             warnings.warn(NOTE, stacklevel=3)
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
@@ -192,9 +205,9 @@ class PGD:
         return mode.blocks
 
     def forget(self) -> None:
-        """Drop the captured model and its memory.
+        """Drop the captured model and its memory, and the reasons why it could not be planned.
 
-        Only needed if a forward reads globals or closures, whose changes go unnoticed.
+        Only needed if a forward reads globals or closures, whose changes go unnoticed, or to try again after an error.
         """
         with self._cache.lock:
             self._cache.forget()
@@ -209,15 +222,14 @@ class PGD:
             return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
         kind = images.device.type
         ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        program = self._cache.program(unwrapped(self.model), images, self.amp_dtype or ambient)
-        if self.engine == "plan" and not isinstance(program, Program):
+        insist = self.engine == "plan"
+        program = self._cache.program(unwrapped(self.model), images, self.amp_dtype or ambient, insist)
+        if insist and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
         return program
 
-    def _planned(self, program: Program, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> Tensor:
-        model, classes = unwrapped(self.model), program.classes
-        if largest_label >= classes:
-            raise ValueError(f"labels hold class {largest_label}, but the model has {classes} classes")
+    def _planned(self, program: Program, images: Tensor, labels: Tensor, x: Tensor) -> Tensor:
+        model = unwrapped(self.model)
 
         def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             program.fold(model)

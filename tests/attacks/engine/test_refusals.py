@@ -140,6 +140,7 @@ FORWARDS = {
     "double use": lambda m, x: m.top((lambda a: (a + a).relu() + a.relu())(m.c1(x))),
     "one layer twice": lambda m, x: m.top(m.c2(m.c2(m.c1(x)).relu()).relu()),
     "a channel shuffle": lambda m, x: m.top(m.c1(x).view(x.size(0), 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)),
+    "dropout in place": lambda m, x: m.top(F.dropout(m.c1(x).relu(), 0.5, training=False, inplace=True)),
     "a flattened view": lambda m, x: m.head(F.adaptive_avg_pool2d(m.c1(x).relu(), 1).view(x.size(0), -1)),
 }
 
@@ -163,7 +164,9 @@ def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypa
         assert (adversarial[0] - adversarial[1]).norm() <= 1e-4 * (adversarial[1] - x).norm()
 
 
-@pytest.mark.parametrize("name", ["double use", "one layer twice", "a channel shuffle", "a flattened view"])
+@pytest.mark.parametrize(
+    "name", ["double use", "one layer twice", "a channel shuffle", "dropout in place", "a flattened view"]
+)
 def test_common_forwards_are_planned_in_chunks(name):
     assert program_of(PGD(net(FORWARDS[name])), data(4, 8)[0]).plan.per_sample
 

@@ -23,7 +23,17 @@ from twins_fast.attacks.engine.graph import (
     shape_of,
     share_memory,
 )
-from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, map_values, tensor_of, tensors_of
+from twins_fast.attacks.engine.nodes import (
+    Call,
+    Node,
+    NotCaptured,
+    Param,
+    Ref,
+    in_one_line,
+    map_values,
+    tensor_of,
+    tensors_of,
+)
 from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
 from twins_fast.nn.guards import random_numbers_restored
@@ -54,8 +64,7 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device)
         except NotCaptured:
             raise
         except Exception as error:  # export raises errors of all kinds
-            lines = str(error).strip().splitlines()
-            raise NotCaptured(f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]) from error
+            raise NotCaptured(in_one_line(error)) from error
     for message in messages:
         if "assigned during export" in str(message.message):
             raise NotCaptured(f"the forward changes the model: {str(message.message).splitlines()[0][:150]}")
@@ -171,7 +180,7 @@ class Reader(Reading):
         """An operation that does not write; one in place is replaced, and later readers get its result."""
         schema = node.target._schema
         written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        if not written:
+        if not written or is_switched_off(node):
             passed = node.target in _SAME or node.target in _SAME_IF_ALIKE or is_switched_off(node)
             if any(r.alias_info is not None for r in schema.returns) and not passed:
                 self.shared |= {node, *node.all_input_nodes}  # a view

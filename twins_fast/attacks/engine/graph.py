@@ -47,7 +47,10 @@ def is_aten(target: Any) -> bool:
 
 def is_switched_off(node: fx.Node) -> bool:
     """Dropout that drops nothing."""
-    dropouts = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+    dropouts = {
+        aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+        aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default,
+    }  # fmt: skip
     return node.target in dropouts and (node.args[2] is False or node.args[1] == 0)
 
 

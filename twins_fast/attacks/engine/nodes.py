@@ -14,6 +14,12 @@ class NotCaptured(Exception):
     """The model cannot be captured; the message says why."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Type and message of an error, for a reason."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
+
+
 class Param(NamedTuple):
     """A parameter, buffer or tensor attribute, by its name in the model: read anew at every attack."""
 

@@ -178,7 +178,7 @@ class Program:
             try:
                 run(self.bound(size), part)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or size == 1 or not self.plan.per_sample:
+                if not out_of_memory(error) or size == 1 or not self.plan.per_sample:
                     raise
                 self.free()
                 half = self.largest_chunk = (size + 1) // 2
@@ -265,7 +265,8 @@ def _run(steps: list[Callable[[], None]]) -> None:
         step()
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out."""
     text = str(error).lower()
     return (
         isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
+from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
+from twins_fast.nn.guards import random_numbers_restored
 
 DIFFERENT = 0.05  # relative L2 distance from the model's results beyond which a plan is rejected
 
@@ -19,11 +21,13 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
 
     Args:
         images: [N, C, H, W] float32.
+
+    Raises:
+        NotCaptured: the model itself fails on so few images.
     """
     count = min(len(images), 2)
     if count in program.verified or count == 0:
         return True
-    program.verified.add(count)
     device = program.executor.device
     probe = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
     probe.largest_chunk = 1  # images must not see each other
@@ -38,17 +42,23 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
     def step(prepare, x, clean, gradient, nan, out):
         x.copy_(prepare.gradient(x, gradient))
 
-    with torch.autocast(device.type, enabled=False):
+    with random_numbers_restored(), torch.autocast(device.type, enabled=False):
         with torch.no_grad():
             probe.fold(model)
             gradient = probe.attack(x, x, 1, gradient_of, step)
-        with torch.enable_grad():
-            pixels = x.clone().requires_grad_()
-            logits = model(pixels)
-            if logits.shape != direction.shape:
-                return False
-            (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
-    return _close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)
+        try:
+            with torch.enable_grad():
+                pixels = x.clone().requires_grad_()
+                logits = model(pixels)
+                if logits.shape != direction.shape:
+                    return False
+                (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
+        except Exception as error:  # no fault of the plan
+            raise NotCaptured(f"the model fails on {count} of the images: {in_one_line(error)}") from error
+    if not (_close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)):
+        return False
+    program.verified.add(count)
+    return True
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -48,8 +48,9 @@ RECIPES: dict[str, Recipe] = {
             AT(),
             Network("cifar-resnet18-w16", channels_last=True),
             Attack(alpha=4 / 255, steps=3),
-            Optimizer(epochs=30, lr=0.2, weight_decay=5e-4, schedule="onecycle"),
+            Optimizer(epochs=24, lr=0.2, weight_decay=5e-4, schedule="onecycle"),
             Evaluation(choose_on="test", images=500),
+            Run(amp="bf16"),
         ),
     )
 }

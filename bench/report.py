@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import attack as bench_attack
+from bench import imports as bench_imports
 from bench import kernels as bench_kernels
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
@@ -17,7 +18,7 @@ from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
 
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "attack.md")
+DOCUMENTS = (README, ROOT / "docs" / "kernels.md", ROOT / "docs" / "attack.md", ROOT / "docs" / "structure.md")
 SCALING_PLOT = ROOT / "docs" / "attack-scaling.png"
 VERSIONS = RESULTS / "cpu_versions.json"  # measured with earlier versions of the kernel
 
@@ -85,6 +86,12 @@ def kernels() -> str:
     record = json.loads(bench_kernels.RESULT.read_text())
     where = record["header"]
     return f"{bench_kernels.table(record['kernels'])}\n\nnvcc {record['nvcc']}, Triton {where['triton']}."
+
+
+def imports() -> str:
+    """What importing the package adds to importing PyTorch."""
+    record = _read(bench_imports.RESULT)
+    return f"{bench_imports.table(record['times'])}\n\n{source(record)}"
 
 
 def attack() -> str:
@@ -253,6 +260,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
+TABLES |= {"imports": imports}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}

@@ -15,7 +15,7 @@ from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.cache import PlanCache
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.program import Program
-from twins_fast.attacks.engine.watch import unwrapped
+from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
@@ -248,7 +248,7 @@ class PGD:
     def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> tuple[Tensor, bool]:
         """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
         # Code of torch.compile would be compiled again inside a mode.
-        known = self._clamp_is_known or any(isinstance(m, torch._dynamo.OptimizedModule) for m in self.model.modules())
+        known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
         clamps = ClampMode(images.shape[1], replace=False)
         nan = torch.zeros((), dtype=torch.int64, device=images.device)
         with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.nn.guards import is_untouched
-from twins_fast.ops import sync, twin_batch_norm
+from twins_fast.ops import twin_batch_norm
+from twins_fast.ops.group import Group, world_size
 from twins_fast.ops.wing import Wing
 
 
@@ -55,7 +56,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        process_group: sync.Group = None,
+        process_group: Group = None,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.main_bn = nn.BatchNorm2d(num_features, eps, momentum, affine, device=device, dtype=dtype)
@@ -75,7 +76,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         wing = self.wing or ("mix" if self.training else "adaptive")
         split = {"mix": rows // 2, "adaptive": 0, "frozen": rows}[wing]
         group = self.process_group if self.training and wing != "frozen" else None
-        if group is None or sync.world_size(group) == 1:  # else the rows of all processes count
+        if group is None or world_size(group) == 1:  # else the rows of all processes count
             self._check_statistics(x, split)
         frozen = self.main_bn
         frozen_wing = Wing(frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias)

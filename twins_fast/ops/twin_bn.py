@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twins_fast.ops import backend, layout, reference, register, sync
+from twins_fast.ops import backend, layout, reference, register
 from twins_fast.ops.check import check_arguments
+from twins_fast.ops.group import Group, world_size
 from twins_fast.ops.wing import Wing, wings_of
 
 
@@ -21,7 +22,7 @@ def twin_batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
-    process_group: sync.Group = None,
+    process_group: Group = None,
 ) -> Tensor:
     """Two-wing batch norm (TWINS, arXiv 2303.11135, section 4) with an optional residual and ReLU.
 
@@ -57,7 +58,7 @@ def twin_batch_norm(
         RuntimeError: a backend was forced that cannot run this call; ``process_group`` was given, but
             ``torch.distributed`` is not initialised.
     """
-    shared = process_group is not None and sync.world_size(process_group) > 1
+    shared = process_group is not None and world_size(process_group) > 1
     check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, shared)
     name = backend.choose("twin_batch_norm", x)
     if name == "torch" and not shared:
@@ -70,6 +71,8 @@ def twin_batch_norm(
     statistics = adaptive[:2]
     frozen, adaptive = (Wing(*[_as_vector(v, dtype) for v in wing]) for wing in (frozen, adaptive))
     if shared:
+        from twins_fast.ops import sync  # imports the compiler, to keep it out
+
         y = sync.twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, name, process_group)
     elif _is_differentiated((x, residual, *frozen[2:], *adaptive[2:])):
         y = _TwinBatchNorm.apply(x, residual, split, momentum, eps, relu, name, *frozen, *adaptive)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ WINGS = ("keep", "adaptive", "frozen", "twin")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
 
 
-def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "keep") -> dict:
+def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "keep") -> dict[str, Any]:
     """Rewrite any supported checkpoint as safetensors with canonical names.
 
     Args:
@@ -79,10 +80,15 @@ def _twin(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {frozen_name(name): state[name] for name in plain}
 
 
-_SELECT = {"keep": dict, "adaptive": _adaptive_wing, "frozen": _frozen_wing, "twin": _twin}
+_SELECT: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "keep": dict,
+    "adaptive": _adaptive_wing,
+    "frozen": _frozen_wing,
+    "twin": _twin,
+}
 
 
-def _require(condition, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise CheckpointError(message)
 

@@ -27,8 +27,8 @@ def canonical(entries: Mapping[str, Tensor], path: str | Path) -> dict[str, Tens
     network: dict[str, Tensor] = {}
     attackers: dict[str, Tensor] = {}
     for name, value in entries.items():
-        prefix = _WRAPPERS.match(name)[0]
-        short = name[len(prefix) :]
+        short = _WRAPPERS.sub("", name, count=1)  # which matches at the start, if only nothing
+        prefix = name.removesuffix(short)
         if _NOT_NETWORK.fullmatch(short):
             continue
         group = attackers if "attacker." in prefix else network

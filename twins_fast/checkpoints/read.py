@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return canonical(_network_entries(_read_pickled(path), path), path)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: CPU tensors and the meta data, as JSON gives it back.
 
     Raises:

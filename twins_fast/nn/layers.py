@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -124,15 +125,24 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(x, *wing, training=False, eps=self.eps)
         return twin_batch_norm(x, x.shape[0], wing, Wing(), 0.0, self.eps, residual, relu)
 
-    def __deepcopy__(self, memo: dict) -> TwinBatchNorm2d:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TwinBatchNorm2d:
         memo[id(self.process_group)] = self.process_group  # a connection: shared, as it cannot be copied
         twin = memo[id(self)] = self.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def extra_repr(self) -> str:
-        text = super().extra_repr() + (f", wing={self.wing}" if self.wing else "")
+        text = super().extra_repr()  # type: ignore[no-untyped-call]  # PyTorch's is not annotated
+        text += f", wing={self.wing}" if self.wing else ""
         return text + (", synchronised" if self.process_group is not None else "")
+
+
+class BatchNormAct(Protocol):
+    """A batch norm of timm that holds what follows it."""
+
+    num_features: int
+    drop: nn.Module
+    act: nn.Module
 
 
 class TwinBatchNormAct2d(TwinBatchNorm2d):
@@ -147,9 +157,12 @@ class TwinBatchNormAct2d(TwinBatchNorm2d):
         options: as in :class:`TwinBatchNorm2d`.
     """
 
-    def __init__(self, plain: nn.BatchNorm2d | nn.SyncBatchNorm, **options):
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, plain: BatchNormAct, **options: Any):
         super().__init__(plain.num_features, **options)
-        self.plain_type = type(plain)
+        self.plain_type: type[Any] = type(plain)
         self.drop = plain.drop
         self.act = plain.act
 
@@ -165,7 +178,7 @@ class TwinBatchNormAct2d(TwinBatchNorm2d):
         drop, act = self.drop, self.act
         if not is_untouched(drop, nn.Identity, nn.Dropout, nn.Dropout2d) or not is_untouched(act, nn.Identity, nn.ReLU):
             return False
-        return type(drop) is nn.Identity or not drop.training or drop.p == 0
+        return not (isinstance(drop, (nn.Dropout, nn.Dropout2d)) and drop.training and drop.p > 0)
 
 
 def _alike(residual: Tensor, x: Tensor) -> bool:

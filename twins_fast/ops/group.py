@@ -7,7 +7,7 @@ import torch.distributed as dist
 Group = dist.ProcessGroup | str | None  # "world" is the default group, whenever it is made; None: no other process
 
 
-def world_size(group: Group) -> int:
+def world_size(group: object) -> int:
     """Number of processes of a group that is not ``None``.
 
     Raises:
@@ -21,11 +21,13 @@ def world_size(group: Group) -> int:
         )
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group does not hold this process")
-    if group != "world" and not isinstance(group, dist.ProcessGroup):
+    if group == "world":
+        return dist.get_world_size()
+    if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed group, 'world' or None, got {group!r}")
-    return dist.get_world_size(member(group))
+    return dist.get_world_size(group)
 
 
 def member(group: dist.ProcessGroup | str) -> dist.ProcessGroup | None:
     """The group as ``torch.distributed`` takes it, where None is the default one."""
-    return None if group == "world" else group
+    return None if isinstance(group, str) else group

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import attack as bench_attack
+from bench import imports as bench_imports
 from bench import kernels as bench_kernels
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
@@ -106,6 +107,12 @@ def speed() -> str:
         return f"{markdown(lines)}\n\n{source(record)}"
 
     return parts(bench_attack.ATTACK, table)
+
+
+def imports() -> str:
+    """What importing the package adds to importing PyTorch."""
+    record = _read(bench_imports.RESULT)
+    return f"{bench_imports.table(record['times'])}\n\n{source(record)}"
 
 
 def attack() -> str:
@@ -274,6 +281,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
+TABLES |= {"imports": imports}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}

@@ -93,7 +93,7 @@ def test_wheel_without_a_compiler(missing, tmp_path):
     source.mkdir()
     for name in ("csrc", "kernels", "twins_fast"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     environment = {**os.environ, "CXX": "false", "TWINS_FAST_CUDA": "0"}
     if missing == "compiler exists":
@@ -108,6 +108,7 @@ def test_wheel_without_a_compiler(missing, tmp_path):
     (wheel,) = (source / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_C" in name]
+        assert "twins_fast/py.typed" in archive.namelist()
         archive.extractall(tmp_path / "site")
     # What backend.py then gives as the reason.
     assert (tmp_path / "site" / "twins_fast" / "_build_failed.txt").read_text().strip() == said[0]

@@ -1,7 +1,7 @@
 """Adversarial fine-tuning of robust networks with two-wing batch norm (TWINS, arXiv 2303.11135)."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twins_fast.attacks import PGD
@@ -26,7 +26,7 @@ _HOMES = {"PGD": "attacks", "adversarial_loss": "methods", "fuse_twin_bn": "nn.f
 _PACKAGES = ("attacks", "checkpoints", "evaluation", "kernels", "methods", "models", "nn", "ops", "train")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import PyTorch only where something is used: the command line prints its help without."""
     if name in __all__:
         value = getattr(import_module(f"twins_fast.{_HOMES.get(name, 'nn')}"), name)

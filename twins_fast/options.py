@@ -7,14 +7,17 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from twins_fast.validation import check_choice, check_not_negative
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
-def check_options(options: Any, least: Mapping[str, int] | None = None) -> None:
+def check_options(options: DataclassInstance, least: Mapping[str, int] | None = None) -> None:
     """Require every field of the dataclass instance to hold what its annotation says, numbers finite and >= 0.
 
     Args:
@@ -32,7 +35,7 @@ def check_options(options: Any, least: Mapping[str, int] | None = None) -> None:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
-def to_plain(options: Any) -> dict[str, Any]:
+def to_plain(options: DataclassInstance) -> dict[str, Any]:
     """The fields of a dataclass instance as JSON types."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

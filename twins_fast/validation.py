@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +79,18 @@ def check_radius(norm: str, eps: float) -> None:
         raise ValueError(f"eps must be at most 1, as images are in [0, 1], got {eps:g}; did you mean {eps:g}/255?")
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_integer(**values: object) -> None:
+    """Require every keyword to be an integer, of Python or of NumPy."""
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Require ``value`` to be one of ``choices``."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(sorted(map(str, choices)))}")
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

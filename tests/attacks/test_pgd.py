@@ -1,6 +1,7 @@
 """PGD: what it computes, what it leaves alone, what it refuses."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ from torch import nn
 from tests.attacks.engine.helpers import assert_untouched, loss_of, state_of
 from twins_fast import PGD, convert_twin_bn
 from twins_fast.attacks import named_attack, objectives
+
+
+def test_repr_shows_all_options():
+    attack = PGD(nn.Identity(), alpha=0.01, random_start=0, amp_dtype=torch.bfloat16)
+    assert repr(attack) == (
+        "PGD(Identity, eps=8/255, alpha=0.01, steps=10, random_start=False, norm='linf', loss='ce', bn_mode='eval', "
+        "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto')"
+    )
+    for eps in (0, 0.0, 1 / 255, 0.3, 8 / 254, 1.0, 64.0):
+        (shown,) = re.findall(r"\(Identity, eps=(.*?),", repr(PGD(nn.Identity(), eps=eps)))
+        assert eval(shown) == eps and ("/" in shown) == (eps == 1 / 255)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2-sign"])

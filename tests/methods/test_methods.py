@@ -1,6 +1,7 @@
 """Losses against their formulas, and what they refuse. The recorded trajectories are in test_golden.py."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from twins_fast import PGD, adversarial_loss, convert_twin_bn, wings
 from twins_fast.attacks import pgd
-from twins_fast.attacks.pgd import ADVERSARIES
+from twins_fast.attacks.pgd import ADVERSARIES, Adversary
 from twins_fast.methods import AT, METHODS, TwinsAT, base
 from twins_fast.options import known
 
@@ -52,6 +53,10 @@ def test_a_named_adversary_is_that_attack(tiny_model, batch, name, options):
         torch.manual_seed(0)
         losses.append(adversarial_loss(model, *batch, method="trades", attack=attack)[0].item())
     assert losses[0] == losses[1]
+
+
+def test_adversaries_are_annotated_as_they_are():
+    assert set(get_args(Adversary)) == set(ADVERSARIES)
 
 
 def test_each_adversary_finds_more_of_what_it_maximises(tiny_model, batch):

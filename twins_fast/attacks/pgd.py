@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 
 from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.cache import PlanCache
+from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.program import Program, out_of_memory
-from twins_fast.attacks.engine.watch import unwrapped
+from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
 from twins_fast.validation import (
     check_choice,
     check_images,
+    check_integer,
     check_labels,
     check_not_negative,
     check_radius,
@@ -88,8 +91,7 @@ class PGD:
         engine: str = "auto",
     ):
         check_not_negative(eps=eps, alpha=alpha, steps=steps)
-        if not isinstance(steps, Integral):
-            raise ValueError(f"steps must be an integer, got {steps!r}")
+        check_integer(steps=steps)
         check_choice("norm", norm, NORMS)
         check_radius(norm, eps)
         check_choice("loss", loss, LOSSES)
@@ -121,10 +123,15 @@ class PGD:
     def nan_gradients(self) -> int:
         return int(self._nan_gradients)
 
-    def __getstate__(self) -> dict:
+    def __repr__(self) -> str:
+        options = {name: getattr(self, name) for name in list(inspect.signature(PGD).parameters)[1:]}
+        shown = [f"{name}={_fraction(value) or repr(value)}" for name, value in options.items()]
+        return f"{type(self).__name__}({', '.join([type(self.model).__name__, *shown])})"
+
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cache=PlanCache())
 
     def __call__(self, images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Tensor:
@@ -173,7 +180,7 @@ class PGD:
         if failure or not isinstance(program, Program):
             x, blocks = self._eager(images, labels, largest_label, x)
         if failure:  # and not the model or the loss: they would have failed again
-            if not passing:
+            if isinstance(program, Program) and not passing:
                 self._cache.refuse(program, failure)
             warnings.warn(f"{failure}; the model was attacked in eager mode", stacklevel=3)
         if blocks and not self._clamp_is_known:
@@ -242,10 +249,10 @@ class PGD:
                     total = sign * per_sample(logits, reference[rows]).sum()
                     return torch.autograd.grad(total, logits)[0]
 
-            def sign_step(prepare, x, clean, gradient, nan, out):
+            def sign_step(prepare: Input, x: Tensor, clean: Tensor, gradient: Tensor, nan: Tensor, out: Tensor) -> None:
                 prepare.sign_step(x, clean, gradient, self.alpha, self.eps, nan, out)
 
-            def any_step(prepare, x, clean, gradient, nan, out):
+            def any_step(prepare: Input, x: Tensor, clean: Tensor, gradient: Tensor, nan: Tensor, out: Tensor) -> None:
                 moved, bad = self._moved(clean, x, prepare.gradient(x, gradient))
                 nan += bad.flatten(1).sum(1)
                 x.copy_(moved)
@@ -263,7 +270,7 @@ class PGD:
     def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> tuple[Tensor, bool]:
         """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
         # Code of torch.compile would be compiled again inside a mode.
-        known = self._clamp_is_known or any(isinstance(m, torch._dynamo.OptimizedModule) for m in self.model.modules())
+        known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
         clamps = ClampMode(images.shape[1], replace=False)
         nan = torch.zeros((), dtype=torch.int64, device=images.device)
         with in_mode(self.model, training=self.bn_mode == "train"), _without_parameter_gradients(self.model):
@@ -304,7 +311,9 @@ class PGD:
 
         return run
 
-    def _per_sample(self, labels: Tensor, clean_logits: Callable[[], Tensor]) -> tuple[Callable, Tensor]:
+    def _per_sample(
+        self, labels: Tensor, clean_logits: Callable[[], Tensor]
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """The loss of each sample as a function of logits and a reference, and that reference."""
         if self.loss == "kl":
             with torch.no_grad():
@@ -348,7 +357,7 @@ class PGD:
         return x.clamp_(0, 1)
 
 
-def named_attack(name: str, model: nn.Module, **options) -> PGD:
+def named_attack(name: str, model: nn.Module, **options: Any) -> PGD:
     """The inner adversary of a method, by name.
 
     Args:
@@ -360,7 +369,16 @@ def named_attack(name: str, model: nn.Module, **options) -> PGD:
     return PGD(model, **{**ADVERSARIES[name], **options})
 
 
-ADVERSARIES: dict[str, dict] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
+Adversary = Literal["ce", "trades"]
+ADVERSARIES: dict[str, dict[str, Any]] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
+
+
+def _fraction(value: object) -> str:
+    """``8/255`` for what is exactly that many levels of a pixel of 8 bits, else nothing."""
+    if not isinstance(value, float) or not 0 < value < 1:
+        return ""
+    levels = round(value * 255)
+    return f"{levels}/255" if levels / 255 == value else ""
 
 
 def _l2_norm(x: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from twins_fast.checkpoints.formats import file_format
 from twins_fast.checkpoints.names import CheckpointError, frozen_name, is_frozen, layer_of, leaf_of, plain_name
-from twins_fast.checkpoints.read import file_format, read_state_dict
+from twins_fast.checkpoints.read import read_state_dict
 from twins_fast.checkpoints.write import serialize, write_atomically
 
 WINGS = ("keep", "adaptive", "frozen", "twin")
@@ -18,7 +20,7 @@ WINGS = ("keep", "adaptive", "frozen", "twin")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
 
 
-def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "keep") -> dict:
+def convert_checkpoint(source: str | Path, target: str | Path, *, wings: str = "keep") -> dict[str, Any]:
     """Rewrite any supported checkpoint as safetensors with canonical names.
 
     Args:
@@ -82,10 +84,15 @@ def _twin(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {frozen_name(name): state[name] for name in plain}
 
 
-_SELECT = {"keep": dict, "adaptive": _adaptive_wing, "frozen": _frozen_wing, "twin": _twin}
+_SELECT: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "keep": dict,
+    "adaptive": _adaptive_wing,
+    "frozen": _frozen_wing,
+    "twin": _twin,
+}
 
 
-def _require(condition, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise CheckpointError(message)
 

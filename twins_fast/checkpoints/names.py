@@ -29,8 +29,8 @@ def canonical(entries: Mapping[str, Tensor], path: str | Path) -> dict[str, Tens
     network: dict[str, Tensor] = {}
     attackers: dict[str, Tensor] = {}
     for name, value in entries.items():
-        prefix = _WRAPPERS.match(name)[0]
-        short = name[len(prefix) :]
+        short = _WRAPPERS.sub("", name, count=1)  # which matches at the start, if only nothing
+        prefix = name.removesuffix(short)
         if _NOT_NETWORK.fullmatch(short):
             continue
         group = attackers if "attacker." in prefix else network
@@ -42,7 +42,7 @@ def canonical(entries: Mapping[str, Tensor], path: str | Path) -> dict[str, Tens
     return {**attackers, **network}
 
 
-def listed(keys: Iterable) -> str:
+def listed(keys: Iterable[object]) -> str:
     """Keys of whatever a file holds, for a message: in bounds however many, long or deeply nested they are."""
     short = reprlib.Repr()
     short.maxstring = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -45,7 +46,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return canonical(_network_entries(_read_pickled(path), path), path)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: CPU tensors and the meta data, as JSON gives it back.
 
     Raises:

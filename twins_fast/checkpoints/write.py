@@ -10,13 +10,14 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 
-def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: dict) -> None:
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
     """Write one safetensors file that holds ``tensors`` and ``meta``; a kill leaves the old one or the new one.
 
     ``<stem>.json`` next to it shows ``meta`` to people. It is written afterwards, and never read.
@@ -82,7 +83,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def serialize(tensors: Mapping[str, Tensor], meta: dict) -> bytes:
+def serialize(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
     """The content of a safetensors file, tensors on any device, ``meta`` as JSON."""
     apart = {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

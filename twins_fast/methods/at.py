@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from twins_fast.attacks import PGD, named_attack
-from twins_fast.attacks.pgd import ADVERSARIES
+from twins_fast.attacks.pgd import Adversary
 from twins_fast.methods.base import Logits, Method
-
-Adversary = Literal[tuple(ADVERSARIES)]
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class AT(Method):
     adversary: Adversary = "ce"
     """What the attack maximises: cross-entropy (the TWINS code's, for every method), or TRADES's own KL divergence."""
 
-    def attack(self, model: nn.Module, **options) -> PGD:
+    def attack(self, model: nn.Module, **options: Any) -> PGD:
         return named_attack(self.adversary, model, **options)
 
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Method:
     name: ClassVar[str]
     wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -49,7 +51,7 @@ class Method:
         """Those that the optimiser moves."""
         return list(model.parameters())
 
-    def attack(self, model: nn.Module, **options) -> Attack | None:
+    def attack(self, model: nn.Module, **options: Any) -> Attack | None:
         """The method's adversary against ``model``, with ``options`` of :class:`twins_fast.PGD`; None for none."""
         raise NotImplementedError
 
@@ -80,7 +82,9 @@ class Method:
         largest_label: int,
         x_init: Tensor | None = None,
     ) -> Tensor:
-        """The adversarial images [B, C, H, W] of a checked batch."""
+        """The adversarial images [B, C, H, W] of a checked batch; without an attack, the images themselves."""
+        if attack is None:
+            return images
         if type(attack) is PGD and attack.model is model:
             return attack.perturb(images, labels, largest_label, x_init)
         return attack(images, labels, x_init=x_init)
@@ -103,7 +107,7 @@ class Method:
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A mean over the rows of each part, weighted and summed."""
-        return sum(weight * F.cross_entropy(logits[part], labels[part]) for weight, part in self.parts(len(labels)))
+        return total(weight * F.cross_entropy(logits[part], labels[part]) for weight, part in self.parts(len(labels)))
 
     def _check_wings(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
@@ -122,6 +126,11 @@ class Method:
                 "has no two-wing layers (see convert_twin_bn)" if not layers else "is not in mix mode (call train())"
             )
             raise ValueError(f"method {self.name!r} needs two-wing layers in mix mode, but the model {state}")
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of one term or more."""
+    return reduce(operator.add, terms)
 
 
 def correct(logits: Logits, labels: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from twins_fast.methods.base import Logits, Method
+from twins_fast.methods.base import Attack, Logits, Method
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,18 @@ class Standard(Method):
 
     name: ClassVar[str] = "standard"
 
-    def attack(self, model, **options) -> None:
+    def attack(self, model: nn.Module, **options: Any) -> None:
         return None
 
-    def perturb(self, attack, model, images, labels, largest_label, x_init=None) -> Tensor:
+    def perturb(
+        self,
+        attack: Attack | None,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        largest_label: int,
+        x_init: Tensor | None = None,
+    ) -> Tensor:
         return images
 
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.methods.at import AT
-from twins_fast.methods.base import Logits
+from twins_fast.methods.base import Logits, total
 from twins_fast.validation import checked_logits
 
 
@@ -31,11 +31,12 @@ class TRADES(AT):
         return Logits(trained_on, checked_logits(model(images), len(images), largest_label))
 
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:
+        adversarial, clean = logits
+        if clean is None:
+            raise ValueError(f"method {self.name!r} needs the logits of the clean images, too")
         rows = len(labels)
-        divergence = sum(
-            weight / rows * _kl_sum(logits.clean[part], logits.adversarial[part]) for weight, part in self.parts(rows)
-        )
-        return self._cross_entropy(logits.clean, labels) + self.beta * divergence
+        divergence = total(weight / rows * _kl_sum(clean[part], adversarial[part]) for weight, part in self.parts(rows))
+        return self._cross_entropy(clean, labels) + self.beta * divergence
 
 
 def _kl_sum(clean: Tensor, adversarial: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ the network looks more robust than it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,13 @@ class ClampMode(TorchFunctionMode):
         self._channels = channels
         self._replace = replace
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         bounds = _bounds(func, args, kwargs)
         if bounds is None or args[0].dim() != 4 or args[0].shape[1] != self._channels:
@@ -64,8 +72,9 @@ class ClampMode(TorchFunctionMode):
         return args[0].copy_(clamped) if func in _IN_PLACE or kwargs.get("inplace") else clamped
 
 
-def _bounds(func, args: tuple, kwargs: dict) -> tuple[float, float] | None:
+def _bounds(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
     """The bounds of a clamp to [0, 1] or to one side of it; None for any other call."""
+    bounds: list[float | None]
     if func is F.hardtanh:
         names, bounds = ("min_val", "max_val"), [-1.0, 1.0]
     elif func in _CLAMPS:

@@ -35,6 +35,9 @@ class CifarResNet(nn.Module):
         images [N, 3, H, W] floating point in [0, 1] -> logits [N, num_classes].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, num_classes: int, width: int = 16, blocks: Sequence[int] = (2, 2, 2, 2), block: str = "basic"):
         super().__init__()
         kind = _BLOCKS[block]
@@ -84,6 +87,9 @@ class TransferResNet(ResNet):
     Shapes:
         images [N, 3, H, W] floating point in [0, 1] -> logits [N, num_classes].
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from twins_fast.nn.fuse.apply import unfused_type
 from twins_fast.nn.guards import has_hooks
-from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
+from twins_fast.nn.layers import BatchNormAct, TwinBatchNorm2d, TwinBatchNormAct2d
 from twins_fast.nn.wings import require_twin_layers, twin_layers
+
+PlainBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm  # two-wing layers are no plain ones, though they inherit
 
 _TIMM = ("BatchNormAct2d", "SyncBatchNormAct")  # classes of one module in timm
 _ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -74,11 +78,11 @@ def convert_sync_twin_bn(model: nn.Module, process_group: torch.distributed.Proc
     return model
 
 
-def _is_plain_bn(module: nn.Module) -> bool:
+def _is_plain_bn(module: nn.Module) -> TypeGuard[PlainBatchNorm]:
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not isinstance(module, TwinBatchNorm2d)
 
 
-def _is_timm_bn_act(module: nn.Module) -> bool:
+def _is_timm_bn_act(module: nn.Module) -> TypeGuard[BatchNormAct]:
     return type(module).__name__ in _TIMM and hasattr(module, "drop") and hasattr(module, "act")
 
 
@@ -91,7 +95,12 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         raise ValueError(f"cannot convert {name}: it has no running statistics for the frozen wing to use")
 
 
-def _replace(module: nn.Module, wanted, build, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _replace(
+    module: nn.Module,
+    wanted: Callable[[nn.Module], bool],
+    build: Callable[[Any], nn.Module],
+    done: dict[nn.Module, nn.Module],
+) -> nn.Module:
     """Depth-first replacement; ``done`` keeps a layer that is shared between two places shared."""
     if module in done:
         return done[module]
@@ -110,7 +119,7 @@ def _replace(module: nn.Module, wanted, build, done: dict[nn.Module, nn.Module])
     return module
 
 
-def _options(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict:
+def _options(bn: PlainBatchNorm) -> dict[str, Any]:
     return {
         "eps": bn.eps,
         "momentum": bn.momentum,
@@ -119,15 +128,16 @@ def _options(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict:
     }
 
 
-def _share(source: nn.BatchNorm2d, target: nn.BatchNorm2d) -> None:
+def _share(source: PlainBatchNorm, target: PlainBatchNorm) -> None:
     """Let ``target`` hold the very parameters and buffers of ``source``."""
     for name in _ENTRIES:
         setattr(target, name, getattr(source, name))
     target.train(source.training)
 
 
-def _twin_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> TwinBatchNorm2d:
-    options = {**_options(bn), "device": bn.running_mean.device, "dtype": bn.running_mean.dtype}
+def _twin_of(bn: PlainBatchNorm) -> TwinBatchNorm2d:
+    statistics = bn.get_buffer("running_mean")
+    options = {**_options(bn), "device": statistics.device, "dtype": statistics.dtype}
     if isinstance(bn, nn.SyncBatchNorm):
         options["process_group"] = bn.process_group or "world"
     if _is_timm_bn_act(bn):
@@ -147,7 +157,7 @@ def _twin_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> TwinBatchNorm2d:
     return twin
 
 
-def _plain_of(twin: TwinBatchNorm2d) -> nn.BatchNorm2d | nn.SyncBatchNorm:
+def _plain_of(twin: TwinBatchNorm2d) -> PlainBatchNorm:
     options, group = _options(twin), twin.process_group
     if group is not None:
         options["process_group"] = None if group == "world" else group

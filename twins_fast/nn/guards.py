@@ -6,6 +6,7 @@ import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def has_global_hooks() -> bool:
 
 def is_untouched(module: nn.Module | None, *types: type[nn.Module]) -> bool:
     """Whether ``module`` is exactly one of ``types``, without hooks or a forward of its own."""
-    return type(module) in types and not has_hooks(module) and "forward" not in module.__dict__
+    return module is not None and type(module) in types and not has_hooks(module) and "forward" not in module.__dict__
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def random_numbers_restored() -> Iterator[list[str]]:
         torch.set_rng_state(torch.from_numpy(before["torch"]))
 
 
-def _generator_states() -> dict:
+def _generator_states() -> dict[str, Any]:
     return {
         "random": random.getstate(),
         "numpy": np.random.get_state(legacy=False),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.nn.guards import is_untouched
-from twins_fast.ops import sync, twin_batch_norm
+from twins_fast.ops import twin_batch_norm
+from twins_fast.ops.group import Group, world_size
 from twins_fast.ops.wing import Wing
 
 
@@ -55,7 +57,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        process_group: sync.Group = None,
+        process_group: Group = None,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.main_bn = nn.BatchNorm2d(num_features, eps, momentum, affine, device=device, dtype=dtype)
@@ -75,7 +77,7 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
         wing = self.wing or ("mix" if self.training else "adaptive")
         split = {"mix": rows // 2, "adaptive": 0, "frozen": rows}[wing]
         group = self.process_group if self.training and wing != "frozen" else None
-        if group is None or sync.world_size(group) == 1:  # else the rows of all processes count
+        if group is None or world_size(group) == 1:  # else the rows of all processes count
             self._check_statistics(x, split)
         frozen = self.main_bn
         frozen_wing = Wing(frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias)
@@ -123,15 +125,24 @@ class TwinBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(x, *wing, training=False, eps=self.eps)
         return twin_batch_norm(x, x.shape[0], wing, Wing(), 0.0, self.eps, residual, relu)
 
-    def __deepcopy__(self, memo: dict) -> TwinBatchNorm2d:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TwinBatchNorm2d:
         memo[id(self.process_group)] = self.process_group  # a connection: shared, as it cannot be copied
         twin = memo[id(self)] = self.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def extra_repr(self) -> str:
-        text = super().extra_repr() + (f", wing={self.wing}" if self.wing else "")
+        text = super().extra_repr()  # type: ignore[no-untyped-call]  # PyTorch's is not annotated
+        text += f", wing={self.wing}" if self.wing else ""
         return text + (", synchronised" if self.process_group is not None else "")
+
+
+class BatchNormAct(Protocol):
+    """A batch norm of timm that holds what follows it."""
+
+    num_features: int
+    drop: nn.Module
+    act: nn.Module
 
 
 class TwinBatchNormAct2d(TwinBatchNorm2d):
@@ -146,9 +157,12 @@ class TwinBatchNormAct2d(TwinBatchNorm2d):
         options: as in :class:`TwinBatchNorm2d`.
     """
 
-    def __init__(self, plain: nn.BatchNorm2d | nn.SyncBatchNorm, **options):
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, plain: BatchNormAct, **options: Any):
         super().__init__(plain.num_features, **options)
-        self.plain_type = type(plain)
+        self.plain_type: type[Any] = type(plain)
         self.drop = plain.drop
         self.act = plain.act
 
@@ -164,7 +178,7 @@ class TwinBatchNormAct2d(TwinBatchNorm2d):
         drop, act = self.drop, self.act
         if not is_untouched(drop, nn.Identity, nn.Dropout, nn.Dropout2d) or not is_untouched(act, nn.Identity, nn.ReLU):
             return False
-        return type(drop) is nn.Identity or not drop.training or drop.p == 0
+        return not (isinstance(drop, (nn.Dropout, nn.Dropout2d)) and drop.training and drop.p > 0)
 
 
 def _alike(residual: Tensor, x: Tensor) -> bool:

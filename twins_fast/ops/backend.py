@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def report() -> list[dict]:
+def report() -> list[dict[str, Any]]:
     """One row per op and device type present: ``op``, ``device``, ``backend`` and ``reasons``.
 
     ``backend`` is what runs by default for float32; ``reasons`` maps each better backend to why it does not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,17 @@ from twins_fast.ops.wing import Wing
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, shared) -> None:
+def check_arguments(
+    x: Any,
+    split: Any,
+    frozen: Any,
+    adaptive: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
+    relu: Any,
+    shared: bool,
+) -> None:
     """Raise what :func:`twins_fast.ops.twin_batch_norm` says of its arguments.
 
     ``shared``: other processes have adaptive rows, too, so that two values per channel are not needed here.
@@ -61,7 +73,7 @@ def check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, s
             raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
 
 
-def _check_wing(wing: str, vectors: Wing, x: Tensor) -> None:
+def _check_wing(wing: str, vectors: Any, x: Tensor) -> None:
     if not isinstance(vectors, (tuple, list)) or len(vectors) != 4:
         raise TypeError(f"{wing} must be (running_mean, running_var, weight, bias), got {type(vectors).__name__}")
     for name, vector in zip(Wing._fields, vectors, strict=True):

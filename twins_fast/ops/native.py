@@ -6,7 +6,9 @@ all phases in one go. Tensors are dense and of one layout, vectors contiguous fl
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,7 @@ from twins_fast.ops.wing import Wing
 _note = Path(__file__).parent.parent / "_build_failed.txt"  # written by setup.py
 _failure = _note.read_text().strip() if _note.exists() else ""
 try:
-    from twins_fast import _C  # after torch, whose OpenMP runtime it then shares
-
+    _C: Any = import_module("twins_fast._C")  # after torch, whose OpenMP runtime it then shares
     missing = ""
 except ImportError as error:
     _C = None

@@ -7,31 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twins_fast.ops import backend, layout, phases
+from twins_fast.ops.group import member, world_size
 from twins_fast.ops.wing import Wing, wings_of
 
-Group = dist.ProcessGroup | str | None  # "world" is the default group, whenever it is made; None: no other process
 
-
-def world_size(group: Group) -> int:
-    """Number of processes of a group that is not ``None``.
-
-    Raises:
-        TypeError: not a group.
-        RuntimeError: ``torch.distributed`` is not initialised.
-        ValueError: this process is not in the group.
-    """
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "process_group needs torch.distributed: call torch.distributed.init_process_group first, or leave it None"
-        )
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group does not hold this process")
-    if group != "world" and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed group, 'world' or None, got {group!r}")
-    return dist.get_world_size(_member(group))
-
-
-@torch.compiler.disable
+@torch.compiler.disable  # which imports the compiler: this file is imported where it is needed
 def twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, name, group) -> Tensor:
     """:func:`twins_fast.ops.twin_batch_norm` with the adaptive statistics of all processes of ``group``.
 
@@ -48,10 +28,6 @@ def twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, n
     return _TwinBatchNorm.apply(x, residual, split, stats, count, eps, relu, name, group, *frozen, *adaptive)
 
 
-def _member(group: dist.ProcessGroup | str) -> dist.ProcessGroup | None:
-    return None if group == "world" else group  # None is the default group to torch.distributed
-
-
 def _gather_statistics(x, split, adaptive, momentum, eps, name, group) -> tuple[Tensor, Tensor]:
     """Count (scalar) and [2, C] mean and 1 / std of the adaptive rows of all processes."""
     moments = backend.implementation(name).moments(x, split)
@@ -59,7 +35,7 @@ def _gather_statistics(x, split, adaptive, momentum, eps, name, group) -> tuple[
     # float64 holds every count; one tensor makes one collective.
     sent = torch.cat([moments.double().flatten(), moments.new_full((1,), count, dtype=torch.float64)])
     received = sent.new_empty(world_size(group), sent.numel())
-    dist.all_gather(list(received), sent, group=_member(group))
+    dist.all_gather(list(received), sent, group=member(group))
     counts = received[:, -1]
     if count < 2:  # else there are two, and the device need not be waited for
         total = int(counts.sum())
@@ -95,7 +71,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         sums = kernel.sums(dy, x, bits, split, frozen, stats)
         shared = sums[2:].clone()
         # On every process, whatever it wants itself: the others wait for its sums.
-        dist.all_reduce(shared, group=_member(ctx.group))
+        dist.all_reduce(shared, group=member(ctx.group))
         need_x, need_residual = ctx.needs_input_grad[:2]
         wanted = [need_x, need_residual and ctx.relu]
         dx, dresidual, dfw, dfb = None, dy, None, None

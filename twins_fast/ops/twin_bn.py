@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from twins_fast.ops import backend, layout, reference, register, sync
+from twins_fast.ops import backend, layout, reference, register
 from twins_fast.ops.check import check_arguments
+from twins_fast.ops.group import Group, world_size
 from twins_fast.ops.wing import Wing, wings_of
 
 
@@ -21,7 +23,7 @@ def twin_batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
-    process_group: sync.Group = None,
+    process_group: Group = None,
 ) -> Tensor:
     """Two-wing batch norm (TWINS, arXiv 2303.11135, section 4) with an optional residual and ReLU.
 
@@ -57,11 +59,11 @@ def twin_batch_norm(
         RuntimeError: a backend was forced that cannot run this call; ``process_group`` was given, but
             ``torch.distributed`` is not initialised.
     """
-    shared = process_group is not None and sync.world_size(process_group) > 1
+    shared = process_group is not None and world_size(process_group) > 1
     check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, shared)
     name = backend.choose("twin_batch_norm", x)
     if name == "torch" and not shared:
-        return reference.twin_batch_norm(x, split, frozen, adaptive, momentum, eps, residual, relu)
+        return reference.twin_batch_norm(x, split, Wing(*frozen), Wing(*adaptive), momentum, eps, residual, relu)
     memory_format = layout.nearest(x)
     x = _dense(x, memory_format)
     if residual is not None:
@@ -70,13 +72,15 @@ def twin_batch_norm(
     statistics = adaptive[:2]
     frozen, adaptive = (Wing(*[_as_vector(v, dtype) for v in wing]) for wing in (frozen, adaptive))
     if shared:
+        from twins_fast.ops import sync  # imports the compiler, to keep it out
+
         y = sync.twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, name, process_group)
     elif _is_differentiated((x, residual, *frozen[2:], *adaptive[2:])):
         y = _TwinBatchNorm.apply(x, residual, split, momentum, eps, relu, name, *frozen, *adaptive)
     else:
         y, _, _ = register.forward(x, residual, split, frozen, adaptive, momentum, eps, relu, False, name)
     for buffer, updated in zip(statistics, adaptive[:2], strict=True):
-        if buffer is not updated:  # half precision or strided
+        if buffer is not None and updated is not None and buffer is not updated:  # half precision or strided
             buffer.copy_(updated)
     return y
 
@@ -84,7 +88,17 @@ def twin_batch_norm(
 class _TwinBatchNorm(torch.autograd.Function):
     # Autograd sees tensors among the arguments, not inside of them: hence a wing's vectors one by one.
     @staticmethod
-    def forward(ctx, x, residual, split, momentum, eps, relu, name, *vectors):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        split: int,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        name: str,
+        *vectors: Tensor | None,
+    ) -> Tensor:
         frozen, adaptive = wings_of(vectors)
         y, bits, stats = register.forward(x, residual, split, frozen, adaptive, momentum, eps, relu, relu, name)
         ctx.save_for_backward(x, bits, stats, *frozen[:3], adaptive.weight)
@@ -93,7 +107,7 @@ class _TwinBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bits, stats, *frozen, weight = ctx.saved_tensors
         need_x, need_residual, *_ = ctx.needs_input_grad
         need_frozen, need_adaptive = wings_of(ctx.needs_input_grad[-8:])
@@ -102,7 +116,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         wanted += [need and has_frozen for need in need_frozen[2:]]
         wanted += [need and has_adaptive for need in need_adaptive[2:]]
         dy = _dense(dy, layout.nearest(x))
-        grads = [None] * 6
+        grads: list[Tensor | None] = [None] * 6
         if any(wanted):
             wings = Wing(*frozen), Wing(weight=weight)
             results = register.backward(dy, x, bits, ctx.split, *wings, stats, ctx.eps, wanted, ctx.name)
@@ -113,7 +127,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         return dx, dresidual, *[None] * 5, *Wing(weight=dfw, bias=dfb), *Wing(weight=dw, bias=db)
 
 
-def _is_differentiated(leaves) -> bool:
+def _is_differentiated(leaves: Iterable[Tensor | None]) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         return True
     # Forward derivatives have no kernel, which autograd then says.

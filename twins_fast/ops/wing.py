@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,6 @@ class Wing(NamedTuple):
     bias: Tensor | None = None
 
 
-def wings_of(vectors: Sequence) -> tuple[Wing, Wing]:
+def wings_of(vectors: Sequence[Any]) -> tuple[Wing, Wing]:
     """The frozen and the adaptive wing from their vectors in a row, or from what is known of each of these."""
     return Wing(*vectors[:4]), Wing(*vectors[4:])

@@ -26,7 +26,7 @@ RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
 class PlanCache:
     """The plans of a model; ``lock`` is held while one is built or runs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.RLock()
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.forget()

@@ -68,7 +68,7 @@ class Program:
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         self.largest_chunk: int | None = None
         self.input = None
-        self.nan_gradients = 0
+        self.nan_gradients = torch.zeros(0, dtype=torch.int64)
         self.verified: set[int] = set()  # numbers of images
         self._graphs = GraphedAttack(executor.device) if executor.device.type == "cuda" else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -22,11 +23,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while not has_hooks(model):
         if type(model) is nn.DataParallel and len(model.device_ids) <= 1:
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
+        elif is_compiled(model):
             model = model._orig_mod
         else:
             break
     return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made it, asked without importing the compiler, which takes a second."""
+    return isinstance(module, getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ()))
 
 
 def obstacle(model: nn.Module, images: Tensor) -> str:

@@ -17,7 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -95,15 +95,16 @@ def fusion_report(model: nn.Module) -> list[Fusion]:
     return rows
 
 
-def unfused_type(module: nn.Module) -> type[nn.Module]:
+def unfused_type(module: nn.Module | None) -> type[Any]:
     """The class that a module had before :func:`twins_fast.fuse_twin_bn`."""
     return type(module).__dict__.get("unfused_type", type(module))
 
 
-def _subclass(original: type[nn.Module], extra: dict) -> type[nn.Module]:
+def _subclass(original: type[nn.Module], extra: dict[str, Any]) -> type[nn.Module]:
     """A subclass that looks like ``original``; with one base, which is what allows modules to change to it."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original)(original.__name__, (original,), {**names, "unfused_type": original, **extra})
+    metaclass: Callable[..., type[nn.Module]] = type(original)
+    return metaclass(original.__name__, (original,), {**names, "unfused_type": original, **extra})
 
 
 @contextmanager
@@ -123,9 +124,12 @@ def _copied(module: nn.Module, copy_: Callable[[nn.Module], nn.Module]) -> nn.Mo
     return twin
 
 
-def _reduce(module: nn.Module, protocol: int) -> tuple:
+def _reduce(module: nn.Module, protocol: int) -> str | tuple[Any, ...]:
     with _unfused(module):
-        make, arguments, *state = module.__reduce_ex__(protocol)
+        reduced = module.__reduce_ex__(protocol)
+    if isinstance(reduced, str):  # the name of a global
+        return reduced
+    make, arguments, *state = reduced
     return functools.partial(make, *arguments), (), *state  # pickle would compare a plain make with the fused class
 
 
@@ -135,12 +139,13 @@ def _fuse(module: nn.Module) -> None:
         return  # the latter: someone else's subclass of a fused class
     module.__class__ = original = unfused_type(module)
     plan = _Plan(module)
-    if plan.run is None:
+    run = plan.run
+    if run is None:
         return
 
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         fits = not kwargs and plan.takes(args) and plan.holds(self)
-        return plan.run(self, *args) if fits else original.forward(self, *args, **kwargs)
+        return run(self, *args) if fits else original.forward(self, *args, **kwargs)
 
     # With a code object of its own torch.compile counts its compilations apart from those of other modules.
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
@@ -175,7 +180,7 @@ class _Plan:
     def __init__(self, module: nn.Module):
         self.rows: dict[Path, tuple[str, str]] = {}
         self.rewritten: set[Path] = set()
-        self.run: Callable | None = None
+        self.run: Callable[..., Any] | None = None
         self._takes_list: list[bool] = []  # for each argument
         self._attributes: dict[str, object] = {}
         self._methods: dict[str, object] = {}
@@ -218,7 +223,7 @@ class _Plan:
             return False
         return all(is_untouched(at(module, path), kind) for path, kind in self._parts.items())
 
-    def takes(self, arguments: tuple) -> bool:
+    def takes(self, arguments: tuple[Any, ...]) -> bool:
         """Whether the forward was traced for arguments like these."""
         return len(arguments) == len(self._takes_list) and all(
             type(argument) is list if takes_list else argument is not None
@@ -253,7 +258,7 @@ def _same(value: object, expected: object) -> bool:
     return value is expected or (type(value) is type(expected) and value == expected)
 
 
-def _compiled(graph: fx.Graph, module: nn.Module) -> Callable:
+def _compiled(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
     graph.lint()
     for node in graph.nodes:
         node.type = None  # annotations may name what only the original source knows

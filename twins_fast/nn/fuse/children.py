@@ -44,7 +44,7 @@ def containers(module: nn.Module, path: Path = ()) -> Iterator[tuple[Path, nn.Mo
             yield from containers(child, (*path, name))
 
 
-def children(module: nn.Module) -> list[tuple[Path, list]]:
+def children(module: nn.Module) -> list[tuple[Path, list[tuple[str, int | None]]]]:
     """The names of all children, and which of them are the same module."""
     first: dict[int, int] = {}
     return [

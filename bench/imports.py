@@ -1,0 +1,54 @@
+"""How much longer importing the package takes than importing PyTorch: ``python -m bench.imports``.
+
+Every import happens in a process of its own, and the two take turns, so that what else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+from bench.harness import RESULTS, spread
+from bench.header import ROOT, header
+
+RESULT = RESULTS / "imports.json"
+PACKAGES = ("torch", "twins_fast")  # the second one imports the first
+
+
+def seconds(package: str) -> float:
+    """What one import takes in a fresh process, the start of Python not counted."""
+    code = f"import time; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Median and quartiles of either import and of the difference between two neighbours."""
+    for package in PACKAGES:
+        seconds(package)  # reads the files, and writes the byte code
+    alone, ours = zip(*([seconds(package) for package in PACKAGES] for _ in range(rounds)), strict=True)
+    added = [ours - alone for alone, ours in zip(alone, ours, strict=True)]
+    return {"torch": spread(list(alone)), "twins_fast": spread(list(ours)), "difference": spread(added)}
+
+
+def table(times: dict[str, dict[str, float]]) -> str:
+    """Markdown."""
+    names = {"torch": "`import torch`", "twins_fast": "`import twins_fast`", "difference": "difference"}
+    lines = [f"| {names[key]} | {t['median']:.2f} s | {t['q1']:.2f} to {t['q3']:.2f} s |" for key, t in times.items()]
+    return "\n".join(["| in a fresh process | median | quartiles |", "|---|---|---|", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="imports of each (15)")
+    rounds = parser.parse_args().rounds
+    command = " ".join(["python -m bench.imports", *sys.argv[1:]])
+    record = {"header": header(), "command": command, "device": "cpu", "times": measure(rounds)}
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record["times"]))
+
+
+if __name__ == "__main__":
+    main()

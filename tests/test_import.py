@@ -23,7 +23,7 @@ def printed(code):
 
 @pytest.mark.parametrize("then", ["", ATTACK])
 def test_nothing_slow_but_torch(then):
-    code = f"import sys, torch; before = set(sys.modules); import twins_fast\n{then}"
+    code = f"import sys, torch; before = set(sys.modules); import twins_fast; twins_fast.PGD\n{then}"
     brought = set(printed(f"{code}\nprint(*set(sys.modules) - before)"))
     assert "twins_fast.attacks.pgd" in brought
     assert not brought & SLOW

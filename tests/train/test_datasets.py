@@ -121,6 +121,13 @@ WRONG = {
         "npz",
         "train_labels go up to 1000000000, but name only 4 classes",
     ),
+    "one label too many": (
+        lambda p: write_npz(
+            p / "x.npz", train=IMAGES, train_labels=np.array([0, 1, 2, 1]), test=IMAGES, test_labels=np.array([0, 1] * 2)
+        ),
+        "npz",
+        "no test image has label 2; if that is meant, add an array of class names",
+    ),
     "no images": (
         lambda p: write_npz(p / "x.npz", train=IMAGES[:0], train_labels=LABELS[:0], test=IMAGES, test_labels=LABELS),
         "npz",

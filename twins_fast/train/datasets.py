@@ -123,6 +123,12 @@ def _npz(path: Path, chosen: tuple[str, ...]) -> tuple[ImageArray, ImageArray, t
         count = int(present.max(initial=0)) + 1
         if count > len(present) > 0:  # one wild label would make thousands of classes
             raise DataError(f"{str(path)!r}: train_labels go up to {count - 1}, but name only {len(present)} classes")
+        untested = np.setdiff1d(present, arrays["test_labels"])
+        if 0 < len(untested) < len(present):  # or just one more
+            raise DataError(
+                f"{str(path)!r}: no test image has label {', '.join(map(str, untested[:10]))}; if that is meant, "
+                "add an array of class names, classes"
+            )
         classes = CIFAR10_CLASSES if count == 10 else tuple(map(str, range(count)))
     unknown = [name for name in chosen if name not in classes]
     if unknown:

@@ -123,7 +123,11 @@ WRONG = {
     ),
     "one label too many": (
         lambda p: write_npz(
-            p / "x.npz", train=IMAGES, train_labels=np.array([0, 1, 2, 1]), test=IMAGES, test_labels=np.array([0, 1] * 2)
+            p / "x.npz",
+            train=IMAGES,
+            train_labels=np.array([0, 1, 2, 1]),
+            test=IMAGES,
+            test_labels=np.array([0, 1, 0, 1]),
         ),
         "npz",
         "no test image has label 2; if that is meant, add an array of class names",

@@ -37,11 +37,13 @@ def main(checkpoint: str, images: str, arch: str = "resnet50", steps: int = 20) 
     with np.load(images) as file:
         pixels = torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float() / 255
         labels = torch.from_numpy(file["labels"]).long()
-    attack = PGD(model, eps=4 / 255, alpha=1 / 255, steps=steps)
+    attack = PGD(model, eps=4 / 255, alpha=1 / 255, steps=steps, random_start=False)
     accuracy = evaluate(model, zip(pixels.split(50), labels.split(50), strict=True), attack)
     print(f"clean {accuracy.clean:.1%}, under PGD-{steps} {accuracy.robust:.1%}, on {accuracy.images} images")
     print(attack.explain(pixels[:50]))
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

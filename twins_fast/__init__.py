@@ -39,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_PACKAGES])
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -85,6 +85,11 @@ def fraction(text: str) -> float:
         raise ValueError(f"{text!r} is not a number or fraction") from None
 
 
+def fraction_of_255(value: float) -> str:
+    """A length in pixel values as everybody writes it, n/255, where that is the very same number."""
+    return f"{round(255 * value)}/255" if round(255 * value) / 255 == value else repr(value)
+
+
 @functools.cache
 def _kinds(cls: type) -> dict[str, Any]:
     """The type of every field."""
@@ -128,7 +133,7 @@ def _check(name: str, kind: Any, value: Any) -> None:
         check_choice(name, value, typing.get_args(kind))
     elif typing.get_origin(kind) is tuple:
         if not isinstance(value, tuple):
-            raise ValueError(f"{name} must be a list, got {value!r}")
+            raise ValueError(f"{name} must be a list (in Python a tuple), got {value!r}")
         for item in value:
             _check(name, typing.get_args(kind)[0], item)
     elif kind in (int, float):

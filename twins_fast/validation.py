@@ -88,7 +88,7 @@ def check_integer(**values: object) -> None:
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Require ``value`` to be one of ``choices``."""
-    if value not in choices:
+    if value not in list(choices):  # a list compares what cannot be hashed, too
         raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(sorted(map(str, choices)))}")
 
 

@@ -30,16 +30,15 @@ def test_values_are_checked(capsys):
         ("--eps -1", "eps must be a finite number >= 0, got -1"),
         ("--eps 8", "eps must be at most 1, as images are in [0, 1], got 8; did you mean 8/255?"),
         ("--eps 8/x", "'8/x' is not a number or fraction"),
-        ("--steps 2.5", "--steps"),
-        ("--amp fp8", "fp8"),
+        ("--steps 2.5", "Error parsing --steps/--attack.steps: invalid literal for int() with base 10: '2.5'"),
+        ("--amp fp8", "invalid choice 'fp8' for argument '--amp/--run.amp'"),
         ("--network.upsample 0", "upsample must be at least 1, got 0"),
         ("--run.baselines trades,trades", "baselines must name each method once, got trades, trades"),
         ("--method at --method.beta 3", "Unrecognized options: --method.beta"),
         ("--config x.toml", "--recipe and --config exclude each other"),
-        ("--resume a --run b", "--run and --resume exclude each other|is not a run folder"),
+        ("--resume a --run b", "--run and --resume exclude each other"),
     ):
-        said = refused(capsys, "train", "--recipe", "mini", *words.split())
-        assert any(part in said for part in message.split("|")), said
+        assert message in refused(capsys, "train", "--recipe", "mini", *words.split())
 
 
 def test_a_network_that_cannot_upsample_is_refused_before_a_folder_is_made(capsys, tmp_path):
@@ -123,7 +122,11 @@ def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
     assert "RUN|FILE|embedded" in refused(capsys, "eval")
     assert "knows the classes airplane" in refused(capsys, "eval", "embedded", "--recipe", "mini")
     # The network that comes with the package holds its recipe.
-    assert "classes can be chosen from an .npz file only, got airplane" in refused(capsys, "eval", "embedded")
+    assert "dataset 'npz' needs a data root (--data-root)" in refused(capsys, "eval", "embedded")
+    (tmp_path / "config.json").write_text("{}")  # somebody else's
+    torch.save({"a": torch.ones(2)}, tmp_path / "b.pt")
+    said = refused(capsys, "eval", str(tmp_path / "b.pt"), "--recipe", "mini-pretrain")
+    assert "needs a data root (--data-root)" in said
     assert "not a checkpoint" in refused(capsys, "eval", str(npz), "--recipe", "mini")
     assert "holds no best.safetensors" in refused(capsys, "eval", str(tmp_path))
     assert "no.ckpt" in refused(capsys, "eval", str(tmp_path / "no.ckpt"))

@@ -25,7 +25,7 @@ def test_every_axis_says_what_it_shows(tmp_path, monkeypatch):
     loss, rate, training, tests = figure.axes
     assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 4
     assert [axis.get_ylabel() for axis in figure.axes] == ["loss, nats", "learning rate", "accuracy, %", "accuracy, %"]
-    assert "under attack" in training.get_title()
+    assert "under the training attack" in training.get_title()
     assert loss.get_legend_handles_labels()[1] == ["twins-at", "at"]
     assert training.get_legend_handles_labels()[1] == ["twins-at, frozen wing", "twins-at, adaptive wing", "at"]
     assert "twins-at, test, under attack" in tests.get_legend_handles_labels()[1]

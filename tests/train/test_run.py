@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from tests.train.helpers import REGISTER_TINY, TINY, refused, train
+from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, refused, train
 from twins_fast.checkpoints import load_checkpoint, save_checkpoint
-from twins_fast.methods import METHODS
+from twins_fast.methods import METHODS, TwinsAT
 from twins_fast.models import build_model
 from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
@@ -102,6 +103,7 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path, npz):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_step_and_says_how_to_resume(tmp_path, npz, number):
+    """To the whole group of processes, loaders included, as a terminal and a scheduler send it."""
     assert train(tmp_path / "whole", npz, "--epochs", "3", "--data.workers", "2") == 0
     folder = RunFolder(tmp_path / "cut")
     # A signal in the middle of step 4: sent from inside, so that there is no race.
@@ -111,14 +113,14 @@ from twins_fast.train import cli, trainer
 step = trainer.Trainer.train_step
 def signalled(self, images, labels):
     if self.step == 3:
-        os.kill(os.getpid(), {int(number)})
+        os.killpg(0, {int(number)})
     return step(self, images, labels)
 trainer.Trainer.train_step = signalled
 sys.exit(cli.main(sys.argv[1:]))
 """
     arguments = ["train", "--recipe", "mini-pretrain", "--run", str(folder.folder), "--data-root", str(npz), *TINY]
     command = [sys.executable, "-c", program, *arguments, "--epochs", "3", "--data.workers", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, start_new_session=True)
     assert ended.returncode == 130, ended.stderr
     assert ended.stderr.endswith(f"twins-fast: interrupted; twins-fast train --resume {folder.folder} resumes\n")
     assert load_checkpoint(folder.last)[1]["step"] == 4 and folder.read_metrics()[-1]["step"] == 4
@@ -143,6 +145,67 @@ def test_an_interrupted_evaluation_is_made_again(tmp_path, npz, monkeypatch):
         monkeypatch.setattr(trainer, "evaluate", evaluate)
         assert cli.main(["train", "--resume", str(run)]) == 0
         assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_second_signal_breaks_a_step_and_saves_nothing(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    forward = TwinsAT.forward
+
+    def twice(self, model, *arguments):
+        logits = forward(self, model, *arguments)  # has moved the running statistics
+        if next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return logits
+
+    steps = iter(range(2))
+    monkeypatch.setattr(TwinsAT, "forward", twice)
+    assert train(tmp_path / "cut", npz, "--method", "twins-at") == 130
+    monkeypatch.setattr(TwinsAT, "forward", forward)
+    assert load_checkpoint(tmp_path / "cut" / "last.safetensors")[1]["step"] == 2
+    assert train(tmp_path / "expected", npz, "--method", "twins-at") == 0
+    assert cli.main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert_same_run(tmp_path / "expected", tmp_path / "cut")
+
+
+def test_an_interrupt_while_the_best_network_is_written_loses_nothing(tmp_path, npz, monkeypatch):
+    assert train(tmp_path / "whole", npz) == 0
+    save = trainer.save_checkpoint
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
+    assert train(tmp_path / "cut", npz) == 130
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    assert cli.main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_other_data_than_before_is_refused(capsys, tmp_path, npz):
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    with np.load(npz) as file:
+        arrays = dict(file)
+    fewer = {"train": arrays["train"][:20], "train_labels": arrays["train_labels"][:20]}
+    np.savez(tmp_path / "fewer.npz", **arrays | fewer)
+    np.savez(tmp_path / "renamed.npz", **arrays, classes=["a", "b", "c"])
+    resume = ["train", "--resume", str(tmp_path / "run"), "--epochs", "2", "--data-root"]
+    assert "its images were 24, now 20" in refused(capsys, *resume, str(tmp_path / "fewer.npz"))
+    assert "its classes were ['0', '1', '2'], now ['a'" in refused(capsys, *resume, str(tmp_path / "renamed.npz"))
+
+
+def test_an_interrupted_end_of_an_extension_is_made_again(tmp_path, npz, monkeypatch):
+    assert train(tmp_path / "run", npz, "--epochs", "1") == 0
+    finish = trainer.Trainer._finish
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "_finish", interrupted)
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 130
+    monkeypatch.setattr(trainer.Trainer, "_finish", finish)
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert RunFolder(tmp_path / "run").read_result()["step"] == 6
 
 
 def test_only_one_process_writes_a_run(capsys, tmp_path, npz):
@@ -327,16 +390,3 @@ def test_the_baselines_of_an_old_run_keep_their_own_options(tmp_path, npz):
         "adversary": "ce",
         "beta": 5.0,
     }
-
-
-# fmt: off
-OLD_RECIPE = {
-    "name": "mini-pretrain", "dataset": "npz", "arch": "tiny", "checkpoint": None, "method": "twins-trades",
-    "beside": ["trades"], "classes": [], "epochs": 2, "batch_size": 8, "lr": 0.05, "momentum": 0.9,
-    "weight_decay": 0.0005, "schedule": "multistep", "milestones": [1], "lr_gamma": 0.1, "warmup": 0.3,
-    "twins_lambda": 0.4, "trades_beta": 5.0, "adversary": "trades", "norm": "linf", "eps": 0.03137254901960784,
-    "alpha": 0.01568627450980392, "steps": 2, "eval_alpha": 0.00784313725490196, "eval_steps": 2, "eval_images": 0,
-    "eval_every": 1, "eval_before": False, "augmentation": "cifar", "upsample": None, "amp": None, "engine": "auto",
-    "channels_last": True, "seed": 0, "workers": 0,
-}
-# fmt: on

@@ -22,6 +22,7 @@ from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
+from twins_fast.options import fraction_of_255
 from twins_fast.validation import (
     check_choice,
     check_images,
@@ -125,7 +126,8 @@ class PGD:
 
     def __repr__(self) -> str:
         options = {name: getattr(self, name) for name in list(inspect.signature(PGD).parameters)[1:]}
-        shown = [f"{name}={_fraction(value) or repr(value)}" for name, value in options.items()]
+        options |= {"eps": fraction_of_255(self.eps), "alpha": fraction_of_255(self.alpha)}
+        shown = [f"{name}={value if name in ('eps', 'alpha') else repr(value)}" for name, value in options.items()]
         return f"{type(self).__name__}({', '.join([type(self.model).__name__, *shown])})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,14 +373,6 @@ def named_attack(name: str, model: nn.Module, **options: Any) -> PGD:
 
 Adversary = Literal["ce", "trades"]
 ADVERSARIES: dict[str, dict[str, Any]] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
-
-
-def _fraction(value: object) -> str:
-    """``8/255`` for what is exactly that many levels of a pixel of 8 bits, else nothing."""
-    if not isinstance(value, float) or not 0 < value < 1:
-        return ""
-    levels = round(value * 255)
-    return f"{levels}/255" if levels / 255 == value else ""
 
 
 def _l2_norm(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from twins_fast.attacks import PGD
 from twins_fast.checkpoints import load_pretrained, read_state_dict
 from twins_fast.models import build_model
 from twins_fast.train import assets
-from twins_fast.train.recipe import Network, Recipe
+from twins_fast.train.recipe import AMP, Network, Recipe
 
-_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AMP_DTYPES = dict(zip(AMP, (None, torch.bfloat16, torch.float16), strict=True))
 
 
 def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module:
@@ -52,6 +52,6 @@ def evaluation_attack(recipe: Recipe, model: nn.Module) -> PGD:
 
 
 def autocast(amp: str, device: torch.device | str):
-    """The context that a recipe's network runs in: ``amp`` is "none", "bf16" or "fp16"."""
-    dtype = _AMP_DTYPES.get(amp)
+    """The context that a recipe's network runs in; ``amp`` is one of ``AMP``."""
+    dtype = _AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)

@@ -1,6 +1,6 @@
 """The command line: reads the arguments, runs a command, and says in one line what went wrong.
 
-What only prints a text imports nothing: PyTorch takes seconds.
+``--help`` and ``--version`` do without PyTorch, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import contextlib
 import io
 import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Union
+
+from twins_fast import __version__
 
 COMMANDS = {
     "train": "fine-tune a network by a recipe; every field of the recipe can be overridden",
-    "eval": "measure a network clean and under attack",
+    "eval": "measure a network clean and under attack; what is not said is as in the run, or in the recipe",
     "recipes": "list the recipes, or print one as TOML, to be changed and given to train --config",
     "pretrain": "make the network and the images that come with the package from CIFAR-10",
     "convert-checkpoint": "turn any supported checkpoint into safetensors",
@@ -28,9 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_overview())
         return 0
     if argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"twins-fast {version('twins-fast')}")
+        print(f"twins-fast {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         return _fail(f"unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
@@ -72,9 +73,9 @@ def _parse(argv: list[str]):
     import tyro
     from tyro.conf import subcommand
 
-    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Train, base_recipe
+    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Train
 
-    recipe = base_recipe(argv) if argv[0] == "train" else base_recipe(())
+    recipe = _base_recipe(argv if argv[0] == "train" else ())
     train = Train[type(recipe.method)]
     kinds = (train, Eval, PrintRecipe, Pretrain, Convert, Info)
     commands = tuple(
@@ -92,6 +93,38 @@ def _parse(argv: list[str]):
         if stop.code:
             raise ValueError(_one_line(said.getvalue())) from None
         return None
+
+
+def _base_recipe(argv: Sequence[str]):
+    """The recipe that the arguments of ``train`` override: the kind of its method decides which arguments there are.
+
+    Raises:
+        RecipeError, RunError: no such recipe, file or run.
+    """
+    from twins_fast.train.config_file import read_recipe
+    from twins_fast.train.recipe import RecipeError
+    from twins_fast.train.recipes import get_recipe
+    from twins_fast.train.run_folder import RunFolder
+
+    name, config, resume, method = (_value(argv, flag) for flag in ("--recipe", "--config", "--resume", "--method"))
+    if name and config:
+        raise RecipeError("--recipe and --config exclude each other")
+    if name:
+        recipe = get_recipe(name)
+    elif config:
+        recipe = read_recipe(config)
+    elif resume:
+        recipe, _ = RunFolder(resume).load_config()
+    else:
+        recipe = get_recipe("cifar10")  # shows the defaults in the help; no command runs it
+    return recipe.replaced(method=method) if method else recipe
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag, if it is there."""
+    words = [word for argument in argv for word in argument.split("=", 1 if argument.startswith(flag + "=") else 0)]
+    places = [place for place, word in enumerate(words[:-1]) if word == flag]
+    return words[places[-1] + 1] if places else None
 
 
 def _one_line(box: str) -> str:

@@ -21,6 +21,7 @@ from twins_fast.checkpoints import (
     read_state_dict,
     write_atomically,
 )
+from twins_fast.checkpoints.convert import WINGS
 from twins_fast.evaluation import evaluate
 from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES
@@ -32,7 +33,7 @@ from twins_fast.train.datasets import DataError
 from twins_fast.train.field_types import OptionalPixels
 from twins_fast.train.info import print_info
 from twins_fast.train.pretrain import pretrain
-from twins_fast.train.recipe import M, Recipe, RecipeError
+from twins_fast.train.recipe import AMP, M, Recipe, RecipeError
 from twins_fast.train.recipes import RECIPES, get_recipe
 from twins_fast.train.run import data_loaders, run_with_baselines
 from twins_fast.train.run_folder import RunFolder
@@ -55,7 +56,7 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Train(Generic[M]):
     fields: Annotated[Recipe[M], arg(name="")]  # its sections stand beside the command's own arguments
     recipe: Annotated[str | None, _choice(RECIPES)] = None
-    """Where to start from."""
+    """Recipe to start from."""
     config: Annotated[str | None, _own("FILE")] = None
     """A recipe of your own in TOML, as twins-fast recipes NAME prints one."""
     method: Annotated[str | None, _choice(METHODS)] = None
@@ -73,7 +74,7 @@ class Train(Generic[M]):
         _check_device(self.device)
         if self.resume and self.run:
             raise RecipeError("--run and --resume exclude each other")
-        recipe, data_root, folder = _absolute(self.fields), self.data_root, self.run or self.resume
+        recipe, data_root, folder = self.fields, self.data_root, self.run or self.resume
         if self.resume:
             own = RunFolder(self.resume)
             own.check_recipe(recipe)
@@ -93,8 +94,6 @@ class Train(Generic[M]):
 
 @dataclass(frozen=True)
 class Eval:
-    """What is not said here is as the network was trained, or as in the recipe."""
-
     source: Annotated[Positional[str], arg(metavar="RUN|FILE|embedded")]
     """A run folder (its best network), a checkpoint, or the network that comes with the package."""
     recipe: Annotated[str | None, _choice(RECIPES)] = None
@@ -108,7 +107,7 @@ class Eval:
     json: Annotated[str | None, _own("FILE")] = None
     """Also write what was measured into this file."""
     wing: Annotated[Literal["adaptive", "frozen"] | None, _own("{adaptive,frozen}")] = None
-    """Of a two-wing network (default: adaptive)."""
+    """Wing of a two-wing network that is evaluated (default: adaptive)."""
     arch: Annotated[str | None, _choice(ARCHITECTURES)] = None
     """Name of the network."""
     norm: Annotated[str | None, _choice(NORMS)] = None
@@ -125,14 +124,17 @@ class Eval:
     """Images of a batch."""
     workers: Annotated[int | None, _own("N")] = None
     """Processes that load images; 0 for the process itself."""
-    amp: Annotated[str | None, _choice(("none", "bf16", "fp16"))] = None
+    amp: Annotated[str | None, _choice(AMP)] = None
     """Half-precision dtype of autocast."""
 
     def __call__(self) -> None:
         _check_device(self.device)
-        path, data_root = self._places()
+        path = self._checkpoint()
         state, meta = read_state_dict(path), _meta(path)
-        recipe = self._recipe(path, meta)
+        recipe, data_root = self._recipe(path, meta), self.data_root
+        run = RunFolder(path.parent)
+        if data_root is None and "recipe" in meta and run.exists():
+            _, data_root = run.load_config()
         batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
         own = Recipe.from_dict(meta["recipe"]).data.classes if "recipe" in meta else ()
         trained_on = tuple(meta.get("classes", own))
@@ -167,17 +169,13 @@ class Eval:
             }
             write_atomically(self.json, (json.dumps(record, indent=2) + "\n").encode())
 
-    def _places(self) -> tuple[Path, str | None]:
-        """The checkpoint, and the data it was trained with if a run wrote it."""
-        path = assets.NETWORK if self.source == "embedded" else Path(self.source)
-        folder = RunFolder(path if path.is_dir() else path.parent)
-        if path.is_dir():
-            if not folder.best.exists():
-                raise RecipeError(f"{self.source!r} holds no best.safetensors")
-            path = folder.best
-        if self.data_root or not folder.exists():
-            return path, self.data_root
-        return path, folder.load_config()[1]
+    def _checkpoint(self) -> Path:
+        if self.source == "embedded":
+            return assets.NETWORK
+        path = Path(self.source)
+        if path.is_dir() and not RunFolder(path).best.exists():
+            raise RecipeError(f"{self.source!r} holds no best.safetensors")
+        return RunFolder(path).best if path.is_dir() else path
 
     def _recipe(self, path: Path, meta: dict) -> Recipe:
         if self.recipe and self.config:
@@ -205,7 +203,7 @@ class Eval:
 @dataclass(frozen=True)
 class PrintRecipe:
     name: Annotated[Positional[str | None], _own("NAME")] = None
-    """Of the recipe."""
+    """Name of the recipe to print."""
 
     def __call__(self) -> None:
         if self.name is not None:
@@ -230,10 +228,11 @@ class Pretrain:
 
     def __call__(self) -> None:
         _check_device(self.device)
-        recipe = get_recipe("mini-pretrain")
+        recipe, command = get_recipe("mini-pretrain"), "twins-fast pretrain --data-root cifar10.npz"
         if self.epochs is not None:
             recipe = recipe.replaced(optimizer={"epochs": self.epochs})
-        record = pretrain(recipe, Path(self.run), self.data_root, self.device, Path(self.out))
+            command += f" --epochs {self.epochs}"
+        record = pretrain(recipe, Path(self.run), self.data_root, self.device, Path(self.out), command)
         print(json.dumps(record, indent=2))
 
 
@@ -243,7 +242,7 @@ class Convert:
     """File to read."""
     target: Annotated[Positional[str], arg(metavar="TARGET")]
     """File to write."""
-    wings: Literal["keep", "adaptive", "frozen", "twin"] = "keep"
+    wings: Literal[WINGS] = "keep"
     """What becomes of two-wing batch norms: kept, only one wing, or both made from one."""
 
     def __call__(self) -> None:
@@ -255,41 +254,6 @@ class Convert:
 class Info:
     def __call__(self) -> None:
         print_info()
-
-
-def base_recipe(argv: Sequence[str]) -> Recipe:
-    """The recipe that the arguments of ``train`` override: the kind of its method decides which arguments there are.
-
-    Raises:
-        RecipeError, RunError: no such recipe, file or run.
-    """
-    name, config, resume, method = (_value(argv, flag) for flag in ("--recipe", "--config", "--resume", "--method"))
-    if name and config:
-        raise RecipeError("--recipe and --config exclude each other")
-    if name:
-        recipe = get_recipe(name)
-    elif config:
-        recipe = read_recipe(config)
-    elif resume:
-        recipe, _ = RunFolder(resume).load_config()
-    else:
-        recipe = get_recipe("cifar10")  # shows the defaults in the help; no command runs it
-    return recipe.replaced(method=method) if method else recipe
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag, if it is there."""
-    words = [word for argument in argv for word in argument.split("=", 1 if argument.startswith(flag + "=") else 0)]
-    places = [place for place, word in enumerate(words[:-1]) if word == flag]
-    return words[places[-1] + 1] if places else None
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """With the checkpoint's path made absolute, since a resume may start elsewhere."""
-    checkpoint = recipe.network.checkpoint
-    if checkpoint in ("", "none", "embedded"):
-        return recipe
-    return recipe.replaced(network={"checkpoint": str(Path(checkpoint).resolve())})
 
 
 def _check_device(name: str) -> None:

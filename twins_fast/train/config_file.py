@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from twins_fast.train.field_types import pixels_text
+from twins_fast.options import fraction_of_255
 from twins_fast.train.recipe import Recipe, RecipeError
 
 if sys.version_info >= (3, 11):
@@ -47,5 +47,5 @@ def recipe_as_toml(recipe: Recipe) -> str:
 def _value(name: str, value: Any) -> str:
     """JSON's numbers, strings and lists are TOML's, too."""
     if name in _PIXELS:
-        value = pixels_text(value)
+        value = fraction_of_255(value)
     return json.dumps("none" if value is None else value, ensure_ascii=False)

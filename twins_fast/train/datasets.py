@@ -14,7 +14,7 @@ from twins_fast.validation import check_choice
 
 DATASETS = {
     "cifar10": "a folder for torchvision's CIFAR-10 (downloaded if missing), or an .npz file",
-    "cifar100": "a folder for torchvision's CIFAR-100 (downloaded if missing)",
+    "cifar100": "a folder for torchvision's CIFAR-100 (downloaded if missing), or an .npz file",
     "caltech256": "a folder for torchvision's Caltech-256 (downloaded if missing)",
     "folder": "a folder with train/CLASS/* and test/CLASS/* (or val/CLASS/*) images",
     "npz": "an .npz file with train, train_labels, test and test_labels",
@@ -63,7 +63,8 @@ def load_datasets(
     Args:
         dataset: a key of :data:`DATASETS`.
         root: a folder (torchvision sets, ``folder``) or an ``.npz`` file with ``train`` [N, H, W, 3] uint8,
-            ``train_labels`` [N], ``test``, ``test_labels`` and optionally ``classes``; ``cifar10`` takes either.
+            ``train_labels`` [N], ``test``, ``test_labels`` and optionally ``classes``; every data set but
+            ``embedded`` may be such a file.
         classes: subset of the classes of an ``.npz`` file, in label order; empty for all.
         seed: chooses the training images of Caltech-256.
 
@@ -73,12 +74,12 @@ def load_datasets(
     """
     check_choice("dataset", dataset, DATASETS)
     is_npz = root is not None and Path(root).suffix == ".npz"
+    if root is None and dataset != "embedded":
+        raise DataError(f"dataset {dataset!r} needs a data root (--data-root): {DATASETS[dataset]}")
     if classes and not is_npz:
         raise DataError(f"classes can be chosen from an .npz file only, got {', '.join(classes)}")
     if dataset == "embedded":
         return _embedded()
-    if root is None:
-        raise DataError(f"dataset {dataset!r} needs a data root (--data-root): {DATASETS[dataset]}")
     root = Path(root)
     if is_npz:
         return _npz(root, classes)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from twins_fast.options import fraction
+from twins_fast.options import fraction, fraction_of_255
 
 
 def short(flag: str):
@@ -35,13 +35,8 @@ def _several(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSp
     )
 
 
-def pixels_text(value: float) -> str:
-    """A length in pixel values as everybody writes it, n/255, where that is the very same number."""
-    return f"{round(255 * value)}/255" if round(255 * value) / 255 == value else repr(value)
-
-
 Fraction = Annotated[float, _word("X", fraction)]  # "1/3" or "0.03"
-Pixels = Annotated[float, _word("N/255", fraction, pixels_text)]
+Pixels = Annotated[float, _word("N/255", fraction, fraction_of_255)]
 OptionalPixels = Annotated[float | None, _word("N/255", fraction)]
 Names = Annotated[tuple[str, ...], _several("A,B,...", str)]
 Integers = Annotated[tuple[int, ...], _several("I,J,...", int)]

@@ -20,6 +20,7 @@ class Interruption:
     def __init__(self):
         self._holding = self._noted = False
         self._before = {}
+        self.broke_in = False  # what was held did not end; its state is half one thing and half the other
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -33,9 +34,10 @@ class Interruption:
     @contextmanager
     def held(self) -> Iterator[None]:
         """What stands inside is finished before a signal raises."""
-        self._holding = True
+        self._holding = self.broke_in = True
         try:
             yield
+            self.broke_in = False
         finally:
             self._holding = False
         if self._noted:

@@ -6,12 +6,13 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.transforms import v2
 
-from twins_fast.train.datasets import DataError, ImageArray
+from twins_fast.train.datasets import DataError
 from twins_fast.train.seeds import derived_seed
 from twins_fast.validation import check_choice, check_not_negative
 
@@ -64,9 +65,13 @@ def loaders(
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     if validation_part >= 1:
         raise ValueError(f"validation_part must be less than 1, got {validation_part}")
-    if augmentation == "cifar" and isinstance(train, ImageArray) and train.images.shape[1:3] != (32, 32):
-        height, width = train.images.shape[1:3]
-        raise DataError(f"augmentation 'cifar' is for 32 x 32 pixels, but the images have {height} x {width}")
+    if augmentation == "cifar" and len(train):
+        height, width = np.asarray(train[0][0]).shape[:2]
+        if (height, width) != (32, 32):
+            raise DataError(
+                f"augmentation 'cifar' is for 32 x 32 pixels, but the images have {height} x {width}; "
+                "'high-resolution' is for photographs"
+            )
 
     def loader(kind: str, data: Dataset, transform: Callable) -> DataLoader:
         if kind != "training" and 0 < evaluation_images < len(data):
@@ -100,8 +105,9 @@ def _chosen(size: int, count: int, purpose: str, seed: int) -> tuple[list[int], 
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the trainer is to finish its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals to a group of processes reach every one of them, but the trainer is to finish its step first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train_transform(augmentation: str) -> Callable:

@@ -23,7 +23,7 @@ _METHOD_OPTIONS = {  # new name -> old name, and the methods that have the optio
 
 def is_flat(tables: Mapping[str, Any]) -> bool:
     """Whether a recipe is in the flat form."""
-    return "dataset" in tables
+    return "dataset" in tables and not set(_SECTION) & set(tables)
 
 
 def from_flat(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ _WINGS = {"frozen_accuracy": ("frozen wing", "--"), "adaptive_accuracy": ("adapt
 
 
 def draw_curves(runs: Mapping[str, list[dict]], target: str | Path, title: str) -> None:
-    """Draw loss, training accuracy under attack, evaluations and learning rate over epochs.
+    """Draw loss, training accuracy under attack (of ``standard``: without), evaluations and learning rate over epochs.
 
     Args:
         runs: method -> what ``RunFolder.read_metrics`` returns; each method has its colour.
@@ -52,7 +52,9 @@ def draw_curves(runs: Mapping[str, list[dict]], target: str | Path, title: str) 
                 tests.fill_between(epochs, robust, clean, color=color, alpha=0.08)
     loss.set(title="training loss, each step and smoothed", ylabel="loss, nats")
     rate.set(title="learning rate", ylabel="learning rate")
-    training.set(title="accuracy on training batches under attack, smoothed", ylabel="accuracy, %", ylim=(0, 100))
+    training.set(
+        title="accuracy on training batches, under the training attack, smoothed", ylabel="accuracy, %", ylim=(0, 100)
+    )
     tests.set(title="accuracy, and the gap between clean and robust", ylabel="accuracy, %", ylim=(0, 100))
     for axis in (loss, rate, training, tests):
         axis.set_xlabel("epoch")

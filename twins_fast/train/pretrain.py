@@ -23,7 +23,7 @@ STANDARD_EPOCHS = 5  # enough for the comparison: a standard network has no robu
 TRAIN_IMAGES, TEST_IMAGES = 2500, 1000
 
 
-def pretrain(recipe: Recipe, folder: Path, data_root: str | None, device: str, out: Path) -> dict:
+def pretrain(recipe: Recipe, folder: Path, data_root: str | None, device: str, out: Path, command: str) -> dict:
     """Pre-train on the source classes, measure, and write all assets.
 
     Trains the robust network (``folder/at``) and, for comparison, a standard one
@@ -36,6 +36,7 @@ def pretrain(recipe: Recipe, folder: Path, data_root: str | None, device: str, o
         data_root: the ``.npz`` file of CIFAR-10.
         device: where to train.
         out: folder of the assets.
+        command: how this was asked for, for the record.
 
     Returns:
         The record that is also kept in ``mini-source.json``.
@@ -47,7 +48,7 @@ def pretrain(recipe: Recipe, folder: Path, data_root: str | None, device: str, o
     short = recipe.replaced(method="standard", optimizer={"epochs": STANDARD_EPOCHS})
     standard, standard_result = _train(short, RunFolder(folder / "standard"), data_root, device)
     record = {
-        "command": "twins-fast pretrain --data-root cifar10.npz",
+        "command": command,
         "recipe": recipe.to_dict(),
         "torch": torch.__version__,
         "threads": robust_result["threads"],

@@ -20,6 +20,7 @@ from twins_fast.train.old_recipe import from_flat, is_flat
 from twins_fast.validation import check_choice, check_radius
 
 M = TypeVar("M", bound=Method)
+AMP = ("none", "bf16", "fp16")
 
 
 class RecipeError(ValueError):
@@ -92,9 +93,9 @@ class Optimizer:
     lr: Annotated[Fraction, short("--lr")] = 3e-3
     """Learning rate, the highest one of the run."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 1e-5
-    """Of SGD, on every parameter."""
+    """Weight decay of SGD, on every parameter."""
     schedule: Literal["multistep", "onecycle"] = "multistep"
     """Learning rate: divided at milestones, or linear up from and down to zero."""
     milestones: Integers = (30, 50)
@@ -141,13 +142,15 @@ class Run:
 
     seed: Annotated[int, short("--seed")] = 0
     """The trajectory depends on it and on nothing else that is random."""
-    amp: Annotated[Literal["none", "bf16", "fp16"], short("--amp")] = "none"
+    amp: Annotated[Literal[AMP], short("--amp")] = "none"
     """Half-precision dtype of autocast."""
     baselines: Names = ()
     """Methods to train on the same budget, for one table; the run's own method is left out."""
 
     def __post_init__(self):
         check_options(self)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {self.seed}")
         for name in self.baselines:
             check_choice("method", name, METHODS)
         if len(set(self.baselines)) < len(self.baselines):
@@ -199,14 +202,15 @@ class Recipe(Generic[M]):
 
         Args:
             sections: name of a section -> a table of fields. ``method`` may be a name, which keeps the options
-                that both methods have, or a table with or without a ``name``.
+                that both methods have, or a table with or without a ``name``. ``name`` is the recipe's own.
 
         Raises:
             RecipeError: as in :meth:`from_dict`.
         """
         _check_sections(sections)
         try:
-            new = {k: updated(getattr(self, k), table, k) for k, table in sections.items() if k in SECTIONS}
+            new = {"name": sections.get("name", self.name)}
+            new |= {k: updated(getattr(self, k), table, k) for k, table in sections.items() if k in SECTIONS}
             if "method" in sections:
                 new["method"] = _replaced_method(self.method, sections["method"])
         except ValueError as error:

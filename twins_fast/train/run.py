@@ -60,6 +60,8 @@ def run_recipe(
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
     resumes = resume and folder.last.exists()
+    if not resume and recipe.network.checkpoint not in ("", "none", "embedded"):  # a resume may start elsewhere
+        recipe = recipe.replaced(network={"checkpoint": os.path.abspath(recipe.network.checkpoint)})
     if recipe.method.wings > 1 and not (recipe.network.checkpoint or resumes):
         raise RecipeError(
             f"method {recipe.method.name!r} fine-tunes a pre-trained network: say --checkpoint FILE, "
@@ -72,7 +74,7 @@ def run_recipe(
     with folder.locked():
         if resume and folder.exists():
             folder.check_recipe(recipe)
-            folder.extend(recipe)
+            folder.update(recipe, data_root)
         else:
             folder.create(recipe, data_root)
         print(

@@ -68,17 +68,16 @@ class RunFolder:
         """
         if self.exists() or self.last.exists():
             raise RunError(f"run folder {str(self.folder)!r} already holds a run; use --resume {self.folder}")
-        root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
-        self._write_config(recipe, root)
+        self._write_config(recipe, data_root)
 
-    def extend(self, recipe: Recipe) -> None:
-        """Take over the number of epochs of a recipe that is the run's own but for them."""
-        own, data_root = self.load_config()
-        if own.optimizer.epochs != recipe.optimizer.epochs:
+    def update(self, recipe: Recipe, data_root: str | None) -> None:
+        """Take over the number of epochs of a recipe that is the run's own but for them, and where the data is now."""
+        if self.load_config() != (recipe, data_root):
             self._write_config(recipe, data_root)
 
     def _write_config(self, recipe: Recipe, data_root: str | None) -> None:
-        config = {"recipe": recipe.to_dict(), "data_root": data_root}
+        root = None if data_root is None else str(Path(data_root).resolve())  # a resume may start elsewhere
+        config = {"recipe": recipe.to_dict(), "data_root": root}
         write_atomically(self.config, json.dumps(config, indent=2).encode())
 
     def load_config(self) -> tuple[Recipe, str | None]:
@@ -86,7 +85,7 @@ class RunFolder:
         try:
             config = json.loads(self.config.read_text())
             return Recipe.from_dict(config["recipe"]), config["data_root"]
-        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -113,23 +112,28 @@ class RunFolder:
         with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def read_result(self) -> dict | None:
-        """The content of ``result.json``; None if there is none that can be read."""
+    def read_result(self) -> dict:
+        """The content of ``result.json``; empty if there is none that can be read."""
         try:
             return json.loads(self.result.read_text())
         except (OSError, ValueError):
-            return None
+            return {}
 
     def read_metrics(self) -> list[dict]:
-        """All lines; a last one that a kill cut short is left out."""
+        """All lines; a last one that a kill cut short is left out.
+
+        Raises:
+            RunError: another line is broken.
+        """
         if not self.metrics.exists():
             return []
-        lines = []
-        for text in self.metrics.read_text().splitlines():
+        lines, texts = [], self.metrics.read_text().splitlines()
+        for number, text in enumerate(texts, 1):
             try:
                 lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+            except json.JSONDecodeError as error:
+                if number < len(texts):
+                    raise RunError(f"{str(self.metrics)!r}: line {number} is broken: {error}") from error
         return lines
 
     def rewind_metrics(self, step: int, evaluated: int) -> None:

@@ -84,7 +84,8 @@ class Trainer:
             self._restore()
         self.folder.rewind_metrics(self.step, self.evaluated)
         self.started = time.monotonic() - self._seconds_before()
-        if self.step == self.total_steps == self.evaluated and (result := self.folder.read_result()):
+        result = self.folder.read_result()
+        if self.step == self.total_steps == self.evaluated and result.get("step") == self.step:
             return result
         with Progress(self.total_steps, self.step) as progress, Interruption() as interruption:
             try:
@@ -92,12 +93,12 @@ class Trainer:
                     if self._evaluation_is_due():
                         self._evaluate_epoch(progress)
                         self._save_last()
-                    if self.step == self.total_steps:
+                    if self.step >= self.total_steps:
                         break
                     self._train_epoch(progress, interruption)
                     self._save_last()
             except KeyboardInterrupt:
-                if self.step:
+                if self.step and not interruption.broke_in:
                     self._save_last()
                 raise
             return self._finish()
@@ -158,15 +159,15 @@ class Trainer:
         kind = "test" if epoch == 0 or self.loaders.validation is None else "validation"
         accuracy = self._evaluate(getattr(self.loaders, kind))
         self._log(kind, **dataclasses.asdict(accuracy))
-        self.evaluated = self.step
         progress.write(
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
         )
         if epoch and accuracy.robust > self.best_robust:
-            self.best_robust = accuracy.robust
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
             save_checkpoint(self.folder.best, self.model.state_dict(), meta)
+            self.best_robust = accuracy.robust
+        self.evaluated = self.step  # last: whatever stops this is made again
         self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
@@ -184,6 +185,7 @@ class Trainer:
             "recipe": self.recipe.name,
             "method": self.recipe.method.name,
             "seed": self.recipe.run.seed,
+            "step": self.total_steps,
             "eval_steps": self.recipe.evaluation.steps,
             "after": on_test(self.total_steps),
         }
@@ -210,7 +212,8 @@ class Trainer:
         self.folder.log(kind=kind, step=self.step, epoch=self.step / self.steps_per_epoch, seconds=seconds, **values)
 
     def _meta(self, **more) -> dict:
-        return {"recipe": self.recipe.to_dict(), "classes": list(self.classes), "step": self.step, **more}
+        known = {"recipe": self.recipe.to_dict(), "classes": list(self.classes)}
+        return known | {"images": len(self.loaders.train.dataset), "step": self.step, **more}
 
     def _save_last(self) -> None:
         meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust)
@@ -218,6 +221,10 @@ class Trainer:
 
     def _restore(self) -> None:
         meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler)
+        for what, now in (("classes", list(self.classes)), ("images", len(self.loaders.train.dataset))):
+            if meta.get(what, now) != now:
+                before = meta[what]
+                raise TrainingError(f"the data has changed since the run began: its {what} were {before}, now {now}")
         self.step, self.best_robust = meta["step"], meta["best_robust"]
         self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated
 

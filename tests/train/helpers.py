@@ -14,7 +14,7 @@ if "tiny" not in ARCHITECTURES:
 
 TINY = ["--arch", "tiny", "--epochs", "2", "--batch-size", "8", "--steps", "2", "--evaluation.steps", "2"]
 TINY += ["--lr", "0.05", "--data.classes", "", "--optimizer.schedule", "multistep", "--optimizer.milestones", "1"]
-TINY += ["--checkpoint", "none", "--evaluation.images", "0", "--evaluation.choose-on", "test"]
+TINY += ["--checkpoint", "none", "--amp", "none", "--evaluation.images", "0", "--evaluation.choose-on", "test"]
 
 
 def train(folder, npz, *more):

@@ -38,7 +38,7 @@ RECIPES: dict[str, Recipe] = {
             "mini",
             Data("embedded", batch_size=64, workers=0),
             network=Network("cifar-resnet18-w16", checkpoint="embedded"),
-            optimizer=Optimizer(epochs=8, lr=1e-2, milestones=(6,)),
+            optimizer=Optimizer(epochs=5, lr=1e-2, milestones=(4,)),
             evaluation=Evaluation(choose_on="test", before=True, every=2),
             run=Run(baselines=("at",)),
         ),

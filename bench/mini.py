@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from twins_fast.train import cli
 
 COMMAND = ["train", "--recipe", "mini"]
 RESULT = ROOT / "bench" / "results" / "mini.json"
-PICTURE = ROOT / "docs" / "results" / "mini.png"
 
 
 def main() -> None:
@@ -22,7 +20,6 @@ def main() -> None:
         if cli.main([*COMMAND, "--run", str(run)]):
             raise SystemExit("the mini recipe failed")
         seconds = round(time.monotonic() - started, 1)
-        shutil.copy(run / "curves.png", PICTURE)
         results = [json.loads(path.read_text()) for path in (run / "result.json", *run.glob("*/result.json"))]
     record = {"header": header(), "command": " ".join(["twins-fast", *COMMAND]), "seconds": seconds, "results": results}
     RESULT.write_text(json.dumps(record, indent=2) + "\n")

@@ -252,7 +252,7 @@ def test_the_best_network_is_chosen_on_validation_images(tmp_path, npz, capsys):
     assert [line["images"] for line in measured] == [6, 6, 6] and result["after"]["images"] == 12
     assert meta["robust"] == max(line["robust"] for line in measured) and meta["chosen_on"] == "validation"
     assert result["best"]["epoch"] == meta["epoch"] and result["best"]["chosen_on"] == "validation"
-    assert "12 test images" in table and "chosen on validation images" in table
+    assert "12 test images" in table and "the best one under attack on validation images" in table
 
 
 def test_two_wings_from_random_weights_must_be_asked_for(capsys, tmp_path, npz):

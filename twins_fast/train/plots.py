@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twins_fast.checkpoints import write_atomically
 
-_SMOOTHED_POINTS = 200
+_SMOOTHED_POINTS = 40
 _WINGS = {"frozen_accuracy": ("frozen wing", "--"), "adaptive_accuracy": ("adaptive wing", "-"), "accuracy": ("", "-")}
 
 

@@ -20,7 +20,8 @@ def result_table(results: list[dict]) -> str:
         if twin:
             rows.append((name, "frozen", result["after_frozen_wing"]))
         best = result["best"]
-        rows.append((f"{name}, epoch {best['epoch']}", "adaptive" if twin else "", best))
+        if any(best[key] != result["after"][key] for key in ("clean", "robust")):  # another network than the last one
+            rows.append((f"{name}, epoch {best['epoch']}", "adaptive" if twin else "", best))
     chosen_on = {"validation": "validation images", "test": "the test images themselves"}[first["best"]["chosen_on"]]
     seconds = ", ".join(f"{result['method']} {result['seconds']:.0f} s" for result in results)
     lines = [
@@ -30,7 +31,7 @@ def result_table(results: list[dict]) -> str:
     ]
     return (
         "\n".join(lines)
-        + f"\n\nThe last network of each method, and the best one under attack, chosen on {chosen_on}. "
+        + f"\n\nThe last network of each method and, if that is another, the best one under attack on {chosen_on}. "
         + f"Training and testing: {seconds} on {first['threads']} threads."
     )
 

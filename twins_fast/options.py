@@ -87,7 +87,8 @@ def fraction(text: str) -> float:
 
 def fraction_of_255(value: float) -> str:
     """A length in pixel values as everybody writes it, n/255, where that is the very same number."""
-    return f"{round(255 * value)}/255" if round(255 * value) / 255 == value else repr(value)
+    levels = round(255 * value)
+    return f"{levels}/255" if 0 < levels < 255 and levels / 255 == value else repr(value)
 
 
 @functools.cache

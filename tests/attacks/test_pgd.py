@@ -20,7 +20,7 @@ def test_repr_shows_all_options():
         "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto')"
     )
     for eps in (0, 0.0, 1 / 255, 0.3, 8 / 254, 1.0, 64.0):
-        (shown,) = re.findall(r"\(Identity, eps=(.*?),", repr(PGD(nn.Identity(), eps=eps)))
+        (shown,) = re.findall(r"\(Identity, eps=(.*?),", repr(PGD(nn.Identity(), eps=eps, norm="l2")))
         assert eval(shown) == eps and ("/" in shown) == (eps == 1 / 255)
 
 

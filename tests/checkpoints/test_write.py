@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -63,10 +64,10 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call
     save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 0})
 
     def fail(*arguments):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=f"no space left: '{path}'"):
         save_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
     tensors, meta = load_checkpoint(path)
     assert meta == {"step": 0} and tensors["a"].eq(0).all()

@@ -100,21 +100,21 @@ def check_phases(kernels, case):
         error = (got.double() - want).abs()
         assert error.shape == want.shape and (error <= allowed).all(), (error / allowed).max().item()
 
-    def wide(t):
-        return Wing(*map(wide, t)) if isinstance(t, Wing) else None if t is None else t.double()
+    def in_float64(t):
+        return Wing(*map(in_float64, t)) if isinstance(t, Wing) else None if t is None else t.double()
 
     x, split, count = case.x, case.split, (case.x.shape[0] - case.split) * case.x[0, 0].numel()
     frozen, adaptive = Wing(*case.frozen), Wing(*case.adaptive)
 
-    got, want = kernels.moments(x, split), phases.moments(wide(x), split)
+    got, want = kernels.moments(x, split), phases.moments(in_float64(x), split)
     close(got[0], want[0], x.double().abs().mean((0, 2, 3)))
     # The sums are about a member of the set, which is a few standard deviations off the mean.
     close(got[1], want[1], 10 * want[1])
 
     stats = torch.stack([want[0], (want[1] / max(count, 1) + EPS).rsqrt()]).float()
     y, bits = kernels.apply(x, case.residual, split, frozen, adaptive, stats, EPS, case.relu, case.relu)
-    wings = wide(frozen), wide(adaptive), wide(stats)
-    want, _ = phases.apply(wide(x), wide(case.residual), split, *wings, EPS, case.relu, False)
+    wings = in_float64(frozen), in_float64(adaptive), in_float64(stats)
+    want, _ = phases.apply(in_float64(x), in_float64(case.residual), split, *wings, EPS, case.relu, False)
     frozen_scale, scale = (frozen.running_var + EPS).rsqrt() * frozen.weight, stats[1] * adaptive.weight
     scale = torch.cat([frozen_scale.expand(split, -1), scale.expand(x.shape[0] - split, -1)])
     size = (x.double().abs() + 4) * scale.double().abs()[:, :, None, None] + 10
@@ -124,16 +124,16 @@ def check_phases(kernels, case):
         assert torch.equal(bits, phases._pack(y > 0, x))
 
     sums = kernels.sums(case.dy, x, bits, split, frozen, stats)
-    want = phases.sums(wide(case.dy), wide(x), bits, split, wide(frozen), wide(stats))
-    magnitude = Wing(running_mean=-wide(frozen.running_mean).abs())
-    size = phases.sums(wide(case.dy).abs(), wide(x).abs(), bits, split, magnitude, -wide(stats).abs())
+    want = phases.sums(in_float64(case.dy), in_float64(x), bits, split, in_float64(frozen), in_float64(stats))
+    magnitude = Wing(running_mean=-in_float64(frozen.running_mean).abs())
+    size = phases.sums(in_float64(case.dy).abs(), in_float64(x).abs(), bits, split, magnitude, -in_float64(stats).abs())
     close(sums, want, size)
 
     means = sums[2:] / max(count, 1)
     arguments = (split, frozen, adaptive, stats, means)
     got = kernels.apply_backward(case.dy, x, bits, *arguments, EPS, [True, True])
-    arguments = (split, *(wide(t) for t in arguments[1:]))
-    want = phases.apply_backward(wide(case.dy), wide(x), bits, *arguments, EPS, [True, True])
+    arguments = (split, *(in_float64(t) for t in arguments[1:]))
+    want = phases.apply_backward(in_float64(case.dy), in_float64(x), bits, *arguments, EPS, [True, True])
     slope = ((x.double().abs() + 4) * (stats[1].double().square() * means[1].double().abs())[:, None, None]).abs()
     inner = case.dy.double().abs() + means[0].double().abs()[:, None, None] + slope
     size = inner * scale.double().abs()[:, :, None, None]

@@ -255,6 +255,15 @@ def test_the_best_network_is_chosen_on_validation_images(tmp_path, npz, capsys):
     assert "12 test images" in table and "the best one under attack on validation images" in table
 
 
+def test_no_network_is_measured_twice(tmp_path, npz, monkeypatch):
+    evaluate, calls = trainer.evaluate, []
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: calls.append(1) or evaluate(*a, **b))
+    assert train(tmp_path / "run", npz, "--epochs", "1", "--evaluation.choose-on", "validation") == 0
+    assert len(calls) == 2  # on validation and on test images: the best network is the last one
+    result = RunFolder(tmp_path / "run").read_result()
+    assert result["best"]["robust"] == result["after"]["robust"]
+
+
 def test_two_wings_from_random_weights_must_be_asked_for(capsys, tmp_path, npz):
     run = ["--run", str(tmp_path / "run"), "--data-root", str(npz), "--data.dataset", "npz"]
     said = refused(capsys, "train", "--recipe", "cifar10", *run)

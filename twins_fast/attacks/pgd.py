@@ -125,9 +125,9 @@ class PGD:
         return int(self._nan_gradients)
 
     def __repr__(self) -> str:
-        options = {name: getattr(self, name) for name in list(inspect.signature(PGD).parameters)[1:]}
+        options = {name: repr(getattr(self, name)) for name in list(inspect.signature(PGD).parameters)[1:]}
         options |= {"eps": fraction_of_255(self.eps), "alpha": fraction_of_255(self.alpha)}
-        shown = [f"{name}={value if name in ('eps', 'alpha') else repr(value)}" for name, value in options.items()]
+        shown = [f"{name}={text}" for name, text in options.items()]
         return f"{type(self).__name__}({', '.join([type(self.model).__name__, *shown])})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from twins_fast.checkpoints.convert import WINGS, convert_checkpoint
 from twins_fast.checkpoints.load import load_pretrained, load_state
 from twins_fast.checkpoints.names import CheckpointError
-from twins_fast.checkpoints.read import load_checkpoint, read_state_dict
+from twins_fast.checkpoints.read import load_checkpoint, read_meta, read_state_dict
 from twins_fast.checkpoints.write import save_checkpoint, write_atomically
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "load_state",
+    "read_meta",
     "read_state_dict",
     "save_checkpoint",
     "write_atomically",

@@ -53,19 +53,25 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: truncated, corrupt, or written by something else.
         OSError: the file cannot be opened.
     """
+    meta = read_meta(path)
+    return _read_safetensors(path)[0], meta
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The meta data that :func:`load_checkpoint` returns, without reading the tensors; errors as there."""
     if file_format(path) != "safetensors":
         raise not_a_checkpoint(path, "not a safetensors file, which twins-fast writes")
-    tensors, metadata = _read_safetensors(path)
+    _, metadata = _read_safetensors(path, tensors=False)
     try:
-        return tensors, json.loads(metadata["meta"])
+        return json.loads(metadata["meta"])
     except (KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: holds no meta data of a twins-fast checkpoint") from error
 
 
-def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: str | Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
+            names = file.keys() if tensors else ()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except OSError:
         raise

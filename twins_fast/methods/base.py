@@ -75,16 +75,14 @@ class Method:
 
     def perturb(
         self,
-        attack: Attack | None,
+        attack: Attack,
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
         largest_label: int,
         x_init: Tensor | None = None,
     ) -> Tensor:
-        """The adversarial images [B, C, H, W] of a checked batch; without an attack, the images themselves."""
-        if attack is None:
-            return images
+        """The adversarial images [B, C, H, W] of a checked batch."""
         if type(attack) is PGD and attack.model is model:
             return attack.perturb(images, labels, largest_label, x_init)
         return attack(images, labels, x_init=x_init)

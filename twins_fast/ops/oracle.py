@@ -97,8 +97,8 @@ def errors(call: Call, results: Results, *, rounded_between: bool = False, long_
     worst = {name: 0.0 for name, result in results._asdict().items() if result is not None}
     for first in range(0, channels, step):  # channels are independent
         part = slice(first, first + step)
-        some = Call(*(_wide(argument, part) for argument in call))
-        computed = {name: _wide(getattr(results, name), part) for name in worst}
+        some = Call(*(_in_float64(argument, part) for argument in call))
+        computed = {name: _in_float64(getattr(results, name), part) for name in worst}
         if call.relu:
             some = some._replace(dy=some.dy.where(computed["y"] > 0, 0))
         expected = _expected(some)
@@ -127,10 +127,10 @@ def _check(call: Call, results: Results) -> None:
             raise ValueError(f"{name} must be {dtype} {tuple(shape)}, got {what}")
 
 
-def _wide(value, part: slice):
+def _in_float64(value, part: slice):
     """Channels ``part`` in float64; what is no tensor as it is."""
     if isinstance(value, (tuple, list)):
-        return [_wide(vector, part) for vector in value]
+        return [_in_float64(vector, part) for vector in value]
     if not isinstance(value, Tensor):
         return value
     return (value[:, part] if value.dim() == 4 else value[part]).detach().double()

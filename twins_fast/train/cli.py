@@ -101,21 +101,15 @@ def _base_recipe(argv: Sequence[str]):
     Raises:
         RecipeError, RunError: no such recipe, file or run.
     """
-    from twins_fast.train.config_file import read_recipe
-    from twins_fast.train.recipe import RecipeError
+    from twins_fast.train.commands import recipe_of
     from twins_fast.train.recipes import get_recipe
     from twins_fast.train.run_folder import RunFolder
 
     name, config, resume, method = (_value(argv, flag) for flag in ("--recipe", "--config", "--resume", "--method"))
-    if name and config:
-        raise RecipeError("--recipe and --config exclude each other")
-    if name:
-        recipe = get_recipe(name)
-    elif config:
-        recipe = read_recipe(config)
-    elif resume:
+    recipe = recipe_of(name, config)
+    if recipe is None and resume:
         recipe, _ = RunFolder(resume).load_config()
-    else:
+    if recipe is None:
         recipe = get_recipe("cifar10")  # shows the defaults in the help; no command runs it
     return recipe.replaced(method=method) if method else recipe
 

@@ -14,14 +14,14 @@ from tyro.conf import Positional, arg
 
 from twins_fast.attacks.pgd import NORMS
 from twins_fast.checkpoints import (
+    WINGS,
     CheckpointError,
     convert_checkpoint,
-    load_checkpoint,
     load_state,
+    read_meta,
     read_state_dict,
     write_atomically,
 )
-from twins_fast.checkpoints.convert import WINGS
 from twins_fast.evaluation import evaluate
 from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES
@@ -76,9 +76,8 @@ class Train(Generic[M]):
             raise RecipeError("--run and --resume exclude each other")
         recipe, data_root, folder = self.fields, self.data_root, self.run or self.resume
         if self.resume:
-            own = RunFolder(self.resume)
-            own.check_recipe(recipe)
-            data_root = data_root or own.load_config()[1]
+            _, own_root = RunFolder(self.resume).load_config()
+            data_root = data_root or own_root
         elif not (self.recipe or self.config):
             raise RecipeError(f"--recipe or --config is needed; choose from {', '.join(RECIPES)}")
         folder = Path(folder or f"runs/{recipe.name}-{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -131,13 +130,13 @@ class Eval:
         _check_device(self.device)
         path = self._checkpoint()
         state, meta = read_state_dict(path), _meta(path)
-        recipe, data_root = self._recipe(path, meta), self.data_root
+        own = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
+        recipe, data_root = self._recipe(path, own), self.data_root
         run = RunFolder(path.parent)
-        if data_root is None and "recipe" in meta and run.exists():
+        if data_root is None and own and run.exists():
             _, data_root = run.load_config()
         batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
-        own = Recipe.from_dict(meta["recipe"]).data.classes if "recipe" in meta else ()
-        trained_on = tuple(meta.get("classes", own))
+        trained_on = tuple(meta.get("classes", own.data.classes if own else ()))
         if trained_on and trained_on != classes:
             raise DataError(f"{path} knows the classes {', '.join(trained_on)}; the data has {', '.join(classes)}")
         model = make_network(recipe.network, len(classes))
@@ -177,16 +176,9 @@ class Eval:
             raise RecipeError(f"{self.source!r} holds no best.safetensors")
         return RunFolder(path).best if path.is_dir() else path
 
-    def _recipe(self, path: Path, meta: dict) -> Recipe:
-        if self.recipe and self.config:
-            raise RecipeError("--recipe and --config exclude each other")
-        if self.recipe:
-            recipe = get_recipe(self.recipe)
-        elif self.config:
-            recipe = read_recipe(self.config)
-        elif "recipe" in meta:
-            recipe = Recipe.from_dict(meta["recipe"])
-        else:
+    def _recipe(self, path: Path, own: Recipe | None) -> Recipe:
+        recipe = recipe_of(self.recipe, self.config) or own
+        if recipe is None:
             raise RecipeError(f"{path} does not say how it was made; --recipe or --config is needed")
         sections = {
             "data": {"batch_size": self.batch_size, "workers": self.workers},
@@ -256,6 +248,20 @@ class Info:
         print_info()
 
 
+def recipe_of(name: str | None, config: str | None) -> Recipe | None:
+    """The recipe that ``--recipe`` or ``--config`` asks for, None if neither does.
+
+    Raises:
+        RecipeError: both, or no such recipe.
+        OSError: the file cannot be read.
+    """
+    if name and config:
+        raise RecipeError("--recipe and --config exclude each other")
+    if name:
+        return get_recipe(name)
+    return read_recipe(config) if config else None
+
+
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
@@ -266,6 +272,6 @@ def _check_device(name: str) -> None:
 def _meta(path: Path) -> dict:
     """What a run wrote beside the network; nothing for other people's checkpoints."""
     try:
-        return load_checkpoint(path)[1]
+        return read_meta(path)
     except CheckpointError:
         return {}

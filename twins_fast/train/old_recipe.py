@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from twins_fast.methods import METHODS
+
 _SECTION = {
     "data": ("dataset", "classes", "augmentation", "batch_size", "workers"),
     "network": ("arch", "checkpoint", "upsample", "channels_last"),
@@ -14,11 +16,7 @@ _SECTION = {
     "run": ("seed", "amp", "beside"),
 }
 _NEW_NAME = {"lr_gamma": "gamma", "beside": "baselines"}
-_METHOD_OPTIONS = {  # new name -> old name, and the methods that have the option
-    "frozen_weight": ("twins_lambda", ("twins-at", "twins-trades")),
-    "beta": ("trades_beta", ("trades", "twins-trades")),
-    "adversary": ("adversary", ("at", "trades", "twins-at", "twins-trades")),
-}
+_METHOD_OPTIONS = {"frozen_weight": "twins_lambda", "beta": "trades_beta", "adversary": "adversary"}  # new -> old
 
 
 def is_flat(tables: Mapping[str, Any]) -> bool:
@@ -41,8 +39,8 @@ def from_flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     tables["evaluation"]["choose_on"] = "test"
     method = rest.pop("method", "twins-at")
     tables["method"] = {"name": method}
-    for new, (old, methods) in _METHOD_OPTIONS.items():
+    for new, old in _METHOD_OPTIONS.items():  # every recipe had all of them, whatever its method
         value = rest.pop(old, None)
-        if value is not None and method in methods:
+        if value is not None and hasattr(METHODS.get(method), new):
             tables["method"][new] = "ce" if value == "published" else value
     return tables | rest

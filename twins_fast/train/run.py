@@ -59,6 +59,8 @@ def run_recipe(
         RecipeError: a two-wing method without a checkpoint.
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
+    if resume and folder.exists():
+        folder.check_recipe(recipe)
     resumes = resume and folder.last.exists()
     if not resume and recipe.network.checkpoint not in ("", "none", "embedded"):  # a resume may start elsewhere
         recipe = recipe.replaced(network={"checkpoint": os.path.abspath(recipe.network.checkpoint)})
@@ -73,7 +75,6 @@ def run_recipe(
     model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
     with folder.locked():
         if resume and folder.exists():
-            folder.check_recipe(recipe)
             folder.update(recipe, data_root)
         else:
             folder.create(recipe, data_root)

@@ -136,11 +136,16 @@ class RunFolder:
                     raise RunError(f"{str(self.metrics)!r}: line {number} is broken: {error}") from error
         return lines
 
-    def rewind_metrics(self, step: int, evaluated: int) -> None:
-        """Drop what was logged after a checkpoint: training after ``step``, evaluations after ``evaluated``."""
+    def rewind_metrics(self, step: int, evaluated: int) -> list[dict]:
+        """Drop what was logged after a checkpoint: training after ``step``, evaluations after ``evaluated``.
+
+        Returns:
+            The lines that stay.
+        """
         last = {"train": step}
         lines = [line for line in self.read_metrics() if line["step"] <= last.get(line["kind"], evaluated)]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return lines
 
 
 def _flat(tables: dict[str, Any]) -> dict[str, Any]:

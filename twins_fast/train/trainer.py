@@ -82,8 +82,9 @@ class Trainer:
         """
         if self.folder.last.exists():
             self._restore()
-        self.folder.rewind_metrics(self.step, self.evaluated)
-        self.started = time.monotonic() - self._seconds_before()
+        lines = self.folder.rewind_metrics(self.step, self.evaluated)
+        # What the processes before this one spent counts, too.
+        self.started = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         result = self.folder.read_result()
         if self.step == self.total_steps == self.evaluated and result.get("step") == self.step:
             return result
@@ -177,8 +178,12 @@ class Trainer:
     def _finish(self) -> dict:
         tests = {line["step"]: line for line in self.folder.read_metrics() if line["kind"] == "test"}
 
-        def on_test(step: int | None = None, wing: str | None = None) -> dict[str, float]:
-            accuracy = tests.get(step) or dataclasses.asdict(self._evaluate(self.loaders.test, wing))
+        def measured(wing: str | None = None) -> dict[str, float]:
+            return dataclasses.asdict(self._evaluate(self.loaders.test, wing))
+
+        def on_test(step: int) -> dict[str, float]:
+            """The network of ``step``, which is the model's now; measured if it has not been."""
+            accuracy = tests.get(step) or tests.setdefault(step, measured())
             return {name: accuracy[name] for name in ("clean", "robust", "images")}
 
         result = {
@@ -192,7 +197,7 @@ class Trainer:
         if 0 in tests:
             result["before"] = on_test(0)
         if is_twin(self.model):
-            result["after_frozen_wing"] = on_test(wing="frozen")
+            result["after_frozen_wing"] = measured("frozen")
         if self.folder.best.exists():
             state, meta = load_checkpoint(self.folder.best)
             load_state(self.model, state)
@@ -227,7 +232,3 @@ class Trainer:
                 raise TrainingError(f"the data has changed since the run began: its {what} were {before}, now {now}")
         self.step, self.best_robust = meta["step"], meta["best_robust"]
         self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated
-
-    def _seconds_before(self) -> float:
-        """What the processes before this one spent."""
-        return max((line.get("seconds", 0.0) for line in self.folder.read_metrics()), default=0.0)

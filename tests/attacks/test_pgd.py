@@ -78,6 +78,28 @@ def test_dlr_by_hand():
         objectives.difference_of_logits_ratio(logits[:, :2], torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("classes", [3, 4, 10])
+@pytest.mark.parametrize("loss", ["ce", "kl", "dlr"])
+def test_gradients_in_closed_form(tiny_model, loss, classes):
+    """Against autograd in float64: labels of every rank, ties, saturated and NaN logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, classes, dtype=torch.float64, generator=generator) * 3
+    logits[:8] *= 100
+    logits[8:12] = logits[8:12].round()
+    labels = torch.arange(64) % classes
+    labels[12:20] = logits[12:20].argmax(1)
+    clean = F.softmax(torch.randn(64, classes, dtype=torch.float64, generator=generator), 1)
+    attack = PGD(tiny_model, loss=loss)
+    per_sample, reference = attack._per_sample(labels, lambda: clean.log())
+    gradient, own_reference = attack._logits_gradient(labels, classes, lambda: clean.log())
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(per_sample(leaf, reference).sum(), leaf)
+    torch.testing.assert_close(gradient(logits, own_reference), expected, rtol=1e-12, atol=1e-12)
+    logits[0, 1] = torch.nan
+    assert gradient(logits, own_reference)[0].isnan().any()
+    assert gradient(logits, own_reference)[1:].isfinite().all()
+
+
 def test_generator_and_x_init_decide_the_start(tiny_model, batch):
     images, labels = batch
     runs = [PGD(tiny_model, steps=0, generator=torch.Generator().manual_seed(s))(images, labels) for s in (5, 5, 6)]

@@ -242,14 +242,11 @@ class PGD:
 
         def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             program.fold(model)
-            per_sample, reference = self._per_sample(labels, lambda: program.logits(images))
-            sign = -1 if self.targeted else 1
+            gradient, reference = self._logits_gradient(labels, program.classes, lambda: program.logits(images))
 
             def gradient_of(logits: Tensor, rows: slice) -> Tensor:
-                with torch.enable_grad():
-                    logits = logits.detach().requires_grad_()
-                    total = sign * per_sample(logits, reference[rows]).sum()
-                    return torch.autograd.grad(total, logits)[0]
+                towards_higher_loss = gradient(logits, reference[rows])
+                return towards_higher_loss.neg_() if self.targeted else towards_higher_loss
 
             def sign_step(prepare: Input, x: Tensor, clean: Tensor, gradient: Tensor, nan: Tensor, out: Tensor) -> None:
                 prepare.sign_step(x, clean, gradient, self.alpha, self.eps, nan, out)
@@ -321,6 +318,16 @@ class PGD:
             with torch.no_grad():
                 return objectives.kl_divergence, F.softmax(clean_logits(), 1)
         return objectives.cross_entropy if self.loss == "ce" else objectives.difference_of_logits_ratio, labels
+
+    def _logits_gradient(
+        self, labels: Tensor, classes: int, clean_logits: Callable[[], Tensor]
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """The gradient of that loss with respect to the logits as a function of them and a reference; the reference."""
+        if self.loss == "kl":
+            return objectives.softmax_gradient, F.softmax(clean_logits(), 1)
+        if self.loss == "ce":
+            return objectives.softmax_gradient, objectives.one_hot(labels, classes)
+        return objectives.difference_of_logits_ratio_gradient, labels
 
     def _objective(self, images: Tensor, labels: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function logits -> scalar whose gradient is followed."""

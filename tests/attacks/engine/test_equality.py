@@ -172,6 +172,21 @@ def test_half_precision_attacks_as_well(half):
     assert losses[half] == pytest.approx(losses[None], rel=0.01)
 
 
+def test_images_that_the_network_is_sure_of_move_in_float16():
+    """Their gradient of the logits is below the smallest number of float16."""
+    model = small()
+    x, _ = data(4)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        model.fc_downstream.bias[y] += 18.0
+        assert ((1 - F.softmax(model(x), 1).gather(1, y[:, None])) < 2e-8).all()
+    moved = {}
+    for engine, dtype in (("eager", None), ("plan", torch.float16)):
+        moved[engine] = PGD(model, engine=engine, amp_dtype=dtype, **STEP)(x, y) - x
+    assert (moved["plan"] != 0).float().mean() > 0.99
+    assert (moved["plan"] == moved["eager"]).float().mean() > 0.95
+
+
 @pytest.mark.parametrize(
     "options",
     [{"norm": "l2", "eps": 0.5, "alpha": 0.1}, {"norm": "l2-sign", "eps": 0.5, "alpha": 0.01}, {"loss": "dlr"},

@@ -21,6 +21,7 @@ from twins_fast.attacks.engine.plan import Plan
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
+LARGEST_EXPONENT = 126  # of a power of two in float32, or nearly
 KEPT_SIZES = 8  # chunk sizes with bound tensors
 
 
@@ -98,12 +99,14 @@ class Program:
 
         Args:
             x, clean: [N, C, H, W] float32: where to start, and the centre of the ball.
-            gradient_of: (float32 logits [n, classes], rows) -> gradient of the objective, alike.
+            gradient_of: (float32 logits [n, classes], rows) -> gradient of the objective, alike. In float16 that of
+                the images is larger than the true one, by a factor of each image's own (:func:`magnified`).
             step: (input, x, clean, gradient, nan, out): one step on x in place, and what the next pass reads into out.
         """
         result = x.clone(memory_format=torch.contiguous_format)
         clean = clean.contiguous()
         nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        half = self.executor.dtype == torch.float16
 
         def run(bound: Bound, rows: slice) -> None:
             result[rows] = x[rows]
@@ -111,7 +114,8 @@ class Program:
             self.input.prepare(result[rows], bound.image)
             for _ in range(steps):
                 _run(bound.forward)
-                bound.logits_gradient.copy_(gradient_of(bound.logits.float(), rows))
+                gradient = gradient_of(bound.logits.float(), rows)
+                bound.logits_gradient.copy_(magnified(gradient) if half else gradient)
                 _run(bound.backward)
                 step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
 
@@ -253,6 +257,15 @@ class Program:
             return flat.view(rows, *value.shape)
         channels, height, width = value.shape
         return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
+
+
+def magnified(gradient: Tensor) -> Tensor:
+    """Each row of [n, classes] times the power of two that brings its largest entry to [128, 256).
+
+    Float16 has no numbers below 6e-8, so that the gradient of an image that the network is sure of would vanish in it.
+    """
+    _, exponent = torch.frexp(gradient.abs().amax(1, keepdim=True))
+    return torch.ldexp(gradient, (8 - exponent).clamp_(max=LARGEST_EXPONENT))
 
 
 def _as_image(tensor: Tensor) -> Tensor:

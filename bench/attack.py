@@ -49,6 +49,7 @@ AXES = {  # what is varied -> the rest, and its values
     "steps": ("batch=8", (1, 2, 5, 10, 20)),
     "side": ("batch=8:steps=10", (16, 32, 64, 96)),
     "width": ("batch=8:steps=10", (16, 32, 64, 128)),
+    "chunk_size": ("batch=128:steps=10", (8, 16, 32, 64, 128)),
 }
 
 
@@ -272,7 +273,7 @@ def layers(attacks: list[Attack], names: list[str], record: Record) -> list[str]
     for attack in attacks:
         problem = inputs(attack, record.device)
         for name in names:
-            explain = engine_attack(problem.model, name, attack.steps).explain
+            explain = engine_attack(problem.model, name, attack.steps, attack.chunk_size).explain
             report = explain(problem.images, problem.labels, timed=True)
             rows = [dict(layer) for layer in report.layers]
             for row in rows:

@@ -115,14 +115,14 @@ peer(ATTACK, "compile-max")(partial(compiled, mode="max-autotune"))
 peer(ATTACK, "compile-folded")(partial(compiled, folded=True))
 
 
-def engine_attack(model: nn.Module, name: str, steps: int) -> PGD:
+def engine_attack(model: nn.Module, name: str, steps: int, chunk_size: int | None = None) -> PGD:
     """This package's attack, as :data:`ENGINES` names it."""
     engine, dtype = ENGINES[name]
-    return PGD(model, EPS, ALPHA, steps, engine=engine, amp_dtype=dtype)
+    return PGD(model, EPS, ALPHA, steps, engine=engine, amp_dtype=dtype, chunk_size=chunk_size)
 
 
 def _engine(attack, problem, name):
-    attacks = {steps: engine_attack(problem.model, name, steps) for steps in {attack.steps, 1}}
+    attacks = {n: engine_attack(problem.model, name, n, attack.chunk_size) for n in {attack.steps, 1}}
 
     def function(images, labels, start, steps):
         return attacks[steps](images, labels, x_init=start)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import attack as bench_attack
+from bench import host as bench_host
 from bench import imports as bench_imports
 from bench import kernels as bench_kernels
 from bench import twin_bn as bench_twin_bn
@@ -113,6 +114,12 @@ def imports() -> str:
     """What importing the package adds to importing PyTorch."""
     record = _read(bench_imports.RESULT)
     return f"{bench_imports.table(record['times'])}\n\n{source(record)}"
+
+
+def host() -> str:
+    """What an attack call takes beside its kernels."""
+    record = _read(bench_host.RESULT)
+    return f"{bench_host.table(record['milliseconds'])}\n\n{source(record)}"
 
 
 def attack() -> str:
@@ -281,7 +288,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
-TABLES |= {"imports": imports}
+TABLES |= {"imports": imports, "host": host}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}

@@ -31,6 +31,7 @@ class Attack(Workload):
     side: int  # of the images that are attacked, in pixels
     steps: int
     width: int | None = None  # of the network; None: its own
+    chunk_size: int | None = None  # of this package's attack
 
     @property
     def network(self) -> str:

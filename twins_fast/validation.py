@@ -8,7 +8,6 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:
@@ -57,13 +56,6 @@ def checked_logits(logits: Tensor, rows: int, largest_label: int) -> Tensor:
     if largest_label >= logits.shape[1]:
         raise ValueError(f"labels hold class {largest_label}, but the model has {logits.shape[1]} classes")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def check_running_statistics(model: nn.Module) -> None:
-    """Require running statistics in every batch norm, as evaluation mode needs them."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(f"eval mode needs running statistics, but the batch norm {name!r} has none")
 
 
 def check_not_negative(**values: float) -> None:

@@ -17,7 +17,7 @@ def test_repr_shows_all_options():
     attack = PGD(nn.Identity(), alpha=0.01, random_start=0, amp_dtype=torch.bfloat16)
     assert repr(attack) == (
         "PGD(Identity, eps=8/255, alpha=0.01, steps=10, random_start=False, norm='linf', loss='ce', bn_mode='eval', "
-        "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto')"
+        "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto', chunk_size=None)"
     )
     for eps in (0, 0.0, 1 / 255, 0.3, 8 / 254, 1.0, 64.0):
         (shown,) = re.findall(r"\(Identity, eps=(.*?),", repr(PGD(nn.Identity(), eps=eps, norm="l2")))

@@ -434,7 +434,7 @@ def device(monkeypatch):
     monkeypatch.setattr(
         programs.Program,
         "graphed",
-        lambda self, o, m, attack, inputs: graphed(self, o, m, device.recorded(attack), inputs),
+        lambda self, options, attack, inputs: graphed(self, options, device.recorded(attack), inputs),
     )
     return device
 

@@ -21,7 +21,7 @@ from twins_fast.attacks.engine.program import Program, out_of_memory
 from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
-from twins_fast.nn.modes import in_mode
+from twins_fast.nn.modes import check_running_statistics, in_mode
 from twins_fast.options import fraction_of_255
 from twins_fast.validation import (
     check_choice,
@@ -30,7 +30,6 @@ from twins_fast.validation import (
     check_labels,
     check_not_negative,
     check_radius,
-    check_running_statistics,
     checked_logits,
 )
 
@@ -67,13 +66,15 @@ class PGD:
             CPU if the model can be planned, and goes on in eager mode, with a warning, if an error occurs in the
             engine. :meth:`explain` reports which one runs, and why. Every call sees the current state of the model
             (but see :meth:`forget`).
+        chunk_size: how many images go through all steps of the plan at once, from the first to the last attack step;
+            memory grows with it. None: as many as fit into the last cache of a CPU, all on a GPU.
 
     Attributes:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
-        ValueError: an unknown name, a negative eps, alpha or steps, an L-infinity radius above 1, ``targeted`` with
-            ``"kl"``.
+        ValueError: an unknown name, a negative eps, alpha or steps, a chunk_size below 1, an L-infinity radius above 1,
+            ``targeted`` with ``"kl"``.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PGD:
         generator: torch.Generator | None = None,
         targeted: bool = False,
         engine: str = "auto",
+        chunk_size: int | None = None,
     ):
         check_not_negative(eps=eps, alpha=alpha, steps=steps)
         check_integer(steps=steps)
@@ -100,6 +102,10 @@ class PGD:
         check_choice("random_start", random_start, STARTS)
         check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
         check_choice("engine", engine, ENGINES)
+        if chunk_size is not None:
+            check_integer(chunk_size=chunk_size)
+            if chunk_size < 1:
+                raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if engine == "plan" and bn_mode == "train":
             raise ValueError("engine='plan' needs bn_mode='eval': batch statistics cannot be folded")
         if targeted and loss == "kl":
@@ -116,6 +122,7 @@ class PGD:
         self.generator = generator
         self.targeted = targeted
         self.engine = engine
+        self.chunk_size = chunk_size
         self._cache = PlanCache()
         self._nan_gradients: Tensor | int = 0
         self._clamp_is_known = False  # once it is, the user has been told of it
@@ -232,7 +239,8 @@ class PGD:
         kind = images.device.type
         ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         insist = self.engine == "plan"
-        program = self._cache.program(unwrapped(self.model), images, self.amp_dtype or ambient, insist)
+        model, dtype = unwrapped(self.model), self.amp_dtype or ambient
+        program = self._cache.program(model, images, dtype, self.chunk_size, insist)
         if insist and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
         return program
@@ -260,9 +268,9 @@ class PGD:
             step = sign_step if self.norm == "linf" else any_step
             return program.attack(x, images, self.steps, gradient_of, step), program.nan_gradients
 
-        options = (self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
+        options = (self._cache.addresses, self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            adversarial, nan = program.graphed(options, model, attack, (images, labels, x))
+            adversarial, nan = program.graphed(options, attack, (images, labels, x))
             self._nan_gradients = nan.sum()
         return adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)
 

@@ -78,6 +78,8 @@ class Attack:
     """Steps of the attack in training."""
     engine: Literal[tuple(ENGINES)] = "auto"
     """Planned attack steps, plain PyTorch, or whichever is known to be right and faster."""
+    chunk_size: OptionalInteger = None
+    """Images that go through all attack steps at once; by default what a CPU's cache holds, all on a GPU."""
 
     def __post_init__(self):
         check_options(self)

@@ -231,6 +231,20 @@ def test_images_are_independent_and_chunks_do_not_matter(monkeypatch):
     assert program_of(attack, x).chunk(13) == 1
 
 
+def test_the_chunk_size_is_a_setting():
+    model = small()
+    x, y = data(13)
+    attack = PGD(model, engine="plan", **STEP)
+    whole = attack(x, y)
+    for attack.chunk_size, at_once in ((5, 5), (1, 1), (100, 13), (6, 5)):  # chunks alike: 13 as 5, 5 and 3
+        assert torch.equal(attack(x, y), whole)
+        assert program_of(attack, x).chunk(13) == at_once
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        PGD(model, chunk_size=0)
+    with pytest.raises(ValueError, match="chunk_size must be an integer"):
+        PGD(model, chunk_size=2.5)
+
+
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
 def test_kernels_equal_the_pytorch_executor(amp_dtype, monkeypatch):
     """The same plan by both executors."""

@@ -21,7 +21,7 @@ STAGES = {
     "program": (program.Program, "__init__"),
     "fold": (program, "Fold"),
     "memory": (program, "place"),
-    "check": (cache, "agrees"),
+    "check": (cache, "difference"),
     "bind": (program.Program, "_bind"),
     "run": (program.Program, "graphed"),
 }
@@ -146,7 +146,7 @@ def test_interruptions_come_through(stage, error, monkeypatch):
     assert_untouched(model, before)
     monkeypatch.undo()
     calls = []
-    monkeypatch.setattr(cache, "agrees", lambda *arguments: calls.append(1) or True)
+    monkeypatch.setattr(cache, "difference", lambda *arguments: calls.append(1) or "")
     assert attack.explain(x).engine == "plan" and calls
 
 
@@ -157,7 +157,7 @@ def test_an_interrupted_check_is_made_again(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         attack(x, y)
     monkeypatch.undo()
-    assert program_of(attack, x).verified == {2}
+    assert program_of(attack, x).verified == {3}
 
 
 class Noisy(Doubled):

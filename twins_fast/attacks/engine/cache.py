@@ -16,30 +16,48 @@ from twins_fast.attacks.engine.executors import executor_for
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
-from twins_fast.attacks.engine.verify import agrees
-from twins_fast.attacks.engine.watch import fingerprint, obstacle
+from twins_fast.attacks.engine.verify import difference
+from twins_fast.attacks.engine.watch import Snapshot, fingerprint, obstacle
+
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device]  # shape of an image, precision, device
 
 KEPT_PLANS = 4
 RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
 
 
 class PlanCache:
-    """The plans of a model; ``lock`` is held while one is built or runs."""
+    """The plans of a model; ``lock`` is held while one is built or runs.
+
+    Attributes:
+        addresses: counts how often the model's tensors may have moved.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.addresses = 0
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.forget()
 
     def forget(self) -> None:
         """Drop all plans and their memory."""
-        self._plans: OrderedDict[tuple, Program | str] = OrderedDict()
-        self._changes: dict[tuple, int] = {}  # (shape, dtype, device) of images -> rebuilds in a row
+        self._snapshot: Snapshot | None = None
+        self._fingerprint: tuple | None = None  # None if the model cannot be examined
+        self._obstacles: dict[tuple, str] = {}  # (dtype, device) of images -> what obstacle() said
+        self._plans: OrderedDict[Kind, tuple[tuple | None, Program | str]] = OrderedDict()  # with their fingerprint
+        self._changes: dict[Kind, int] = {}  # rebuilds in a row
 
-    def program(self, model: nn.Module, images: Tensor, dtype: torch.dtype, insist: bool = False) -> Program | str:
+    def program(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        dtype: torch.dtype,
+        chunk_size: int | None = None,
+        insist: bool = False,
+    ) -> Program | str:
         """The program of ``model`` in eval mode for images like these in this precision, or why there is none.
 
         Args:
+            chunk_size: how many images it is to take at once.
             insist: whether an error in the engine itself is raised. Without, it is a reason that is remembered, and
                 a warning.
         """
@@ -47,48 +65,66 @@ class PlanCache:
             self.forget()
             self._model = weakref.ref(model)
         kind = (tuple(images.shape[1:]), dtype, images.device)
-        key = (*kind, None)  # of a model that has no fingerprint
         try:
-            reason = obstacle(model, images)
+            reason = self._look(model, images)
             if reason:
                 return reason
-            fingerprinted = (*kind, fingerprint(model))
-            program = self._plans.get(fingerprinted)
-            key = fingerprinted
+            program = self._known(kind)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
                 if changes > RESTLESS:
                     return "the model's attributes change from call to call"
-                for old in [old for old in self._plans if old[:3] == kind]:  # the model has changed since
-                    del self._plans[old]
+                self._plans.pop(kind, None)  # frees its memory before the new one takes some
                 program = self._build(model, images, dtype)
             else:
                 self._changes[kind] = 0
-            self._keep(key, program)
-            if isinstance(program, Program) and not agrees(program, model, images):
-                raise NotCaptured("the plan's logits or gradients are not the model's")
+            self._keep(kind, program)
+            if isinstance(program, Program):
+                program.chunk_size = chunk_size
+                wrong = difference(program, model, images)
+                if wrong:
+                    raise NotCaptured(wrong)
             return program
         except Exception as error:
             expected = isinstance(error, NotCaptured)
             reason = str(error) if expected else f"planning failed: {in_one_line(error)}"
             if insist and not expected:
                 raise RuntimeError(f"engine='plan': {reason}") from error
-            known = expected or self._plans.get(key) == reason
-            self._keep(key, reason)
-        if not known:
+            warned = expected or self._known(kind) == reason
+            self._keep(kind, reason)
+        if not warned:
             warnings.warn(f"{reason}; the model is attacked in eager mode", stacklevel=5)
         return reason
 
     def refuse(self, program: Program, reason: str) -> None:
         """Have the model attacked in eager mode, for ``reason``, where ``program`` has been."""
         with self.lock:
-            self._plans.update({key: reason for key, known in self._plans.items() if known is program})
+            self._plans.update({k: (seen, reason) for k, (seen, known) in self._plans.items() if known is program})
 
-    def _keep(self, key: tuple, program: Program | str) -> None:
-        self._plans[key] = program
-        self._plans.move_to_end(key)
+    def _look(self, model: nn.Module, images: Tensor) -> str:
+        """Notice what has changed about the model since the last call, and say what forbids a plan."""
+        if self._snapshot is None or not self._snapshot.holds():
+            before, self._fingerprint, self._snapshot = self._fingerprint, None, None
+            self.addresses += 1
+            self._obstacles.clear()
+            seen = fingerprint(model)
+            self._fingerprint = before if seen == before else seen
+            self._snapshot = Snapshot(model)
+        about = (images.dtype, images.device)
+        if about not in self._obstacles:
+            self._obstacles[about] = obstacle(model, images)
+        return self._obstacles[about]
+
+    def _known(self, kind: Kind) -> Program | str | None:
+        """What is known for the model as it is."""
+        seen, known = self._plans.get(kind, (None, None))
+        return known if seen is self._fingerprint else None
+
+    def _keep(self, kind: Kind, program: Program | str) -> None:
+        self._plans[kind] = (self._fingerprint, program)
+        self._plans.move_to_end(kind)
         while len(self._plans) > KEPT_PLANS:
-            self._changes.pop(self._plans.popitem(last=False)[0][:3], None)
+            self._changes.pop(self._plans.popitem(last=False)[0], None)
 
     @staticmethod
     def _build(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Program:

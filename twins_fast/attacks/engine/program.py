@@ -16,7 +16,7 @@ from twins_fast.attacks.engine.executors.segment import Segment
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
 from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import place
-from twins_fast.attacks.engine.nodes import Node, tensors_of
+from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.plan import Plan
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
@@ -32,6 +32,7 @@ class Bound:
     rows: int
     forward: list[Callable[[], None]]
     backward: list[Callable[[], None]]
+    tensors: list[Tensor]  # by slot
     image: Tensor
     image_gradient: Tensor
     logits: Tensor
@@ -42,7 +43,8 @@ class Program:
     """A plan with its memory: parameters folded by :meth:`fold`, one arena for all tensors.
 
     Attributes:
-        largest_chunk: the most images that go through all steps at once; halved when memory runs out, None: no limit.
+        chunk_size: how many images go through all steps at once; None: what a CPU's cache holds, all on a GPU.
+        largest_chunk: the most that do; halved when memory runs out, None: no limit.
         nan_gradients: pixel values whose gradient was NaN, in the last :meth:`attack`.
     """
 
@@ -67,10 +69,11 @@ class Program:
         self._offsets, self.bytes_per_image = place(sizes, plan.slots)
         self._arena: Tensor | None = None
         self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self.chunk_size: int | None = None
         self.largest_chunk: int | None = None
         self.input = None
         self.nan_gradients = torch.zeros(0, dtype=torch.int64)
-        self.verified: set[int] = set()  # numbers of images
+        self.verified: set[int] = set()  # numbers of images at once
         self._graphs = GraphedAttack(executor.device) if executor.device.type == "cuda" else None
 
     @property
@@ -120,17 +123,14 @@ class Program:
                 step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
 
         for rows in self._chunks(len(x)):
-            self._with_memory(rows, run)
+            self.with_memory(rows, run)
         self.nan_gradients = nan
         return result
 
-    def graphed(
-        self, options: tuple, model: nn.Module, attack: Attack, inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """``attack(*inputs)``, which folds ``model`` and takes steps; on a GPU as a graph for these ``options``."""
+    def graphed(self, options: tuple, attack: Attack, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``attack(*inputs)``; on a GPU as a graph for these ``options``: all that it depends on besides values."""
         if self._graphs is not None:
-            addresses = tuple(t.data_ptr() for _, t in tensors_of(model))
-            results = self._graphs((options, addresses), attack, inputs, keep=lambda: list(self._bound.values()))
+            results = self._graphs(options, attack, inputs, keep=lambda: list(self._bound.values()))
             if results is not None:
                 return results
             self._graphs = None
@@ -148,7 +148,7 @@ class Program:
             logits[rows] = bound.logits
 
         for rows in self._chunks(len(x)):
-            self._with_memory(rows, run)
+            self.with_memory(rows, run)
         return logits
 
     def free(self) -> None:
@@ -162,7 +162,8 @@ class Program:
         """How many of a batch's images go through all steps at once."""
         if not self.plan.per_sample:
             return images
-        most = max(1, CACHED // self.bytes_per_image) if self.executor.device.type == "cpu" else images
+        fit = max(1, CACHED // self.bytes_per_image) if self.executor.device.type == "cpu" else images
+        most = self.chunk_size or fit
         most = min(most, self.largest_chunk or most)
         return -(-images // -(-images // most))
 
@@ -173,7 +174,7 @@ class Program:
             yield slice(begin, end)
             begin = end
 
-    def _with_memory(self, rows: slice, run: Callable[[Bound, slice], None]) -> None:
+    def with_memory(self, rows: slice, run: Callable[[Bound, slice], None]) -> None:
         """``run`` on the rows, in smaller and smaller parts while memory runs out."""
         todo = [rows]
         while todo:
@@ -232,7 +233,7 @@ class Program:
         image, image_gradient, logits, logits_gradient = (tensors[slot] for slot in ends)
         flat = (len(logits), -1)
         return Bound(
-            rows, runs(plan.forward), runs(plan.backward), image, image_gradient,
+            rows, runs(plan.forward), runs(plan.backward), tensors, image, image_gradient,
             logits.view(flat), logits_gradient.view(flat),
         )  # fmt: skip
 

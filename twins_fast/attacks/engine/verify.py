@@ -1,23 +1,34 @@
-"""Whether a plan computes its model, checked on one or two images before its first use."""
+"""Whether a plan computes its model, and its kernels what PyTorch does: checked before its first attack."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from twins_fast.attacks.engine.executors.torch import TorchExecutor
+from twins_fast.attacks.engine.executors.torch import TorchExecutor, mask_like
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
-from twins_fast.attacks.engine.program import Program
+from twins_fast.attacks.engine.plan import Step
+from twins_fast.attacks.engine.program import Bound, Program, magnified
 from twins_fast.nn.guards import random_numbers_restored
 
-DIFFERENT = 0.05  # relative L2 distance from the model's results beyond which a plan is rejected
+DIFFERENT = 0.05  # relative L2 distance beyond which results are not the same
+STEP_SIZE = 1 / 64  # of the pixels
+GARBAGE = 0xA5  # where a kernel is going to write bits
+
+_SEGMENTS = ("segment", "segment_backward")  # run by PyTorch, whatever the executor
+_RESULTS = {"forward": ("y", "mask", "argmax"), "backward": ("y", "dx")}  # roles of what a step writes
 
 
-def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
-    """Whether plan and model give the same logits and gradients on one or two of ``images``; compared once.
+def difference(program: Program, model: nn.Module, images: Tensor) -> str:
+    """What is wrong with a plan, checked once for each number of images that its steps take at once; "" if nothing is.
 
-    Runs the plan in float32 by PyTorch. The tolerance is far wider than roundoff: what this finds is a forward that
-    the capture did not see in full.
+    Two of the images go through the plan in float32 by PyTorch, which has to give the model's logits and gradients: a
+    forward that the capture did not see in full does not. Then all of them go through the executor that is going to
+    run, in its precision, and each of its steps has to give for these two what PyTorch makes of the same operands.
+
+    The tolerance is far wider than roundoff.
 
     Args:
         images: [N, C, H, W] float32.
@@ -25,15 +36,45 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
     Raises:
         NotCaptured: the model itself fails on so few images.
     """
-    count = min(len(images), 2)
-    if count in program.verified or count == 0:
-        return True
+    rows = program.chunk(len(images)) if len(images) else 0
+    if rows in program.verified or rows == 0:
+        return ""
+    x = images[:rows].detach().contiguous()
     device = program.executor.device
-    probe = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
-    probe.largest_chunk = 1  # images must not see each other
-    x = images[:count].detach().contiguous()
-    direction = torch.randn(count, program.classes, generator=torch.Generator().manual_seed(0)).to(device)
+    plain = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
+    with random_numbers_restored(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
+            plain.fold(model)
+        if not _computes_model(plain, model, x[_ends(rows)]):
+            return "the plan's logits or gradients are not the model's"
+        if type(program.executor) is not TorchExecutor:
+            wrong: list[str] = []
+
+            def check(bound: Bound, rows: slice) -> None:
+                wrong.append(_wrong_step(program, plain, bound, x[rows]))
+
+            with torch.no_grad():
+                program.fold(model)
+                program.with_memory(slice(0, rows), check)
+            if any(wrong):
+                return f"{max(wrong)} by {program.executor.name} gives other results than PyTorch"
+    program.verified.add(program.chunk(len(images)))  # fewer than rows if memory ran out
+    return ""
+
+
+def _ends(rows: int) -> list[int]:
+    return sorted({0, rows - 1})
+
+
+def _direction(like: Tensor) -> Tensor:
+    """A gradient of the logits."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device)
+
+
+def _computes_model(plain: Program, model: nn.Module, x: Tensor) -> bool:
+    plain.largest_chunk = 1  # images must not see each other
     planned_logits: list[Tensor] = []
+    direction = _direction(x.new_empty(len(x), plain.classes))
 
     def gradient_of(logits: Tensor, rows: slice) -> Tensor:
         planned_logits.append(logits.clone())
@@ -42,26 +83,85 @@ def agrees(program: Program, model: nn.Module, images: Tensor) -> bool:
     def step(prepare, x, clean, gradient, nan, out):
         x.copy_(prepare.gradient(x, gradient))
 
-    with random_numbers_restored(), torch.autocast(device.type, enabled=False):
-        with torch.no_grad():
-            probe.fold(model)
-            gradient = probe.attack(x, x, 1, gradient_of, step)
-        try:
-            with torch.enable_grad():
-                pixels = x.clone().requires_grad_()
-                logits = model(pixels)
-                if logits.shape != direction.shape:
-                    return False
-                (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
-        except Exception as error:  # no fault of the plan
-            raise NotCaptured(f"the model fails on {count} of the images: {in_one_line(error)}") from error
-    if not (_close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)):
-        return False
-    program.verified.add(count)
-    return True
+    with torch.no_grad():
+        gradient = plain.attack(x, x, 1, gradient_of, step)
+    try:
+        with torch.enable_grad():
+            pixels = x.clone().requires_grad_()
+            logits = model(pixels)
+            if logits.shape != direction.shape:
+                return False
+            (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
+    except Exception as error:  # no fault of the plan
+        raise NotCaptured(f"the model fails on {len(x)} of the images: {in_one_line(error)}") from error
+    return _close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)
 
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Whether their L2 distance is small relative to ``expected``; NaN and infinity count as 0."""
-    actual, expected = (t.nan_to_num(0, 0, 0).double().flatten() for t in (actual, expected))
-    return bool((actual - expected).norm() <= DIFFERENT * expected.norm() + 1e-6)
+def _wrong_step(program: Program, plain: Program, own: Bound, images: Tensor) -> str:
+    """The first step whose results are not PyTorch's; "" if there is none."""
+    ends = _ends(len(images)) if program.plan.per_sample else list(range(len(images)))
+    reference = plain.bound(len(ends))
+    program.input.prepare(images, own.image)
+    plain.input.prepare(images[ends], reference.image)
+    if not _close(own.image[ends], reference.image):
+        return "normalisation of the images"
+    own.logits_gradient.copy_(magnified(_direction(own.logits_gradient)))
+    for name, results in _RESULTS.items():
+        runs = zip(getattr(program.plan, name), getattr(own, name), getattr(reference, name), strict=True)
+        for step, run, run_plain in runs:
+            if step.operation in _SEGMENTS:
+                run()
+            elif not _is_right(program, step, results, (own, run), (reference, run_plain), ends):
+                return f"{program.plan.stages[step.stage].where or 'the model'}: {step.operation}"
+    moves = []
+    for input_, rows in ((program.input, slice(None)), (plain.input, ends)):
+        x, gradient = images[rows].clone(), own.image_gradient[rows]
+        nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        input_.sign_step(x, images[rows], gradient, STEP_SIZE, STEP_SIZE, nan, torch.empty_like(gradient))
+        moves.append((x - images[rows], input_.gradient(images[rows], gradient)))
+    (move, gradient), (plain_move, plain_gradient) = moves
+    right = _close(move[ends], plain_move) and _close(gradient[ends], plain_gradient)
+    return "" if right else "step of the pixels"
+
+
+def _is_right(
+    program: Program,
+    step: Step,
+    results: tuple[str, ...],
+    own: tuple[Bound, Callable[[], None]],
+    reference: tuple[Bound, Callable[[], None]],
+    ends: list[int],
+) -> bool:
+    """Run one step into garbage, and by PyTorch on the same operands."""
+    (bound, run), (plain, run_plain) = own, reference
+    slots = {role: slot for role, slot in step.tensors.items() if slot is not None}
+    read = {slot for role, slot in slots.items() if role not in results}
+    values = [slot for slot in read if program.plan.slots[slot].kind in ("value", "gradient")]
+    for slot in values:
+        plain.tensors[slot].copy_(bound.tensors[slot][ends])
+    for slot in {slots[role] for role in results if role in slots} - read:
+        bound.tensors[slot].fill_(GARBAGE if bound.tensors[slot].dtype == torch.uint8 else torch.nan)
+    run()
+    run_plain()
+    slot = slots.get("y", slots.get("dx"))
+    y = bound.tensors[slot][ends]
+    if "mask" in slots and "mask" in results:  # a value that is nearly zero may be on either side of it
+        mask_like(plain.tensors[slots["mask"]], plain.tensors[slot]).copy_(~(y <= 0))
+    # What is subtracted may be larger than the difference, which then has the larger one's roundoff.
+    shift = program.states[step.stage].shift if step.operation in ("conv", "affine") else None
+    terms = [plain.tensors[slots["other"]]] if "other" in slots else []
+    terms += [] if shift is None else [shift.expand(y.numel() // len(shift), -1)]
+    return _close(y, plain.tensors[slot], *terms)
+
+
+def _close(actual: Tensor, expected: Tensor, *terms: Tensor) -> bool:
+    """Whether their L2 distance is small relative to ``expected`` and its ``terms``, where that is finite."""
+    finite = expected.isfinite()
+    kind = torch.finfo(actual.dtype)
+    smallest = 1e-6 + kind.smallest_normal * kind.eps * expected.numel() ** 0.5
+    allowed = DIFFERENT * sum(_norm(t.where(t.isfinite(), 0)) for t in (expected, *terms)) + smallest
+    return bool(_norm((actual - expected).where(finite, 0)) <= allowed)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.double().norm()

@@ -1,21 +1,25 @@
-"""What a plan depends on besides values: the unwrapped module, obstacles to a plan, and the model's fingerprint."""
+"""What a plan depends on besides values: the unwrapped module, obstacles to a plan, the model's fingerprint."""
 
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from twins_fast.nn.guards import HOOKS, has_global_hooks, has_hooks
+from twins_fast.nn.modes import modules_of
 
 DEEPEST, LARGEST = 4, 1 << 16  # attributes are compared by value down to this depth, arrays up to these bytes
 
-_KNOWN = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS}
+_STORES = ("_parameters", "_buffers", "_modules")
+_KNOWN = frozenset(vars(nn.Module()))  # attributes that every module has
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -56,6 +60,57 @@ def obstacle(model: nn.Module, images: Tensor) -> str:
     return ""
 
 
+class Snapshot:
+    """A model at one moment, to be compared in every attack, in a tenth of the time that a fingerprint takes.
+
+    It keeps what it has seen alive, so that nothing new can take its place unnoticed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = modules_of(model)
+        self._types = [type(module) for module in self._modules]
+        self._classes = list(dict.fromkeys(own for kind in self._types for own in _own_classes(kind)))
+        self._contents = [(list(d), list(d.values())) for d in self._dictionaries()]
+        self._hooks = [vars(module)[name] for module in self._modules for name in HOOKS]
+        self._tensors = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
+        self._facts = self._facts_of_tensors()
+        own = [pair for d in map(vars, (*self._modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
+        self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
+
+    def holds(self) -> bool:
+        """Whether all that a fingerprint, an obstacle or the tensors' addresses depend on is surely as it was."""
+        if any(self._hooks) or has_global_hooks() or [type(module) for module in self._modules] != self._types:
+            return False
+        for now, (names, values) in zip(self._dictionaries(), self._contents, strict=True):
+            if list(now) != names or not all(map(operator.is_, now.values(), values)):
+                return False
+        if self._facts_of_tensors() != self._facts:
+            return False
+        return all(_frozen(value) == frozen for value, frozen in self._mutable)
+
+    def _dictionaries(self) -> Iterator[Mapping[str, object]]:
+        for module in self._modules:
+            attributes = vars(module)
+            yield attributes
+            yield from (attributes[name] for name in _STORES)
+        yield from map(vars, self._classes)
+
+    def _facts_of_tensors(self) -> list[tuple]:
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._tensors]
+
+
+def _is_own(name: str) -> bool:
+    """Whether an attribute of a module or class is there for its forward."""
+    return name not in _KNOWN and name[:2] != "__"
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether :func:`_frozen` says the same of the very same object whenever it is asked."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_fixed, value))
+    return isinstance(_frozen(value), _Same) or isinstance(value, _PLAIN)
+
+
 class _Same:
     """Equal to itself alone; a weak reference where the object allows one."""
 
@@ -82,7 +137,7 @@ def fingerprint(model: nn.Module) -> tuple:
     classes: dict[type, object] = {}
     parts = []
     for name, module in model.named_modules(remove_duplicate=False):
-        attributes = tuple((key, _frozen(value)) for key, value in module.__dict__.items() if key not in _KNOWN)
+        attributes = tuple((key, _frozen(value)) for key, value in module.__dict__.items() if _is_own(key))
         tensors = tuple(
             (key, None if t is None else (seen.setdefault(id(t), len(seen)), tuple(t.shape), t.dtype))
             for store in (module._parameters, module._buffers)
@@ -90,17 +145,23 @@ def fingerprint(model: nn.Module) -> tuple:
         )
         kind = type(module)
         if kind not in classes:
-            own = [k for k in kind.__mro__ if not k.__module__.startswith(("torch.", "builtins"))]
-            classes[kind] = tuple((k, tuple((n, _frozen(v)) for n, v in vars(k).items() if n[:2] != "__")) for k in own)
+            classes[kind] = tuple(
+                (k, tuple((n, _frozen(v)) for n, v in vars(k).items() if _is_own(n))) for k in _own_classes(kind)
+            )
         parts.append((name, seen.setdefault(id(module), len(seen)), kind, attributes, tensors))
     return tuple(parts), tuple(classes.items())
+
+
+def _own_classes(kind: type) -> list[type]:
+    """The classes of a module that are not PyTorch's."""
+    return [k for k in kind.__mro__ if not k.__module__.startswith(("torch.", "builtins"))]
 
 
 def _frozen(value: object, depth: int = 0) -> object:
     """An attribute in a form that compares by value if it is plain data, by identity if not."""
     if isinstance(value, Tensor):
         return (_Same(value), value._version, tuple(value.shape), value.dtype)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, type)):
+    if isinstance(value, _PLAIN):
         return (type(value), value)
     if depth > DEEPEST or isinstance(value, (nn.Module, Callable)):
         return _Same(value)

@@ -181,14 +181,15 @@ class TorchExecutor:
             v = v + other.view(y.shape)
         if relu_mask is not None:
             positive = ~(v <= 0)  # lets NaN pass
-            _like(relu_mask, y).copy_(positive)
+            mask_like(relu_mask, y).copy_(positive)
             v = v.where(positive, 0)
         if mask is not None:
-            v = v.where(_like(mask, y), 0)
+            v = v.where(mask_like(mask, y), 0)
         y.copy_(v)
 
 
-def _like(mask: Tensor, y: Tensor) -> Tensor:
+def mask_like(mask: Tensor, y: Tensor) -> Tensor:
+    """A mask of one byte per value as booleans of the shape of ``y``."""
     return mask.view(torch.bool).as_strided(y.shape, y.stride())
 
 

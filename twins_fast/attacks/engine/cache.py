@@ -29,7 +29,7 @@ class PlanCache:
     """The plans of a model; ``lock`` is held while one is built or runs.
 
     Attributes:
-        addresses: counts how often the model's tensors may have moved.
+        addresses: counts how often the model's tensors have moved.
     """
 
     def __init__(self) -> None:
@@ -104,12 +104,12 @@ class PlanCache:
     def _look(self, model: nn.Module, images: Tensor) -> str:
         """Notice what has changed about the model since the last call, and say what forbids a plan."""
         if self._snapshot is None or not self._snapshot.holds():
-            before, self._fingerprint, self._snapshot = self._fingerprint, None, None
-            self.addresses += 1
+            before, last, self._fingerprint, self._snapshot = self._fingerprint, self._snapshot, None, None
             self._obstacles.clear()
             seen = fingerprint(model)
             self._fingerprint = before if seen == before else seen
             self._snapshot = Snapshot(model)
+            self.addresses += last is None or self._snapshot.tensors != last.tensors
         about = (images.dtype, images.device)
         if about not in self._obstacles:
             self._obstacles[about] = obstacle(model, images)

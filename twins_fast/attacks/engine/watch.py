@@ -64,6 +64,9 @@ class Snapshot:
     """A model at one moment, to be compared in every attack, in a tenth of the time that a fingerprint takes.
 
     It keeps what it has seen alive, so that nothing new can take its place unnoticed.
+
+    Attributes:
+        tensors: address, shape, strides and dtype of each.
     """
 
     def __init__(self, model: nn.Module):
@@ -72,8 +75,8 @@ class Snapshot:
         self._classes = list(dict.fromkeys(own for kind in self._types for own in _own_classes(kind)))
         self._contents = [(list(d), list(d.values())) for d in self._dictionaries()]
         self._hooks = [vars(module)[name] for module in self._modules for name in HOOKS]
-        self._tensors = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
-        self._facts = self._facts_of_tensors()
+        self._held = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
+        self.tensors = self._facts()
         own = [pair for d in map(vars, (*self._modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
         self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
 
@@ -84,7 +87,7 @@ class Snapshot:
         for now, (names, values) in zip(self._dictionaries(), self._contents, strict=True):
             if list(now) != names or not all(map(operator.is_, now.values(), values)):
                 return False
-        if self._facts_of_tensors() != self._facts:
+        if self._facts() != self.tensors:
             return False
         return all(_frozen(value) == frozen for value, frozen in self._mutable)
 
@@ -95,8 +98,8 @@ class Snapshot:
             yield from (attributes[name] for name in _STORES)
         yield from map(vars, self._classes)
 
-    def _facts_of_tensors(self) -> list[tuple]:
-        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._tensors]
+    def _facts(self) -> list[tuple]:
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._held]
 
 
 def _is_own(name: str) -> bool:

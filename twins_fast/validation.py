@@ -1,4 +1,7 @@
-"""Checks of arguments, and of a batch against a model; every error names the argument and the value."""
+"""Checks of arguments, and of a batch against a model; every error names the argument and the value.
+
+None of them waits for a GPU: what is wrong with values there is raised by a later check (see deferred.py).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
+
+from twins_fast.deferred import check_values
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:
@@ -21,15 +26,19 @@ def check_images(images: Tensor, model: nn.Module) -> None:
         raise ValueError(f"images are on {images.device}, but the model is on {first.device}")
     if images.numel() == 0:
         return
-    low, high = (float(value) for value in torch.aminmax(images.detach()))
-    if low != low or high != high:
-        raise ValueError(f"images hold {int(images.isnan().sum())} NaN pixel values")
-    if low < 0 or high > 1:
-        raise ValueError(f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}")
+    images = images.detach()
+
+    def look(low: float, high: float) -> None:
+        if low != low or high != high:
+            raise ValueError(f"images hold {int(images.isnan().sum())} NaN pixel values")
+        if low < 0 or high > 1:
+            raise ValueError(f"images must lie in [0, 1], got values from {low:.6g} to {high:.6g}")
+
+    check_values(torch.stack(torch.aminmax(images)), look)
 
 
-def check_labels(labels: Tensor, images: Tensor) -> int:
-    """Require ``labels`` [N], int64, not negative, on the images' device; return the largest (-1 if none)."""
+def check_labels(labels: Tensor, images: Tensor) -> Tensor:
+    """Require ``labels`` [N], int64, not negative, on the images' device; return the largest, [] (-1 if none)."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor, got {_kind(labels)}")
     if labels.shape != images.shape[:1]:
@@ -37,24 +46,44 @@ def check_labels(labels: Tensor, images: Tensor) -> int:
     if labels.device != images.device:
         raise ValueError(f"labels are on {labels.device}, but the images are on {images.device}")
     if labels.numel() == 0:
-        return -1
-    low, high = (int(value) for value in torch.aminmax(labels))
-    if low < 0:
-        raise ValueError(f"labels must not be negative, got {low}")
-    return high
+        return labels.new_full((), -1)
+    smallest, largest = torch.aminmax(labels)
+
+    def look(smallest: int) -> None:
+        if smallest < 0:
+            raise ValueError(f"labels must not be negative, got {smallest}")
+
+    check_values(smallest, look)
+    return largest
 
 
-def checked_logits(logits: Tensor, rows: int, largest_label: int) -> Tensor:
+def check_classes(largest_label: Tensor, classes: int) -> None:
+    """Require a class of the model for every label."""
+
+    def look(largest: int) -> None:
+        if largest >= classes:
+            raise ValueError(f"labels hold class {largest}, but the model has {classes} classes")
+
+    check_values(largest_label, look)
+
+
+def indexable(labels: Tensor, classes: int) -> Tensor:
+    """``labels`` themselves; on a GPU, where bad ones are not known yet, cut to [0, classes): they would end CUDA."""
+    return labels.clamp(0, classes - 1) if labels.is_cuda else labels
+
+
+def checked_logits(logits: Tensor, rows: int, largest_label: Tensor | None) -> Tensor:
     """Require ``logits`` [rows, classes] with a class for every label; half precision comes back as float32.
 
-    Looks at no values, so that nothing waits for a GPU.
+    Args:
+        largest_label: of :func:`check_labels`; None if it is known to have a class.
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model must return a tensor of logits, got {_kind(logits)}")
     if logits.dim() != 2 or logits.shape[0] != rows:
         raise ValueError(f"the model must return logits [{rows}, classes], got {list(logits.shape)}")
-    if largest_label >= logits.shape[1]:
-        raise ValueError(f"labels hold class {largest_label}, but the model has {logits.shape[1]} classes")
+    if largest_label is not None:
+        check_classes(largest_label, logits.shape[1])
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twins_fast.validation import indexable
+
 _TINY = 1e-12
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label], [N], for int64 ``labels`` [N]."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(logits, indexable(labels, logits.shape[1]), reduction="none")
 
 
 def kl_divergence(logits: Tensor, clean_probabilities: Tensor) -> Tensor:
@@ -38,16 +40,13 @@ def difference_of_logits_ratio(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than three classes.
     """
-    first, other, third = _ranked(logits, labels).unbind(1)
-    index = torch.stack([labels, other, first, third], 1)
-    own, best_other, largest, third_largest = logits.gather(1, index).unbind(1)
+    own, best_other, largest, third_largest = logits.gather(1, _ranked(logits, labels)).unbind(1)
     return -(own - best_other) / (largest - third_largest + _TINY)
 
 
 def difference_of_logits_ratio_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """Of :func:`difference_of_logits_ratio`, with its errors."""
-    first, other, third = _ranked(logits, labels).unbind(1)
-    index = torch.stack([labels, other, first, third], 1)
+    index = _ranked(logits, labels)
     own, best_other, largest, third_largest = logits.gather(1, index).unbind(1)
     width = largest - third_largest + _TINY
     slope = (best_other - own) / width.square()
@@ -56,8 +55,10 @@ def difference_of_logits_ratio_gradient(logits: Tensor, labels: Tensor) -> Tenso
 
 
 def _ranked(logits: Tensor, labels: Tensor) -> Tensor:
-    """[N, 3]: the class of the largest logit, of the largest one but the label's, and of the third largest."""
+    """[N, 4]: the label, the class of the largest logit but its, of the largest, and of the third largest."""
     if logits.shape[1] < 3:
         raise ValueError(f"loss='dlr' needs at least 3 classes, got {logits.shape[1]}")
     first, second, third = logits.topk(3, dim=1).indices.unbind(1)
-    return torch.stack([first, torch.where(first == labels, second, first), third], 1)
+    return torch.stack(
+        [indexable(labels, logits.shape[1]), torch.where(first == labels, second, first), first, third], 1
+    )

@@ -19,12 +19,14 @@ from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.program import Program, out_of_memory
 from twins_fast.attacks.engine.watch import is_compiled, unwrapped
+from twins_fast.deferred import check_values, raise_found
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import check_running_statistics, in_mode
 from twins_fast.options import fraction_of_255
 from twins_fast.validation import (
     check_choice,
+    check_classes,
     check_images,
     check_integer,
     check_labels,
@@ -58,8 +60,8 @@ class PGD:
             mode, which updates running statistics at every step.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast; None
             follows the surrounding autocast state.
-        generator: of the random start; the noise is drawn on the generator's device (the CPU's
-            default generator if None) and moved.
+        generator: of the random start; the noise is drawn on its device and moved. None: the default generator of the
+            images' device.
         targeted: labels are targets, and the loss towards them is minimised.
         engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
             convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan on a
@@ -129,7 +131,9 @@ class PGD:
 
     @property
     def nan_gradients(self) -> int:
-        return int(self._nan_gradients)
+        count = int(self._nan_gradients)
+        raise_found()  # all that the attack has computed is there
+        return count
 
     def __repr__(self) -> str:
         options = {name: repr(getattr(self, name)) for name in list(inspect.signature(PGD).parameters)[1:]}
@@ -158,12 +162,13 @@ class PGD:
         Raises:
             TypeError, ValueError: images outside [0, 1], not floating point or with NaN; labels of
                 the wrong length, dtype or range; a model on another device; a batch norm without
-                running statistics in eval mode.
+                running statistics in eval mode. Values on a GPU are not waited for: what is wrong with them is
+                raised by a later call, or when :attr:`nan_gradients` is read.
         """
         check_images(images, self.model)
         return self.perturb(images, labels, check_labels(labels, images), x_init)
 
-    def perturb(self, images: Tensor, labels: Tensor, largest_label: int, x_init: Tensor | None = None) -> Tensor:
+    def perturb(self, images: Tensor, labels: Tensor, largest_label: Tensor, x_init: Tensor | None = None) -> Tensor:
         """A call on a batch whose images and labels have been checked; ``largest_label`` is the largest of them."""
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
@@ -177,8 +182,7 @@ class PGD:
         with self._cache.lock, in_mode(self.model, training=False):  # which may change parameters
             program = self._program(images)
             if isinstance(program, Program):
-                if largest_label >= program.classes:
-                    raise ValueError(f"labels hold class {largest_label}, but the model has {program.classes} classes")
+                check_classes(largest_label, program.classes)
                 try:
                     x, blocks = self._planned(program, images, labels, x), program.blocks_bounds
                 except Exception as error:
@@ -274,7 +278,7 @@ class PGD:
             self._nan_gradients = nan.sum()
         return adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)
 
-    def _eager(self, images: Tensor, labels: Tensor, largest_label: int, x: Tensor) -> tuple[Tensor, bool]:
+    def _eager(self, images: Tensor, labels: Tensor, largest_label: Tensor, x: Tensor) -> tuple[Tensor, bool]:
         """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
         # Code of torch.compile would be compiled again inside a mode.
         known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
@@ -294,7 +298,7 @@ class PGD:
     def _start(self, images: Tensor) -> Tensor:
         if self.random_start is False:
             return images.clone()
-        device = "cpu" if self.generator is None else self.generator.device
+        device = images.device if self.generator is None else self.generator.device
         noise = torch.empty(images.shape, dtype=images.dtype, device=device)
         if self.random_start == "normal":  # not clamped in TRADES either; the first projection does it
             return images + 0.001 * noise.normal_(generator=self.generator).to(images.device)
@@ -307,14 +311,17 @@ class PGD:
             noise.uniform_(-self.eps, self.eps, generator=self.generator)
         return (images + noise.to(images.device)).clamp_(0, 1)
 
-    def _runner(self, rows: int, largest_label: int) -> Callable[[Tensor], Tensor]:
+    def _runner(self, rows: int, largest_label: Tensor) -> Callable[[Tensor], Tensor]:
         """The function images -> checked logits."""
+        unchecked: Tensor | None = largest_label
 
         def run(x: Tensor) -> Tensor:
+            nonlocal unchecked
             amp = nullcontext() if self.amp_dtype is None else torch.autocast(x.device.type, self.amp_dtype)
             with amp:
                 logits = self.model(x)
-            return checked_logits(logits, rows, largest_label)
+            logits, unchecked = checked_logits(logits, rows, unchecked), None
+            return logits
 
         return run
 
@@ -400,8 +407,12 @@ def _checked_start(x_init: Tensor, images: Tensor) -> Tensor:
             f"x_init must be like images ({list(images.shape)}, {images.dtype}, {images.device}), "
             f"got {list(x_init.shape)}, {x_init.dtype}, {x_init.device}"
         )
-    if not x_init.isfinite().all():
-        raise ValueError("x_init holds values that are not finite")
+
+    def look(finite: bool) -> None:
+        if not finite:
+            raise ValueError("x_init holds values that are not finite")
+
+    check_values(x_init.isfinite().all(), look)
     return x_init.detach().clone()
 
 

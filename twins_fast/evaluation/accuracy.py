@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twins_fast.deferred import raise_found
 from twins_fast.nn import wings
 from twins_fast.nn.modes import in_mode
 
@@ -50,6 +51,7 @@ def evaluate(
             with torch.no_grad():
                 clean += int((model(images).argmax(1) == labels).sum())
                 robust += int((model(adversarial).argmax(1) == labels).sum())
+            raise_found()  # the batch has been waited for
             total += len(labels)
     if total == 0:
         raise ValueError("there are no test images to evaluate on")

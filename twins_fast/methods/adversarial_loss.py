@@ -56,7 +56,8 @@ def adversarial_loss(
 
     Raises:
         TypeError, ValueError: bad images or labels, an unknown method, a negative weight, a model
-            whose wings do not fit the method.
+            whose wings do not fit the method. Values on a GPU are not waited for: what is wrong with them is raised
+            by a later call.
     """
     check_choice("method", method, METHODS)
     check_not_negative(twins_lambda=twins_lambda, trades_beta=trades_beta)

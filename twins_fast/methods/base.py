@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twins_fast.attacks import PGD
 from twins_fast.nn import TwinBatchNorm2d
 from twins_fast.options import check_options
-from twins_fast.validation import check_images, check_labels, checked_logits
+from twins_fast.validation import check_images, check_labels, checked_logits, indexable
 
 Attack = Callable[..., Tensor]
 
@@ -55,8 +55,8 @@ class Method:
         """The method's adversary against ``model``, with ``options`` of :class:`twins_fast.PGD`; None for none."""
         raise NotImplementedError
 
-    def check(self, model: nn.Module, images: Tensor, labels: Tensor) -> int:
-        """Require a batch that the model and the method can take; return the largest label (-1 if none).
+    def check(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Require a batch that the model and the method can take; return the largest label, [] (-1 if none).
 
         Args:
             model: in train mode, with two-wing layers in mix mode if the method has two wings.
@@ -64,7 +64,8 @@ class Method:
             labels: [B] int64.
 
         Raises:
-            TypeError, ValueError: bad images or labels, too few of them, a model whose wings do not fit.
+            TypeError, ValueError: bad images or labels, too few of them, a model whose wings do not fit. Values on a
+                GPU are not waited for: what is wrong with them is raised by a later check.
         """
         check_images(images, model)
         largest_label = check_labels(labels, images)
@@ -79,7 +80,7 @@ class Method:
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        largest_label: int,
+        largest_label: Tensor,
         x_init: Tensor | None = None,
     ) -> Tensor:
         """The adversarial images [B, C, H, W] of a checked batch."""
@@ -87,7 +88,7 @@ class Method:
             return attack.perturb(images, labels, largest_label, x_init)
         return attack(images, labels, x_init=x_init)
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: int) -> Logits:
+    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
         """Run the model on what the loss needs, adversarial images first."""
         return Logits(checked_logits(model(adversarial), len(images), largest_label))
 
@@ -105,6 +106,7 @@ class Method:
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A mean over the rows of each part, weighted and summed."""
+        labels = indexable(labels, logits.shape[1])
         return total(weight * F.cross_entropy(logits[part], labels[part]) for weight, part in self.parts(len(labels)))
 
     def _check_wings(self, model: nn.Module) -> None:

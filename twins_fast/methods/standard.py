@@ -25,7 +25,7 @@ class Standard(Method):
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        largest_label: int,
+        largest_label: Tensor,
         x_init: Tensor | None = None,
     ) -> Tensor:
         return images

@@ -26,7 +26,7 @@ class TRADES(AT):
     beta: float = 6.0
     """Weight of the KL term."""
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: int) -> Logits:
+    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
         trained_on = super().forward(model, images, adversarial, largest_label).adversarial
         return Logits(trained_on, checked_logits(model(images), len(images), largest_label))
 

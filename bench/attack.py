@@ -26,10 +26,6 @@ from bench.harness import PARTIAL, PEERS, RESULTS, Benchmark, Record, fails, lim
 from bench.header import ROOT
 from bench.peers import ALPHA, ATTACK, ENGINES, EPS, TRAINING, engine_attack, published_attack
 from bench.workloads import NETWORKS, Attack, Inputs, cost, inputs, own_copy, workload
-from twins_fast.train.build import make_network
-from twins_fast.train.datasets import load_datasets
-from twins_fast.train.loaders import eval_transform
-from twins_fast.train.recipes import get_recipe
 
 SCALING, PRECISION, LAYERS = "attack_scaling", "attack_precision", "attack_layers"
 ROUNDS, STEPS = 2, 10
@@ -218,6 +214,11 @@ def scaling(axes: dict, names: list[str], rounds: int, record: Record) -> list[s
 
 def embedded(device: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The embedded robust network with a head fitted to the embedded training images, and the test images."""
+    from twins_fast.train.build import make_network
+    from twins_fast.train.datasets import load_datasets
+    from twins_fast.train.loaders import eval_transform
+    from twins_fast.train.recipes import get_recipe
+
     train, test, classes = load_datasets("embedded")
     model = make_network(get_recipe("mini").network, len(classes)).eval().requires_grad_(False)
     transform = eval_transform("cifar")

@@ -90,25 +90,34 @@ def _sanitizer(tool: str) -> list[str]:
 
 
 class Record:
-    """The JSON file of a run, and what could not be written."""
+    """The JSON file of a run.
+
+    Attributes:
+        lost: whether the file lacks something that could not be written.
+    """
 
     def __init__(self, path: Path, command: str):
         self.path = path
         self.content: dict[str, Any] = {"command": command, "complete": False, "faults": [], "stages": {}}
+        self.lost = False
         self._reserve = path.with_suffix(".reserve")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of another run
             self._reserve.write_bytes(bytes(RESERVE))
 
     def write(self) -> None:
         """Replace the file by one that is complete and on the disk; a fault is noted, and ends nothing."""
+        self.lost = True
         try:
             self._replace()
+            self.lost = False
         except OSError as error:
             self.content["faults"].append(f"{self.path} could not be written at first: {error}")
             with contextlib.suppress(OSError):
                 self._reserve.unlink(missing_ok=True)
                 self._replace()
+                self.lost = False
 
     def finish(self) -> None:
         self.content["complete"] = True
@@ -254,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = " ".join(["python -m bench.gpu_check", *(sys.argv[1:] if arguments is None else arguments)])
     record = Record(args.out / "gpu_check.json", command)
     passed = run([stage for stage in stages if stage.name in wanted], record, args.seconds)
-    print(f"\n{summary(record.content)}\n\n{record.path}")
+    print(f"\n{summary(record.content)}\n\n{json.dumps(record.content) if record.lost else record.path}")
     return 0 if passed else 1
 
 

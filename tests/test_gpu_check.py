@@ -119,6 +119,7 @@ def test_a_full_disk_is_said(record, monkeypatch, times, capsys):
     monkeypatch.setattr(Record, "_replace", full)
     assert run([python("first", result({"text": "found"}))], record, 30)
     assert "No space left on device" in summary(record.content) and "found" in summary(record.content)
+    assert record.lost == (times > 1)
     if times == 1:
         assert "No space left on device" in read(record)["faults"][0] and read(record)["complete"]
 

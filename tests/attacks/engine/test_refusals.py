@@ -1,6 +1,7 @@
 """What cannot be planned runs in eager mode, and says why."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ class WithoutGradient(Doubled):
         return self.body(x) - shift
 
 
+def scripted(body):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return nn.Sequential(body, torch.jit.script(nn.ReLU()))
+
+
 def hooked(body):
     body.bn1.register_forward_hook(lambda module, inputs, output: output * 2)
     return body
@@ -52,7 +59,8 @@ def hooked(body):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [(ValueDependent, "data-dependent"), (Random, "draws random numbers"), (Counting, "changes calls"),
-     (WithoutGradient, "get_attr"), (hooked, "bn1 has hooks"), (lambda body: body.double(), "float64")],
+     (WithoutGradient, "get_attr"), (hooked, "bn1 has hooks"), (lambda body: body.double(), "float64"),
+     (scripted, "1 is TorchScript")],
 )  # fmt: skip
 def test_what_cannot_be_planned_runs_in_eager_and_says_why(make, reason):
     model = make(small())

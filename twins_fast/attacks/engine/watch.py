@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from twins_fast.attacks.engine.nodes import NotCaptured
 from twins_fast.nn.guards import HOOKS, has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
 
@@ -74,7 +75,7 @@ class Snapshot:
         self._types = [type(module) for module in self._modules]
         self._classes = list(dict.fromkeys(own for kind in self._types for own in _own_classes(kind)))
         self._contents = [(list(d), list(d.values())) for d in self._dictionaries()]
-        self._hooks = [vars(module)[name] for module in self._modules for name in HOOKS]
+        self._hooks = [vars(module)[name] for module in self._modules for name in HOOKS if name in vars(module)]
         self._held = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
         self.tensors = self._facts()
         own = [pair for d in map(vars, (*self._modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
@@ -135,11 +136,16 @@ def fingerprint(model: nn.Module) -> tuple:
     """All that a captured forward depends on besides values: modules, their classes and attributes, shapes, sharing.
 
     What a forward takes from globals or closures is not seen.
+
+    Raises:
+        NotCaptured: TorchScript, whose attributes are not Python's.
     """
     seen: dict[int, int] = {}  # tensors and modules, numbered: which of them are one and the same
     classes: dict[type, object] = {}
     parts = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotCaptured(f"{name or 'the model'} is TorchScript")
         attributes = tuple((key, _frozen(value)) for key, value in module.__dict__.items() if _is_own(key))
         tensors = tuple(
             (key, None if t is None else (seen.setdefault(id(t), len(seen)), tuple(t.shape), t.dtype))

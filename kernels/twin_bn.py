@@ -27,8 +27,7 @@ from torch import Tensor
 from . import tiles, tuning
 from .tuning import Config
 
-_MAX_SLABS = 128  # partial results per channel, which every program of the second launch reads
-_MAX_PROGRAMS = 2**15  # per tile, less than CUDA's limit
+_FEWEST_WARPS = 4  # of a program that was made smaller than its configuration
 
 
 @triton.jit
@@ -588,10 +587,35 @@ class Geometry(NamedTuple):
     def sizes(self) -> dict:
         return dict(channels=self.channels, pixels=self.pixels, groups=self.groups, first=self.first, units=self.units)
 
-    def blocks(self, config: Config) -> dict:
+    def divide(self, config: Config, halves: tuple[int, int], device: torch.device) -> tuple[dict, Slabs]:
+        """How a kernel goes over the units of the two halves: the sizes of a block, and the slabs.
+
+        Large programs leave few partial results. They get half the values and warps, and become twice as many, where
+        there is less than a block for every multiprocessor, and where a tile of one channel has few slabs anyway.
+        """
+        processors = tuning.processors(device)
+        while True:
+            sizes = self._block(config)
+            block = sizes["BLOCK_U"]
+            channel_tiles = tiles.ceil_div(self.channels, sizes["BLOCK_C"])
+            enough = channel_tiles * sum(halves) >= processors * block
+            if (self.channels_last and enough) or config.warps <= _FEWEST_WARPS:
+                break
+            config = Config(config.values // 2, config.width, config.warps // 2, config.programs * 2)
+        wanted = max(config.programs * processors // channel_tiles, 1)
+        ways = [(wanted, wanted)]
+        if all(halves):  # one program too many could take as long as all others
+            share = wanted * halves[0] // sum(halves)
+            ways = [(n, max(wanted - n, 1)) for n in (max(share, 1), max(min(share + 1, wanted - 1), 1))]
+        chunk = max(block, min(max(map(tiles.ceil_div, halves, way)) for way in ways))
+        slabs = Slabs(channel_tiles, chunk, *(tiles.ceil_div(units, chunk) for units in halves))
+        return {**sizes, **_options(config.warps)}, slabs
+
+    def _block(self, config: Config) -> dict:
         """Block sizes of a kernel that goes over values: BLOCK_U units of BLOCK_V values, and BLOCK_C channels."""
         width = min(config.width, max(8, tiles.power_of_2(self.channels))) if self.channels_last else 8
-        values = config.values if self.align >= 8 else config.values // 2  # more addresses are held at a time
+        many_addresses = self.align < 8 or self.index_64  # that a thread holds at a time
+        values = config.values // 2 if many_addresses else config.values
         return dict(
             LAST=self.channels_last,
             INDEX64=self.index_64,
@@ -600,13 +624,6 @@ class Geometry(NamedTuple):
             BLOCK_V=width,
             BLOCK_C=width if self.channels_last else 1,
         )
-
-    def slabs(self, config: Config, blocks: dict, halves: tuple[int, int], limit: int, device: torch.device) -> Slabs:
-        """Divide the units of the two halves evenly into slabs of whole blocks, at most ``limit`` in each half."""
-        channel_tiles = tiles.ceil_div(self.channels, blocks["BLOCK_C"])
-        wanted = min(max(config.programs * tuning.processors(device) // channel_tiles, 1), limit)
-        chunk = tiles.ceil_div(max(sum(halves), 1), wanted * blocks["BLOCK_U"]) * blocks["BLOCK_U"]
-        return Slabs(channel_tiles, chunk, *(tiles.ceil_div(units, chunk) for units in halves))
 
 
 class Slabs(NamedTuple):
@@ -699,14 +716,15 @@ def _partial_moments(x: Tensor, geometry: Geometry) -> Partial:
     if geometry.first == geometry.units:
         return _NOTHING
 
-    def launch(config: Config) -> Partial:
-        blocks = geometry.blocks(config)
-        slabs = geometry.slabs(config, blocks, (0, geometry.units - geometry.first), _MAX_SLABS, x.device)
+    halves = 0, geometry.units - geometry.first
+
+    def launch(config: Config, x: Tensor) -> Partial:
+        blocks, slabs = geometry.divide(config, halves, x.device)
         partial = _empty_partial(x, slabs.adaptive)
-        moments_kernel[slabs.grid()](x, partial, **geometry.sizes(), chunk=slabs.chunk, **blocks, **_options(config))
+        moments_kernel[slabs.grid()](x, partial, **geometry.sizes(), chunk=slabs.chunk, **blocks)
         return Partial(None, partial, slabs)
 
-    return launch(tuning.choose("moments", geometry.kind(), x, launch))
+    return launch(tuning.choose("moments", geometry.kind(), x, launch, (x,)), x)
 
 
 def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, stats_out, momentum, eps, relu) -> None:
@@ -714,9 +732,8 @@ def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, 
     has_rows = geometry.first < geometry.units
     halves = geometry.first, geometry.units - geometry.first
 
-    def launch(config: Config, running: tuple) -> None:
-        blocks = geometry.blocks(config)
-        slabs = geometry.slabs(config, blocks, halves, _MAX_PROGRAMS, x.device)
+    def launch(config: Config, running: tuple, x, residual, y, bits) -> None:
+        blocks, slabs = geometry.divide(config, halves, x.device)
         apply_kernel[slabs.grid()](
             x,
             residual,
@@ -736,14 +753,14 @@ def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, 
             chunk=slabs.chunk,
             RELU=relu,
             **blocks,
-            BLOCK_S=_merged_at_once(blocks["BLOCK_C"]),
-            **_options(config),
+            BLOCK_S=_merged_at_once(blocks),
         )
 
-    def trial(config: Config) -> None:
-        launch(config, [None if t is None else t.clone() for t in running])
+    def trial(config: Config, *tensors) -> None:
+        launch(config, [None if t is None else torch.empty_like(t) for t in running], *tensors)
 
-    launch(tuning.choose("apply", geometry.kind(), x, trial), running)
+    tensors = x, residual, y, bits
+    launch(tuning.choose("apply", geometry.kind(), x, trial, tensors), running, *tensors)
 
 
 def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums: tuple[bool, bool]) -> Partial:
@@ -756,9 +773,8 @@ def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums
     if halves == (0, 0):
         return _NOTHING
 
-    def launch(config: Config) -> Partial:
-        blocks = geometry.blocks(config)
-        slabs = geometry.slabs(config, blocks, halves, _MAX_SLABS if any(sums) else _MAX_PROGRAMS, x.device)
+    def launch(config: Config, dy, x, bits, dx, dresidual) -> Partial:
+        blocks, slabs = geometry.divide(config, halves, x.device)
         wanted = zip(sums, (slabs.frozen, slabs.adaptive), strict=True)
         partial = Partial(*(_empty_partial(x, number) if want and number else None for want, number in wanted), slabs)
         sums_kernel[slabs.grid()](
@@ -776,11 +792,11 @@ def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums
             **geometry.sizes(),
             chunk=slabs.chunk,
             **blocks,
-            **_options(config),
         )
         return partial
 
-    return launch(tuning.choose("sums", geometry.kind(), x, launch))
+    tensors = dy, x, bits, dx, dresidual
+    return launch(tuning.choose("sums", geometry.kind(), x, launch, tensors), *tensors)
 
 
 def _apply_backward(
@@ -795,9 +811,8 @@ def _apply_backward(
     _, _, weight, _ = adaptive
     halves = 0, geometry.units - geometry.first if images else 0
 
-    def launch(config: Config) -> None:
-        blocks = geometry.blocks(config)
-        slabs = geometry.slabs(config, blocks, halves, _MAX_PROGRAMS, x.device)
+    def launch(config: Config, dy, x, bits, dx, dresidual) -> None:
+        blocks, slabs = geometry.divide(config, halves, x.device)
         slabs = slabs._replace(adaptive=max(slabs.adaptive, 1))  # one writes the vectors in any case
         apply_backward_kernel[slabs.grid()](
             dy,
@@ -820,34 +835,35 @@ def _apply_backward(
             **geometry.sizes(),
             chunk=slabs.chunk,
             **blocks,
-            BLOCK_S=_merged_at_once(blocks["BLOCK_C"]),
-            **_options(config),
+            BLOCK_S=_merged_at_once(blocks),
         )
 
-    launch(
-        tuning.choose("apply_backward", geometry.kind(), x, launch) if images else tuning.default("apply_backward", x)
-    )
+    tensors = dy, x, bits, dx, dresidual
+    if images:
+        config = tuning.choose("apply_backward", geometry.kind(), x, launch, tensors)
+    else:
+        config = tuning.default("apply_backward", x)
+    launch(config, *tensors)
 
 
-def _options(config: Config) -> dict:
-    return dict(num_warps=config.warps, enable_fp_fusion=True)  # whatever Triton's default is
+def _options(warps: int) -> dict:
+    return dict(num_warps=warps, enable_fp_fusion=True)  # whatever Triton's default is
 
 
-def _merged_at_once(channels: int) -> int:
-    """BLOCK_S: how many slabs of all channels of a tile are merged at a time."""
-    return min(max(2048 // channels, 1), 64)
+def _merged_at_once(blocks: dict) -> int:
+    """BLOCK_S: how many slabs of all channels of a tile are merged at a time, 16 values of either row by a thread."""
+    return min(max(512 * blocks["num_warps"] // blocks["BLOCK_C"], 1), 128)
 
 
 def _merging(geometry: Geometry) -> dict:
     """Block sizes of the kernels that only merge."""
-    channels = min(tiles.power_of_2(geometry.channels), 32)
-    return dict(
+    blocks = dict(
         LAST=geometry.channels_last,
         ALIGN=geometry.align,
-        BLOCK_S=_merged_at_once(channels),
-        BLOCK_C=channels,
-        **_options(tuning.INTERPRETER),
+        BLOCK_C=min(tiles.power_of_2(geometry.channels), 32),
+        **_options(8),
     )
+    return {**blocks, "BLOCK_S": _merged_at_once(blocks)}
 
 
 def _merging_sizes(geometry: Geometry, partial: Partial) -> dict:

@@ -324,9 +324,9 @@ def test_measuring_leaves_the_running_statistics_alone(monkeypatch):
     with backend.use_backend("triton"):
         want = case.run()
 
-    def choose(phase, geometry, x, launch):
+    def choose(phase, geometry, x, launch, tensors):
         for values in (256, 64, 128):
-            launch(tuning.Config(values, 8, 4, 6))
+            launch(tuning.Config(values, 8, 4, 6), *tensors)
         return tuning.INTERPRETER
 
     monkeypatch.setattr(tuning, "default", lambda *_: tuning.INTERPRETER)

@@ -34,21 +34,21 @@ class Config(NamedTuple):
     programs: int  # per multiprocessor, about
 
 
-# The first one of each list is the default. Sixteen warps that load 64 bytes a thread before they use any have 32 KiB
-# in flight; as a single program they leave the fewest partial results to merge. Not yet measured on a GPU.
+# The first one of each list is the default: 16 KiB of half precision for a multiprocessor, of which two blocks are
+# loaded ahead, by programs as large as can be, since each leaves partial results to merge. Not yet measured on a GPU.
 _ONE_TENSOR = [
-    Config(16384, 64, 16, 1),
-    Config(8192, 64, 8, 2),
-    Config(8192, 64, 16, 2),
-    Config(4096, 64, 4, 4),
-    Config(16384, 128, 16, 1),
-]
-_SEVERAL = [
     Config(8192, 64, 16, 1),
     Config(4096, 64, 8, 2),
+    Config(8192, 64, 8, 2),
     Config(2048, 64, 4, 4),
-    Config(2048, 64, 4, 8),
     Config(8192, 128, 16, 1),
+]
+_SEVERAL = [
+    Config(4096, 64, 8, 2),
+    Config(8192, 64, 16, 1),
+    Config(2048, 64, 4, 4),
+    Config(2048, 64, 8, 4),
+    Config(4096, 128, 8, 2),
 ]
 CANDIDATES = {"moments": _ONE_TENSOR, "apply": _ONE_TENSOR, "sums": _SEVERAL, "apply_backward": _SEVERAL}
 INTERPRETER = Config(256, 32, 4, 6)  # small, so that small tensors have several tiles and slabs

@@ -27,6 +27,9 @@ from torch import Tensor
 from . import tiles, tuning
 from .tuning import Config
 
+# Of a loop over blocks: two are on their way through shared memory while one is worked on. What a loop loads into
+# registers, the compiler puts right before its use, wherever registers are few.
+STAGES = tl.constexpr(3)
 _FEWEST_WARPS = 4  # of a program that was made smaller than its configuration
 
 
@@ -166,7 +169,7 @@ def moments_kernel(
     pivot = tl.div_rn(_total(tiles.load_float32(x, offset, mask), LAST), count.to(tl.float32))
     sum1 = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
     sum2 = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
-    for u in range(start, end, BLOCK_U):
+    for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
         offset, mask, _, _ = tiles.offsets_and_masks(
             u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
         )
@@ -324,7 +327,7 @@ def apply_kernel(
         if program == 0:
             tl.store(stats_out + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
             tl.store(stats_out + channels + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
-    for u in range(start, end, BLOCK_U):
+    for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
         offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
             u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
         )
@@ -387,7 +390,7 @@ def sums_kernel(
             slab = slab.to(tl.int64)
         start = slab * chunk
         end = tl.minimum(start + chunk, first)
-        for u in range(start, end, BLOCK_U):
+        for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
             offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
                 u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
             )
@@ -412,7 +415,7 @@ def sums_kernel(
                 slab = slab.to(tl.int64)
             start = first + slab * chunk
             end = tl.minimum(start + chunk, units)
-            for u in range(start, end, BLOCK_U):
+            for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
                 offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
                     u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
                 )
@@ -539,7 +542,7 @@ def apply_backward_kernel(
             start = start.to(tl.int64)
         start = first + start * chunk
         end = tl.minimum(start + chunk, units)
-        for u in range(start, end, BLOCK_U):
+        for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
             offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
                 u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
             )
@@ -614,8 +617,8 @@ class Geometry(NamedTuple):
     def _block(self, config: Config) -> dict:
         """Block sizes of a kernel that goes over values: BLOCK_U units of BLOCK_V values, and BLOCK_C channels."""
         width = min(config.width, max(8, tiles.power_of_2(self.channels))) if self.channels_last else 8
-        many_addresses = self.align < 8 or self.index_64  # that a thread holds at a time
-        values = config.values // 2 if many_addresses else config.values
+        # Of shared memory there is as much for values of four bytes as of two; of odd rows more addresses are held.
+        values = config.values // 2 if self.dtype == "float32" or self.align < 8 else config.values
         return dict(
             LAST=self.channels_last,
             INDEX64=self.index_64,

@@ -1,6 +1,4 @@
-"""The Triton kernels of two-wing batch norm: what they compute, and how their block sizes are chosen."""
-
-import threading
+"""The Triton kernels of two-wing batch norm: what they compute, and how they fill a device."""
 
 import pytest
 import torch
@@ -204,118 +202,84 @@ def test_autograd_sees_the_running_statistics_change():
         product.sum().backward()
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("TWINS_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "_chosen", {})
-    return tmp_path / "cache"
-
-
-CONFIGS = tuning.CANDIDATES["apply"]
-
-
-@host
-def test_choices_survive_the_process(folder):
-    assert tuning.load("NVIDIA H200") == {}
-    tuning.save("NVIDIA H200", {"a": CONFIGS[1]})
-    tuning.save("NVIDIA H200", {"b": CONFIGS[2]})  # as another process would, which had not read the first one
-    assert tuning.load("NVIDIA H200") == {"a": CONFIGS[1], "b": CONFIGS[2]}
-    assert [file.name for file in folder.iterdir()] == ["triton-NVIDIA-H200.json"]
-    assert tuning.load("NVIDIA A100") == {}
-
-
-@host
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, 2, 3, 4]}', "\udcff"])
-def test_foreign_and_corrupt_files_are_ignored(folder, text):
-    file = tuning.path("GPU")
-    file.parent.mkdir()
-    file.write_bytes(text.encode(errors="surrogateescape"))
-    assert tuning.load("GPU") == {}
-    tuning.save("GPU", {"b": CONFIGS[0]})
-    assert tuning.load("GPU") == {"b": CONFIGS[0]}
-
-
-@host
-def test_an_unwritable_folder_is_ignored(folder):
-    folder.write_text("a file where the folder should be")
-    tuning.save("GPU", {"a": CONFIGS[0]})
-    assert tuning.load("GPU") == {}
-
-
-@host
-def test_files_are_never_seen_half_written(folder):
-    configs = {f"problem {i}": CONFIGS[i % 2] for i in range(200)}
-    tuning.save("GPU", configs)
-    threads = [threading.Thread(target=tuning.save, args=("GPU", configs)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        assert tuning.load("GPU") == configs
-    assert len(list(folder.iterdir())) == 1
-
-
-@host
-def test_the_fastest_candidate_is_chosen():
-    def seconds(launch, config):
-        launch(config)
-        return config.values
-
-    def launch(config):
-        if config == CONFIGS[2]:
-            raise RuntimeError("out of resources")
-
-    assert min(CONFIGS, key=lambda config: config.values) == CONFIGS[2]
-    assert tuning.fastest(CONFIGS, launch, seconds) == CONFIGS[0]
-
-
-class Fake:
-    """A CUDA tensor, as far as tuning looks at it."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, numel):
-        self.numel = lambda: numel
+# [N, C, H, W] of ResNet-50 at 224 pixels and of a ResNet-18 at 32
+LAYERS = [(128, c, n, n) for c, n in [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28)]]
+LAYERS += [(128, c, n, n) for c, n in [(256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)]]
+LAYERS += [(256, c, n, n) for c, n in [(64, 32), (128, 16), (256, 8), (512, 4)]]
+LOADED = {"moments_kernel": 1, "apply_kernel": 1, "sums_kernel": 2, "apply_backward_kernel": 2}  # tensors
 
 
 @pytest.fixture
-def device(monkeypatch, folder):
-    state = {"capturing": False, "measured": []}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+def launched(monkeypatch):
+    """Calls the op on a device of 132 multiprocessors; kernel -> (grid, arguments by name)."""
+    calls = {}
 
-    def seconds(launch, config):
-        state["measured"].append(config)
-        return -len(state["measured"])  # the last one is the fastest
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
 
-    monkeypatch.setattr(tuning, "_seconds", seconds)
-    return state
+        def __getitem__(self, grid):
+            return lambda *_, **arguments: calls.update({self.name: (grid, arguments)})
+
+    for name in LOADED:
+        monkeypatch.setattr(twin_bn, name, Kernel(name))
+    monkeypatch.setattr(tuning, "processors", lambda _: 132)
+    monkeypatch.setattr(tuning, "choose", lambda phase, *_: tuning.CANDIDATES[phase][0])
+
+    def call(shape, split, channels_last):
+        geometry = twin_bn.Geometry.of(shape, split, channels_last, "bfloat16")
+        x, vector = torch.empty(shape, dtype=torch.bfloat16, device="meta"), torch.empty(shape[1], device="meta")
+        wing = (vector,) * 4
+        twin_bn.forward(x, None, geometry, wing, wing, x, None, vector, 0.1, EPS, False)
+        twin_bn.backward(x, x, None, geometry, wing, wing, vector, x, None, wing, EPS)
+        return calls
+
+    return call
 
 
 @host
-def test_measures_once(device, monkeypatch):
-    geometry = twin_bn.Geometry.of((8, 64, 56, 56), 4, False, "bfloat16")
-    large, small = Fake(2**20), Fake(2**10)
-    assert tuning.choose("apply", geometry.kind(), small, None) == CONFIGS[0]
-    device["capturing"] = True
-    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[0]
-    device["capturing"] = False
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert not device["measured"]
-    for _ in range(2):
-        assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
-    device["capturing"] = True  # what is known is used
-    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
-    device["capturing"] = False
-    tuning._chosen.clear()  # another process reads the file
-    assert tuning.choose("apply", geometry.kind(), large, None) == CONFIGS[-1]
-    assert device["measured"] == CONFIGS
-    for count, other in enumerate((geometry._replace(channels=300), geometry._replace(dtype="float16")), 2):
-        tuning.choose("apply", other.kind(), large, None)
-        assert len(device["measured"]) == count * len(CONFIGS)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_programs_fill_the_device(shape, launched):
+    for name, (grid, arguments) in launched(shape, shape[0] // 2, True).items():
+        programs, warps, block = grid[0] * grid[1], arguments["num_warps"], arguments["BLOCK_U"]
+        held = 16 // warps  # by a multiprocessor, whose registers are enough for 16 warps of 128
+        assert programs <= 132 * held, name  # one more would start when the others end
+        ahead = min((twin_bn.STAGES.value - 1) * block, arguments["chunk"]) * arguments["BLOCK_V"] * 2 * LOADED[name]
+        everything = arguments["chunk"] <= 2 * block
+        assert programs * ahead / 132 >= 30 * 1024 or (everything and programs >= 0.75 * 132), name
+
+
+@host
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_few_partial_results(shape, launched):
+    calls = launched(shape, shape[0] // 2, True)
+    slabs = calls["apply_kernel"][1]["slabs"]  # of the moments
+    channel_tiles, programs = calls["apply_kernel"][0]
+    assert slabs <= 132
+    assert slabs <= 2 * calls["apply_kernel"][1]["BLOCK_S"]  # turns of the merge
+    # Half of the programs merge all of the slabs: two rows of float32.
+    read = channel_tiles * programs / 2 * slabs * 2 * 4 * calls["apply_kernel"][1]["BLOCK_C"]
+    assert read < 5e6
+
+
+@host
+@pytest.mark.parametrize("split", [0, 1, 3, 40, 64, 65, 127, 128])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 64, 200, 256, 2048])
+def test_slabs_cover_every_unit_once(channels, channels_last, split, monkeypatch):
+    monkeypatch.setattr(tuning, "processors", lambda _: 132)
+    for pixels in (1, 7, 14, 56):
+        geometry = twin_bn.Geometry.of((128, channels, pixels, pixels), split, channels_last, "bfloat16")
+        halves = geometry.first, geometry.units - geometry.first
+        for config in {config for candidates in tuning.CANDIDATES.values() for config in candidates}:
+            sizes, slabs = geometry.divide(config, halves, torch.device("cuda"))
+            assert slabs.chunk >= sizes["BLOCK_U"]
+            for units, count in zip(halves, (slabs.frozen, slabs.adaptive), strict=True):
+                assert count * slabs.chunk >= units > (count - 1) * slabs.chunk
+            warps = sizes["num_warps"]
+            most = config.programs * config.warps // warps * 132
+            tiles_alone = slabs.channel_tiles * sum(units > 0 for units in halves)
+            assert slabs.channel_tiles * (slabs.frozen + slabs.adaptive) <= max(most, tiles_alone)
 
 
 @results

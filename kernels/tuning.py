@@ -34,8 +34,9 @@ class Config(NamedTuple):
     programs: int  # per multiprocessor, about
 
 
-# The first one of each list is the default: 16 KiB of half precision for a multiprocessor, of which two blocks are
-# loaded ahead, by programs as large as can be, since each leaves partial results to merge. Not yet measured on a GPU.
+# The first one of each list is the default: blocks of 16 KiB of half precision on each multiprocessor, by few programs,
+# since each leaves partial results to merge; two where bits are loaded as well, which nobody loads ahead. Not yet
+# measured on a GPU.
 _ONE_TENSOR = [
     Config(8192, 64, 16, 1),
     Config(4096, 64, 8, 2),

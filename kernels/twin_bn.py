@@ -27,9 +27,9 @@ from torch import Tensor
 from . import tiles, tuning
 from .tuning import Config
 
-# Of a loop over blocks: two are on their way through shared memory while one is worked on. What a loop loads into
-# registers, the compiler puts right before its use, wherever registers are few.
-STAGES = tl.constexpr(3)
+# Of a loop over blocks: up to three are on their way to shared memory while one is worked on. What a loop loads into
+# registers the compiler puts right before its use, wherever registers are few.
+STAGES = tl.constexpr(4)
 _FEWEST_WARPS = 4  # of a program that was made smaller than its configuration
 
 

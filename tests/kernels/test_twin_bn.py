@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from tests.ops.cases import DTYPES, EPS, FORMATS, MOMENTUM, Case, check_phases, random_cases, splits
 from twins_fast import ops
-from twins_fast.kernels import tiles, tuning, twin_bn
+from twins_fast.kernels import aot, tiles, tuning, twin_bn
 from twins_fast.ops import backend, layout, phases, reference, triton
 from twins_fast.ops.wing import Wing
 
@@ -247,6 +247,26 @@ def test_programs_fill_the_device(shape, launched):
         ahead = min((twin_bn.STAGES.value - 1) * block, arguments["chunk"]) * arguments["BLOCK_V"] * 2 * LOADED[name]
         everything = arguments["chunk"] <= 2 * block
         assert programs * ahead / 132 >= 30 * 1024 or (everything and programs >= 0.75 * 132), name
+
+
+@host
+@pytest.mark.parametrize("shape, channels_last", [((128, 512, 2, 2), True), ((128, 64, 56, 56), False)], ids=str)
+def test_small_problems_and_contiguous_memory_get_small_programs(shape, channels_last, launched):
+    for grid, arguments in launched(shape, shape[0] // 2, channels_last).values():
+        assert arguments["num_warps"] == 4 and arguments["BLOCK_U"] * arguments["BLOCK_V"] == 2048
+        assert 64 <= grid[0] * grid[1] <= 4 * 132
+
+
+@host
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiled_loops_load_ahead(dtype):
+    for launch in aot.launches(aot.Variant(dtype, True, "aligned", True, True)):
+        compiled, block = aot.compile_launch(launch, 90), launch.constants["BLOCK_U"] * launch.constants["BLOCK_V"]
+        tensors = 1 if launch.kernel == "moments_kernel" else 2  # with a residual
+        assert "cp.async" in compiled["ptx"]
+        assert compiled["shared"] >= (twin_bn.STAGES.value - 1) * block * getattr(torch, dtype).itemsize * tensors
+        assert compiled["shared"] <= 99 * 1024  # what small devices have
+        assert compiled["registers"] * launch.options["num_warps"] <= 128 * 16
 
 
 @host

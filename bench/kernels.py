@@ -72,7 +72,8 @@ def _widths(ptx: str) -> tuple[int, int]:
     for access in ("ld", "st"):
         accesses = re.findall(rf"\b{access}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)
         widest.append(max((int(count or 1) * int(bits) for count, bits in accesses), default=0))
-    return tuple(widest)
+    ahead = re.findall(r"\bcp\.async\.c[ag]\.shared\.global.*?\], (\w+)[,;]", ptx)  # bytes, to shared memory
+    return max([widest[0], *(8 * int(size, 0) for size in ahead)]), widest[1]
 
 
 def _readable(mangled: str) -> tuple[str, str]:

@@ -48,7 +48,7 @@ _SEVERAL = [
     Config(4096, 64, 8, 2),
     Config(8192, 64, 16, 1),
     Config(2048, 64, 4, 4),
-    Config(2048, 64, 8, 4),
+    Config(2048, 64, 4, 8),
     Config(4096, 128, 8, 2),
 ]
 CANDIDATES = {"moments": _ONE_TENSOR, "apply": _ONE_TENSOR, "sums": _SEVERAL, "apply_backward": _SEVERAL}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from math import gcd
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ ARCHS = (80, 90, 100)
 DTYPES = ("bfloat16", "float16", "float32")  # names in torch
 TWIN_BN = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
 TWIN_BN += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
-ATTACK = ("pointwise_kernel", "matmul_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
+ATTACK = ("pointwise_kernel", "convolution_kernel", "pool_kernel", "pool_backward_kernel", "pixels_kernel")
 KERNELS = {**dict.fromkeys(TWIN_BN, twin_bn), **dict.fromkeys(ATTACK, attack)}  # name -> module
 SIZES = {"aligned": (8, 64, 56, 56), "odd": (5, 67, 7, 7), "aligned 64-bit": (4096, 64, 96, 96)}  # [N, C, H, W]
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
@@ -95,7 +96,7 @@ def variants(candidates: bool = False, brief: bool = False) -> list[Variant]:
 
 
 def attack_variants(brief: bool = False) -> list[AttackVariant]:
-    """The steps that are compiled; matmuls are for half precision and whole vectors of channels.
+    """The steps that are compiled; convolutions are for half precision and whole vectors of channels.
 
     ``brief`` is as for :func:`variants`.
     """
@@ -104,7 +105,7 @@ def attack_variants(brief: bool = False) -> list[AttackVariant]:
     return [
         AttackVariant(dtype, size, step)
         for dtype, size, step in itertools.product(dtypes, sizes, steps)
-        if (dtype != "float32" and size != "odd") or not step.startswith("matmul")
+        if (dtype != "float32" and size != "odd") or "convolution" not in step
     ]
 
 
@@ -150,10 +151,33 @@ def _gated(*shape) -> None:
     attack.pointwise(x, x, size, gate=bits, scale=vector, other=x, mask=bits)
 
 
-def _matmul(config: attack.MatmulConfig, transposed: bool, *shape) -> None:
-    x, vector, bits, size = _values(*shape)
-    options = dict(shift=vector, bits=bits) if transposed else dict(mask=bits)
-    attack.matmul(x, x.new_empty(size[1], size[1]), x, size, config, transposed, other=x, **options)
+def _convolution(config: attack.ConvolutionConfig, backward: bool, *shape) -> None:
+    """Of any kernel and stride, which are read at run time."""
+    x, vector, bits, _ = _values(*shape)
+    dtype, images, channels, height, width = shape
+    image, weight = _empty(images, channels, height, width, dtype=dtype), _empty(channels, 3, 3, channels, dtype=dtype)
+    product = attack.Product(weight, _taps(1, 1), (1, 1), (1, 1), (1, 1), gcd(channels, 16))
+    options = dict(mask=bits) if backward else dict(shift=vector, bits=bits)
+    attack.convolution(image, image, product, config, other=x, **options)
+
+
+def _first_convolution(config: attack.ConvolutionConfig, backward: bool, *shape) -> None:
+    """7 x 7 of stride 2 on an image: 8 pixels of each row are a tap; and its gradient, in blocks of 4 x 4 pixels."""
+    _, vector, bits, _ = _values(*shape)
+    dtype, images, channels, height, width = shape
+    image = _empty(images, 3, 2 * height, 2 * width, dtype=dtype)
+    y = _empty(images, channels, height, width, dtype=dtype)
+    if backward:
+        weight = _empty(48, 5, 5, channels, dtype=dtype)
+        product = attack.Product(weight, _taps(1, 1), (1, 1), (2, 2), (4, 4), gcd(channels, 16), 12)
+        attack.convolution(y, image, product, config)
+    else:
+        product = attack.Product(_empty(channels, 7, 1, 24, dtype=dtype), _taps(1, 1), (1, 1), (2, 2), (1, 1), 2)
+        attack.convolution(image, y, product, config, shift=vector, bits=bits)
+
+
+def _taps(down: int, across: int) -> Tensor:
+    return _empty(down + across, 5, dtype=torch.int32)
 
 
 def _pool(backward: bool, max: bool, *shape) -> None:
@@ -182,11 +206,10 @@ ATTACK_STEPS = {
     "finish": _finish,
     "gated affine": _gated,
     **{
-        f"matmul{' backward' * (not transposed)} {config.rows}x{config.width}x{config.inner}": partial(
-            _matmul, config, transposed
-        )
-        for config in attack.MATMUL_CONFIGS
-        for transposed in (True, False)
+        f"{name}{' backward' * backward} {config.rows}x{config.width}x{config.inner}": partial(step, config, backward)
+        for name, step in (("convolution", _convolution), ("first convolution", _first_convolution))
+        for config in attack.CONVOLUTION_CONFIGS
+        for backward in (False, True)
     },
     **{
         f"{'max' if max else 'mean'}{' backward' * backward}": partial(_pool, backward, max)
@@ -199,7 +222,7 @@ ATTACK_STEPS = {
         for results in ("prepare", "gradient", "step")
     },
 }
-BRIEF_STEPS = ["finish", "gated affine", *[step for step in ATTACK_STEPS if "128x128" in step]]
+BRIEF_STEPS = ["finish", "gated affine", *[step for step in ATTACK_STEPS if step.startswith("convolution")]]
 BRIEF_STEPS += ["max", "max backward", "step", "step of the upsampled image"]
 
 
@@ -264,6 +287,14 @@ def compile_launch(launch: Launch, arch: int) -> dict:
     }
 
 
+def _is_for(launch: Launch, arch: int) -> bool:
+    """Whether a device of this architecture may choose the block sizes."""
+    if launch.kernel != "convolution_kernel":
+        return True
+    tiles = [(config.rows, config.width) for config in attack.convolution_configs(divmod(arch, 10))]
+    return launch.constants["BLOCK_U"] * launch.constants["BLOCK_V"] <= max(rows * width for rows, width in tiles)
+
+
 def table(
     calls: list[Variant | AttackVariant], archs: tuple[int, ...] = ARCHS, processes: int | None = None
 ) -> list[dict]:
@@ -276,7 +307,7 @@ def table(
                 jobs[key] = launch
                 rows.append({"kernel": launch.kernel.removesuffix("_kernel"), "variant": variant, "launch": key})
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        pairs = [(row, arch) for row in rows for arch in archs]
+        pairs = [(row, arch) for row in rows for arch in archs if _is_for(jobs[row["launch"]], arch)]
         results = pool.map(compile_launch, [jobs[row["launch"]] for row, _ in pairs], [arch for _, arch in pairs])
         return [
             {

@@ -22,8 +22,8 @@ MOST_STEPS = 8
 MOST_CHANNELS = 4  # of images
 
 
-class MatmulConfig(NamedTuple):
-    """Block sizes of a matmul."""
+class ConvolutionConfig(NamedTuple):
+    """Block sizes of a convolution: pixels, channels of the result, and values of a tap that are multiplied at once."""
 
     rows: int
     width: int
@@ -32,9 +32,40 @@ class MatmulConfig(NamedTuple):
     stages: int
 
 
-# What a convolution of 1 x 1 pixels may choose from. Not yet measured on a GPU.
-MATMUL_CONFIGS = [MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(128, 64, 32, 4, 4), MatmulConfig(64, 64, 64, 4, 3)]
-INTERPRETER_MATMUL = MatmulConfig(32, 16, 16, 4, 1)
+# Not yet measured on a GPU.
+CONVOLUTION_CONFIGS = [
+    ConvolutionConfig(128, 128, 64, 8, 3),
+    ConvolutionConfig(128, 128, 32, 8, 4),
+    ConvolutionConfig(128, 64, 64, 4, 3),
+    ConvolutionConfig(64, 64, 64, 4, 4),
+    ConvolutionConfig(128, 256, 64, 8, 3),
+    ConvolutionConfig(256, 128, 64, 8, 3),
+]
+INTERPRETER_CONVOLUTION = ConvolutionConfig(32, 16, 16, 4, 1)
+
+
+class Product(NamedTuple):
+    """One direction of a convolution as a sum over taps, each of which is a piece of a row of the input's pixels.
+
+    A row of the product is a pixel of the result, or a block of ``out_step`` pixels whose values are its columns; there
+    are ``phases`` of rows, each with taps of its own. Row i of phase p is at ``p + i * out_step``, down and across, and
+    reads what starts ``i * in_step + tap`` pixels from the corner.
+
+    Attributes:
+        weight: [columns, places down, places across, values of a tap].
+        taps: [phases down, then phases across, 5] int32: how many, the first one, from each to the next; the place of
+            the first one's weights, from each to the next.
+        in_align: every tap starts at a multiple of so many values, up to 16.
+        block_row: values of a row of a block; 0 without blocks.
+    """
+
+    weight: Tensor
+    taps: Tensor
+    phases: tuple[int, int]
+    in_step: tuple[int, int]
+    out_step: tuple[int, int]
+    in_align: int
+    block_row: int = 0
 
 
 class Tables(NamedTuple):
@@ -71,21 +102,17 @@ def _finish(
     mask,
     y,
     bits,
-    start,
+    offset,
+    inside,
+    byte_offset,
+    byte_inside,
     tile,
     channels,
-    groups,
-    units,
     RELU: tl.constexpr,
-    INDEX64: tl.constexpr,
-    ALIGN: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """y = v + shift + other, then ReLU with its bits, or 0 where those of ``mask`` are."""
-    offset, inside, byte_offset, byte_inside = tiles.offsets_and_masks(
-        start, units, tile, channels, 0, groups, True, INDEX64, ALIGN, BLOCK_U, BLOCK_V
-    )
     if shift is not None:
         c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         v += tiles.load_vector(shift, c, c < channels, 0.0)[None, :]
@@ -128,58 +155,166 @@ def pointwise_kernel(
         c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         v *= tiles.load_vector(scale, c, c < channels, 1.0)[None, :]
     _finish(
-        v, shift, other, mask, y, bits, start, tile, channels, groups, units, RELU, INDEX64, ALIGN, BLOCK_U, BLOCK_V
+        v, shift, other, mask, y, bits, offset, inside, byte_offset, byte_inside, tile, channels,
+        RELU, BLOCK_U, BLOCK_V,
     )  # fmt: skip
 
 
-@tiles.jit("inner", "channel_tiles")
-def matmul_kernel(
-    x,
-    weight,  # [channels, inner], or [inner, channels] if not TRANSPOSED
+@triton.jit
+def _finish_columns(
+    v,
     shift,
     other,
     mask,
     y,
     bits,
-    inner,
-    channel_tiles,
+    pixel,
+    live,
+    tile,
+    columns,
     channels,
     groups,
-    units,
-    TRANSPOSED: tl.constexpr,
+    out_width,
+    RELU: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """:func:`_finish` of a product, 32 columns at a time, so that few registers hold places."""
+    if BLOCK_V > 32:
+        left, right = tl.split(tl.permute(tl.reshape(v, (BLOCK_U, 2, BLOCK_V // 2)), (0, 2, 1)))
+        _finish_columns(
+            left, shift, other, mask, y, bits, pixel, live, 2 * tile, columns, channels, groups, out_width,
+            RELU, ALIGN, BLOCK_ROW, BLOCK_U, BLOCK_V // 2,
+        )  # fmt: skip
+        _finish_columns(
+            right, shift, other, mask, y, bits, pixel, live, 2 * tile + 1, columns, channels, groups, out_width,
+            RELU, ALIGN, BLOCK_ROW, BLOCK_U, BLOCK_V // 2,
+        )  # fmt: skip
+    else:
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        byte = tile * (BLOCK_V // 8) + tl.arange(0, BLOCK_V // 8)
+        inside = tl.max_constancy(live[:, None] & (column < columns)[None, :], (1, ALIGN))
+        if BLOCK_ROW:
+            column = column // BLOCK_ROW * (out_width * channels) + column % BLOCK_ROW
+        offset = tl.multiple_of(pixel * channels, ALIGN)[:, None] + column[None, :]
+        byte_offset = (pixel * groups)[:, None] + byte[None, :]
+        byte_inside = live[:, None] & (byte < groups)[None, :]
+        _finish(
+            v, shift, other, mask, y, bits, offset, inside, byte_offset, byte_inside, tile, columns,
+            RELU, BLOCK_U, BLOCK_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _axis(taps, phase):
+    """Of a phase along an axis: number of taps, the first one, to the next; place of its weights, to the next."""
+    taps += 5 * phase
+    return tl.load(taps), tl.load(taps + 1), tl.load(taps + 2), tl.load(taps + 3), tl.load(taps + 4)
+
+
+@tiles.jit(
+    "in_channels", "height", "width", "inner", "across", "pitch", "phases_y", "phases_x", "rows_y", "rows_x",
+    "in_step_y", "in_step_x", "out_step_y", "out_step_x", "out_height", "out_width", "channel_tiles", "columns",
+)  # fmt: skip
+def convolution_kernel(
+    x,
+    weight,  # see Product
+    taps,
+    shift,
+    other,
+    mask,
+    y,
+    bits,
+    in_channels,
+    height,  # of x
+    width,
+    inner,  # values of a tap
+    across,  # places of weights
+    pitch,  # from a column's weights to the next one's
+    phases_y,
+    phases_x,
+    rows_y,  # of the product, in a phase of an image
+    rows_x,
+    in_step_y,
+    in_step_x,
+    out_step_y,
+    out_step_x,
+    out_height,
+    out_width,
+    channel_tiles,
+    columns,  # of the product
+    channels,
+    groups,
+    units,  # rows of the product, in a phase
     RELU: tl.constexpr,
     INDEX64: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ALIGN_K: tl.constexpr,
+    ALIGN: tl.constexpr,  # of places in y, in x and in the weights
+    ALIGN_X: tl.constexpr,
+    ALIGN_W: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Tiles of the same pixels follow on each other, so that x comes from the cache for all but the first one.
-    block = tl.program_id(0) // channel_tiles
-    tile = tl.program_id(0) - block * channel_tiles
-    start = _start(block, BLOCK_U, INDEX64)
-    row = start + tl.arange(0, BLOCK_U)
+    # Tiles and phases of the same pixels follow on each other, so that x comes from the cache for all but the first.
+    program = tl.program_id(0)
+    tile = program % channel_tiles
+    program = program // channel_tiles
+    phase_x = program % phases_x
+    program = program // phases_x
+    phase_y = program % phases_y
+    unit = _start(program // phases_y, BLOCK_U, INDEX64) + tl.arange(0, BLOCK_U)
+    line = unit // rows_x
+    column_x = unit - line * rows_x
+    image = line // rows_y
+    row_y = line - image * rows_y
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    base = tl.multiple_of(row * inner, ALIGN_K)[:, None]
+
+    count_y, tap_y, next_y, place_y, next_place_y = _axis(taps, phase_y)
+    count_x, tap_x, next_x, place_x, next_place_x = _axis(taps + 5 * phases_y, phase_x)
+    top = row_y * in_step_y
+    left = column_x * (in_step_x * in_channels)
+    length = width * in_channels
+    corner = (image * height + top) * length + left
+    live = unit < units
+    top = tl.where(live, top, 1 << 30)  # a row past the end sees no pixel
     total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
-    for first in range(0, inner, BLOCK_K):
+    i = 0  # number of the tap, down and across, and its first value that is multiplied now
+    j = 0
+    first = 0
+    for _ in range(count_y * count_x * tl.cdiv(inner, BLOCK_K)):
         k = first + tl.arange(0, BLOCK_K)
-        inside = tl.max_constancy((row < units)[:, None] & (k < inner)[None, :], (1, ALIGN_K))
-        left = tl.load(x + (base + k[None, :]), mask=inside, other=0.0)
-        if TRANSPOSED:
-            offset = k[:, None] + tl.multiple_of(column * inner, ALIGN_K)[None, :]
-            inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (ALIGN_K, 1))
-        else:
-            offset = tl.multiple_of(k * channels, ALIGN)[:, None] + column[None, :]
-            inside = tl.max_constancy((k < inner)[:, None] & (column < channels)[None, :], (1, ALIGN))
-        right = tl.load(weight + offset, mask=inside, other=0.0)
+        down = tap_y + i * next_y
+        right = (tap_x + j * next_x) * in_channels
+        there = (top + down).to(tl.uint32) < height
+        place = (left + right)[:, None] + k[None, :]  # in the image's row
+        inside = there[:, None] & (k < inner)[None, :] & (place.to(tl.uint32) < length)
+        start = tl.multiple_of(corner + (down * length + right), ALIGN_X)
+        pixels = tl.load(x + (start[:, None] + k[None, :]), mask=tl.max_constancy(inside, (1, ALIGN_X)), other=0.0)
+        place = (place_y + i * next_place_y) * across + place_x + j * next_place_x
+        start = tl.multiple_of(column * pitch + place * inner, ALIGN_W)
+        inside = tl.max_constancy((k < inner)[:, None] & (column < columns)[None, :], (ALIGN_W, 1))
+        weights = tl.load(weight + (start[None, :] + k[:, None]), mask=inside, other=0.0)
         if tiles.INTERPRETED:  # whose bfloat16 is no number
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    _finish(
-        total, shift, other, mask, y, bits, start, tile, channels, groups, units,
-        RELU, INDEX64, ALIGN, BLOCK_U, BLOCK_V,
+            pixels, weights = pixels.to(tl.float32), weights.to(tl.float32)
+        total = tl.dot(pixels, weights, total, input_precision="ieee")
+        first += BLOCK_K
+        done = first >= inner
+        first = tl.where(done, 0, first)
+        j = tl.where(done, j + 1, j)
+        done = j >= count_x
+        j = tl.where(done, 0, j)
+        i = tl.where(done, i + 1, i)
+
+    out_y = phase_y + row_y * out_step_y
+    out_x = phase_x + column_x * out_step_x
+    pixel = (image * out_height + out_y) * out_width + out_x
+    live = live & (out_y < out_height) & (out_x < out_width)
+    _finish_columns(
+        total, shift, other, mask, y, bits, pixel, live, tile, columns, channels, groups, out_width,
+        RELU, ALIGN, BLOCK_ROW, BLOCK_U, BLOCK_V,
     )  # fmt: skip
 
 
@@ -215,25 +350,27 @@ def pool_kernel(
     left = (unit - line * out_width) * STRIDE_X - PAD_X
     image = line // out_height
     top = (line - image * out_height) * STRIDE_Y - PAD_Y
-    best = tl.full((BLOCK_U, BLOCK_V), -float("inf") if argmax is not None else 0.0, tl.float32)
-    best_k = tl.full((BLOCK_U, BLOCK_V), -1, tl.int32)
-    for k in range(KERNEL_Y * KERNEL_X):
-        row, column = top + k // KERNEL_X, left + k % KERNEL_X
-        there = (unit < units) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        there = tl.max_constancy(there[:, None] & (channel < channels)[None, :], (1, ALIGN))
-        base = tl.multiple_of(((image * height + row) * width + column) * channels, ALIGN)
-        v = tiles.load_float32(x, base[:, None] + channel[None, :], there)
-        if argmax is not None:
+    corner = (image * height + top) * width + left
+    if argmax is None:  # whose windows never stick out
+        best = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
+        for k in tl.range(KERNEL_Y * KERNEL_X, loop_unroll_factor=8):  # so many loads at a time
+            base = tl.multiple_of((corner + k // KERNEL_X * width + k % KERNEL_X) * channels, ALIGN)
+            best += tiles.load_float32(x, base[:, None] + channel[None, :], inside)
+        best = tl.div_rn(best, KERNEL_Y * KERNEL_X * 1.0)
+    else:
+        best = tl.full((BLOCK_U, BLOCK_V), -float("inf"), tl.float32)
+        best_k = tl.full((BLOCK_U, BLOCK_V), -1, tl.int32)
+        for k in range(KERNEL_Y * KERNEL_X):
+            row, column = top + k // KERNEL_X, left + k % KERNEL_X
+            there = (unit < units) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            there = tl.max_constancy(there[:, None] & (channel < channels)[None, :], (1, ALIGN))
+            base = tl.multiple_of((corner + k // KERNEL_X * width + k % KERNEL_X) * channels, ALIGN)
+            v = tiles.load_float32(x, base[:, None] + channel[None, :], there)
             # PyTorch's rule: the first of equal ones, and a NaN whatever was before.
             better = there & ((v > best) | (v != v) | (best_k < 0))
             best = tl.where(better, v, best)
             best_k = tl.where(better, k, best_k)
-        else:
-            best += v
-    if argmax is not None:
         tl.store(argmax + offset, best_k.to(tl.uint8), mask=inside)
-    else:
-        best = tl.div_rn(best, KERNEL_Y * KERNEL_X * 1.0)
     tiles.store(y, offset, best, inside)
 
 
@@ -263,30 +400,35 @@ def pool_backward_kernel(
     BLOCK_V: tl.constexpr,
 ):
     start, tile = _start(tl.program_id(0), BLOCK_U, INDEX64), tl.program_id(1)
+    offset, inside, byte_offset, byte_inside = tiles.offsets_and_masks(
+        start, units, tile, channels, 0, groups, True, INDEX64, ALIGN, BLOCK_U, BLOCK_V
+    )
     unit = start + tl.arange(0, BLOCK_U)
     channel = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     line = unit // width
     right = unit - line * width + PAD_X
     image = line // height
     bottom = line - image * height + PAD_Y
+    WINDOWS_Y: tl.constexpr = (KERNEL_Y + STRIDE_Y - 1) // STRIDE_Y  # that may hold a pixel
+    WINDOWS_X: tl.constexpr = (KERNEL_X + STRIDE_X - 1) // STRIDE_X
     total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
-    for k in range(KERNEL_Y * KERNEL_X):  # every window in which this pixel has place k
-        row, column = bottom - k // KERNEL_X, right - k % KERNEL_X
-        there = (unit < units) & (row >= 0) & (row % STRIDE_Y == 0) & (column >= 0) & (column % STRIDE_X == 0)
-        row, column = row // STRIDE_Y, column // STRIDE_X
-        there = there & (row < out_height) & (column < out_width)
+    for i in range(WINDOWS_Y * WINDOWS_X):  # from the last one
+        row, column = bottom // STRIDE_Y - i // WINDOWS_X, right // STRIDE_X - i % WINDOWS_X
+        place_y, place_x = bottom - row * STRIDE_Y, right - column * STRIDE_X  # of the pixel, in this window
+        there = (unit < units) & (row >= 0) & (row < out_height) & (place_y < KERNEL_Y)
+        there = there & (column >= 0) & (column < out_width) & (place_x < KERNEL_X)
         there = tl.max_constancy(there[:, None] & (channel < channels)[None, :], (1, ALIGN))
         base = tl.multiple_of(((image * out_height + row) * out_width + column) * channels, ALIGN)
-        offset = base[:, None] + channel[None, :]
-        v = tiles.load_float32(g, offset, there)
+        v = tiles.load_float32(g, base[:, None] + channel[None, :], there)
         if argmax is not None:
-            v = tl.where(tl.load(argmax + offset, mask=there, other=0).to(tl.int32) == k, v, 0.0)
+            chosen = tl.load(argmax + (base[:, None] + channel[None, :]), mask=there, other=0).to(tl.int32)
+            v = tl.where(chosen == (place_y * KERNEL_X + place_x)[:, None], v, 0.0)
         total += v
     if argmax is None:
         total = tl.div_rn(total, KERNEL_Y * KERNEL_X * 1.0)
     _finish(
-        total, None, other, mask, dx, None, start, tile, channels, groups, units,
-        False, INDEX64, ALIGN, BLOCK_U, BLOCK_V,
+        total, None, other, mask, dx, None, offset, inside, byte_offset, byte_inside, tile, channels,
+        False, BLOCK_U, BLOCK_V,
     )  # fmt: skip
 
 
@@ -437,44 +579,73 @@ def pointwise(
         )  # fmt: skip
 
 
-def matmul(
+def convolution_configs(capability: tuple[int, int]) -> list[ConvolutionConfig]:
+    """What a device may choose from: before 9.0, larger tiles do not fit its registers."""
+    return [c for c in CONVOLUTION_CONFIGS if capability >= (9, 0) or c.rows * c.width <= 128 * 128]
+
+
+def fitted(config: ConvolutionConfig, product: Product) -> ConvolutionConfig:
+    """The configuration without what would only be filled up."""
+    columns, _, _, inner = product.weight.shape
+    width, inner = (max(16, tiles.power_of_2(n)) for n in (columns, inner))
+    return config._replace(width=min(config.width, width), inner=min(config.inner, inner))
+
+
+def convolution(
     x: Tensor,
-    weight: Tensor,
     y: Tensor,
-    size: tuple[int, int],
-    config: MatmulConfig,
-    transposed: bool,
+    product: Product,
+    config: ConvolutionConfig,
     shift: Tensor | None = None,
     other: Tensor | None = None,
     mask: Tensor | None = None,
     bits: Tensor | None = None,
 ) -> None:
-    """y = x @ weight.T if ``transposed``, else x @ weight, finished as by :func:`pointwise`; weight is [O, I]."""
-    units, channels = size
-    inner = weight.shape[1] if transposed else weight.shape[0]
-    width = min(config.width, max(16, tiles.power_of_2(channels)))
-    channel_tiles = tiles.ceil_div(channels, width)
+    """y = the product of x, finished as by :func:`pointwise`; without all of that if it is of blocks."""
+    images, in_channels, height, width = x.shape
+    channels, out_height, out_width = y.shape[1:]
+    columns, down, across, inner = product.weight.shape
+    config = fitted(config, product)
+    row = product.block_row
+    rows = [tiles.ceil_div(n, step) for n, step in zip((out_height, out_width), product.out_step, strict=True)]
+    units, channel_tiles = images * rows[0] * rows[1], tiles.ceil_div(columns, config.width)
+    phases_y, phases_x = product.phases
     with tiles.on_device_of(y):
-        matmul_kernel[(tiles.ceil_div(units, config.rows) * channel_tiles,)](
+        convolution_kernel[(tiles.ceil_div(units, config.rows) * phases_y * phases_x * channel_tiles,)](
             x,
-            weight,
+            product.weight,
+            product.taps,
             shift,
             other,
             mask,
             y,
             bits,
+            in_channels,
+            height,
+            width,
             inner,
+            across,
+            down * across * inner,
+            phases_y,
+            phases_x,
+            *rows,
+            *product.in_step,
+            *product.out_step,
+            out_height,
+            out_width,
             channel_tiles,
+            columns,
             channels,
             tiles.ceil_div(channels, 8),
             units,
-            TRANSPOSED=transposed,
             RELU=bits is not None,
-            INDEX64=units * max(inner, channels) >= tiles.INDEX64_FROM,
-            ALIGN=gcd(channels, 16),
-            ALIGN_K=gcd(inner, 16),
+            INDEX64=max(x.numel(), y.numel()) >= tiles.INDEX64_FROM,
+            ALIGN=gcd(channels if row == 0 else gcd(row, out_width * channels), 16),
+            ALIGN_X=product.in_align,
+            ALIGN_W=gcd(inner, 16),
+            BLOCK_ROW=row,
             BLOCK_U=config.rows,
-            BLOCK_V=width,
+            BLOCK_V=config.width,
             BLOCK_K=config.inner,
             num_warps=config.warps,
             num_stages=config.stages,

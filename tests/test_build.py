@@ -78,7 +78,7 @@ def test_triton_kernels_spill_nothing_and_move_16_bytes():
     pytest.importorskip("triton")
     rows = kernels.triton_kernels()
     assert {row.architecture for row in rows} == {80, 90, 100}
-    attack = {"pointwise", "matmul", "pool", "pool_backward", "pixels"}
+    attack = {"pointwise", "convolution", "pool", "pool_backward", "pixels"}
     assert {row.name for row in rows} == {"moments", "apply", "sums", "apply_backward", *attack}
     assert [row for row in rows if row.spilled_bytes] == []
     aligned = [row for row in rows if " aligned" in row.variant and row.name != "pixels"]  # of three channels

@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,19 @@ def test_max_pool(kernel, stride, padding, dtype):
 
 
 @results
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter runs")
+@pytest.mark.parametrize("kernel, stride, windows", [(3, 2, 4), (7, 7, 1), (2, 3, 1), (3, 1, 9)])
+def test_a_gradient_looks_only_into_windows_that_may_hold_the_pixel(kernel, stride, windows, monkeypatch):
+    memory, loads, load = Memory(torch.float32), [], tiles.load_float32
+    monkeypatch.setattr(tiles, "load_float32", lambda *arguments: loads.append(1) or load(*arguments))
+    state, g = stage_of(kernel=(kernel, kernel), stride=(stride, stride)), memory.values((1, 8, 1, 1))
+    tensors = {"g": g, "other": None, "mask": None, "dx": memory.empty((1, 8, kernel, kernel))}
+    both(torch.float32)[1].avg_pool_backward(state, tensors)()
+    programs = -(-kernel * kernel // 32)
+    assert len(loads) == windows * programs
+
+
+@results
 @pytest.mark.parametrize(
     "kernel, stride, dtype", with_dtypes(((7, 6), (7, 6)), ((2, 2), (2, 2)), ((3, 2), (2, 1))), ids=str
 )
@@ -210,35 +224,127 @@ def test_avg_pool(kernel, stride, dtype):
     memory.check_fences()
 
 
+def convolution_of(inputs, outputs, size, kernel=1, stride=1, padding=0, dilation=1, upsample=1):
+    """Numbers are for both axes, pairs for one each."""
+    kernel, stride, padding, dilation, upsample = (
+        (n, n) if isinstance(n, int) else n for n in (kernel, stride, padding, dilation, upsample)
+    )
+    axes = zip(size, kernel, stride, padding, dilation, upsample, strict=True)
+    out = tuple((n * f + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, f in axes)
+    return Convolution(inputs, size, outputs, out, kernel, stride, padding, dilation, upsample=upsample)
+
+
+GEOMETRIES = [
+    convolution_of(8, 24, (3, 5)),
+    convolution_of(64, 8, (5, 4), 1, 2),  # whose input gradient has pixels without taps
+    convolution_of(136, 8, (3, 3), 1, 3),
+    convolution_of(24, 16, (4, 5), 3, 1, 1),
+    convolution_of(8, 64, (6, 5), 3, 2, 1),
+    convolution_of(16, 8, (7, 8), 5, 3, 2),
+    convolution_of(8, 8, (7, 6), (3, 2), (1, 2), (2, 1), (2, 3)),
+    convolution_of(8, 8, (9, 5), 3, 2, 2, 2),  # strided and dilated: phases without taps
+    convolution_of(3, 8, (8, 8), 7, 2, 3),  # an image: rows of pixels, blocks of 4x4
+    convolution_of(3, 16, (6, 8), 3, 1, 1),
+    convolution_of(3, 8, (5, 7), 7, 2, 3),  # which no block divides
+    convolution_of(1, 8, (4, 8), (1, 3), (1, 2), (0, 2), (1, 2)),
+    convolution_of(4, 8, (8, 8), 4, 4),
+    convolution_of(3, 8, (4, 4), 7, 2, 3, upsample=7),
+    convolution_of(2, 8, (3, 4), (3, 5), 1, (1, 2), (3, 1), (2, 3)),
+    convolution_of(16, 8, (3, 3), 3, 3, 1, 1, 2),
+]
+
+
 @results
-@pytest.mark.parametrize("inner, channels, dtype", with_dtypes((3, 5), (16, 24), (40, 33)))
-def test_matmul(inner, channels, dtype):
-    memory, size = Memory(dtype), (3, 5)
-    reference, ours = both(dtype)
-    geometry = Convolution(inner, size, channels, size)
-    weight = torch.randn(channels, inner, 1, 1, generator=memory.generator).to(DEVICE)
+@pytest.mark.parametrize(
+    "geometry, dtype", [(g, DTYPES[1 + i % 2]) for i, g in enumerate(GEOMETRIES)], ids=lambda value: str(value)[12:]
+)
+def test_convolution(geometry, dtype):
+    check_convolution(geometry, dtype)
+
+
+def check_convolution(geometry, dtype):
+    g, memory = geometry, Memory(dtype)
+    ours = CudaExecutor(dtype, torch.device(DEVICE))
+    reference = TorchExecutor(torch.float32, torch.device(DEVICE))
+    # Weights whose sums are exact, which upsampling rounds to the dtype.
+    weight = torch.randint(-4, 5, (g.out_channels, g.in_channels, *g.kernel), generator=memory.generator) / 8
     want_state, state = stage_of(), stage_of()
-    want_state.convolution, state.convolution = reference.convolution(geometry), ours.convolution(geometry)
+    want_state.convolution, state.convolution = reference.convolution(g), ours.convolution(g)
     for each in (want_state, state):
-        each.convolution.fold(weight, None)
-        each.shift = torch.linspace(-1, 1, channels, device=DEVICE)
-    state.convolution.algorithm = lambda backward, launch: kernels.INTERPRETER_MATMUL
-    for images in (1, 5):
-        before, after = (images, inner, *size), (images, channels, *size)
-        x, other, g, share = (memory.values(shape) for shape in (before, after, after, before))
-        want, want_mask = torch.empty_like(other), torch.empty(other.numel(), dtype=torch.uint8, device=DEVICE)
-        got, bits = memory.empty(after), memory.empty_bits(after)
-        reference.conv(want_state, {"x": x, "other": other, "mask": want_mask, "y": want})()
-        ours.conv(state, {"x": x, "other": other, "mask": bits, "y": got})()
-        # PyTorch rounds the matmul to the dtype before it goes on.
-        torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
-        assert torch.equal(bits, packed((got > 0).permute(0, 2, 3, 1).reshape(-1, channels)))
-        bytes_, bits = memory.bits(before)
-        want, got = torch.empty_like(x), memory.empty(before)
-        reference.conv_backward(want_state, {"g": g, "other": share, "mask": bytes_, "dx": want})()
-        ours.conv_backward(state, {"g": g, "other": share, "mask": bits, "dx": got})()
-        torch.testing.assert_close(got, want, rtol=8 * TOLERANCE[dtype], atol=32 * TOLERANCE[dtype])
+        each.shift = torch.linspace(-1, 1, g.out_channels, device=DEVICE)
+        for sign in (-1, 1):  # the second time into the same memory
+            each.convolution.fold(sign * weight.to(DEVICE), None)
+    state.convolution.algorithm = lambda *_: kernels.INTERPRETER_CONVOLUTION
+    before, after = (2, g.in_channels, *g.in_size), (2, g.out_channels, *g.out_size)
+    x, g_out, other, share = (memory.values(shape) for shape in (before, after, after, before))
+
+    def check(step, tensors, result):
+        want = torch.empty_like(tensors[result].float())
+        floats = {
+            role: t.float() if t is not None and t.dtype == dtype else t
+            for role, t in tensors.items()
+            if role != "mask"
+        }
+        mask = tensors["mask"]
+        if step == "conv" and mask is not None:
+            mask = torch.empty(want.numel(), dtype=torch.uint8, device=DEVICE)
+        elif mask is not None:
+            mask, tensors["mask"] = mask
+        getattr(reference, step)(want_state, {**floats, "mask": mask, result: want})()
+        got = tensors[result].fill_(torch.nan)
+        getattr(ours, step)(state, tensors)()
+        torch.testing.assert_close(got.float(), want, rtol=TOLERANCE[dtype], atol=1e-5)
+        return got
+
+    y, bits = memory.empty(after), memory.empty_bits(after)
+    check("conv", {"x": x, "other": None, "mask": None, "y": y}, "y")
+    got = check("conv", {"x": x, "other": other, "mask": bits, "y": y}, "y")
+    assert torch.equal(bits, packed((got > 0).permute(0, 2, 3, 1).reshape(-1, g.out_channels)))
+    dx, mask = memory.empty(before), memory.bits(before)
+    check("conv_backward", {"g": g_out, "other": None, "mask": None, "dx": dx}, "dx")
+    if not state.convolution.directions[True].product.block_row:
+        check("conv_backward", {"g": g_out, "other": share, "mask": mask, "dx": dx}, "dx")
     memory.check_fences()
+
+
+@host
+def test_an_image_that_is_used_twice_is_left_to_the_library(monkeypatch):
+    """Blocks of pixels have no place for another gradient or a mask."""
+    calls = []
+    monkeypatch.setattr(kernels, "convolution", lambda *_, **__: calls.append("ours"))
+    ours, state = CudaExecutor(torch.bfloat16, torch.device("cpu")), stage_of()
+    state.convolution = ours.convolution(GEOMETRIES[8])
+    state.convolution.fold(torch.ones(8, 3, 7, 7), None)
+    state.convolution.algorithm = lambda backward, launch: kernels.INTERPRETER_CONVOLUTION
+    monkeypatch.setattr(state.convolution, "backward", lambda gradient: calls.append("library") or gradient)
+    monkeypatch.setattr(ours, "_finish", lambda *_: None)
+    tensors = {"g": torch.ones(1, 8, 4, 4), "mask": None, "dx": torch.ones(1, 3, 8, 8)}
+    ours.conv_backward(state, {**tensors, "other": None})()
+    ours.conv_backward(state, {**tensors, "other": tensors["dx"]})()
+    assert calls == ["ours", "library"]
+
+
+@host
+def test_which_convolutions_the_kernel_takes():
+    taken = CudaExecutor(torch.bfloat16, torch.device("cpu")).convolution(GEOMETRIES[0])
+    assert None not in taken.directions
+    assert CudaExecutor(torch.float32, torch.device("cpu")).convolution(GEOMETRIES[0]).directions == (None, None)
+    for geometry in (convolution_of(24, 12, (3, 3)), convolution_of(12, 24, (3, 3)), convolution_of(5, 8, (3, 3))):
+        assert CudaExecutor(torch.bfloat16, torch.device("cpu")).convolution(geometry).directions == (None, None)
+
+
+@host
+def test_candidates_fit_the_problem_and_the_device(monkeypatch):
+    convolution = CudaExecutor(torch.bfloat16, torch.device("cpu")).convolution(convolution_of(32, 64, (4, 4), 3, 1, 1))
+    convolution.fold(torch.ones(64, 32, 3, 3), None)
+    counts = {}
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        candidates = convolution.candidates(backward=False)
+        assert candidates[0] is None and len(set(candidates)) == len(candidates)
+        assert all(config.width == 64 and config.inner == 32 for config in candidates[1:])
+        counts[capability] = len(candidates)
+    assert counts[8, 0] < counts[9, 0] <= 1 + len(kernels.CONVOLUTION_CONFIGS)
 
 
 @results
@@ -247,7 +353,8 @@ def test_64_bit_offsets(monkeypatch):
     test_finish_and_affine(SHAPES[1], torch.bfloat16)
     test_max_pool(*WINDOWS[2], torch.float32)
     test_avg_pool((3, 2), (2, 1), torch.float32)
-    test_matmul(16, 24, torch.float16)
+    check_convolution(GEOMETRIES[4], torch.float16)
+    check_convolution(GEOMETRIES[8], torch.bfloat16)
 
 
 PROGRAMS = {
@@ -303,6 +410,34 @@ def check_pixels(program, resized, dtype, native=False):
         assert same(got_x, want_x) and same(got, want)
         assert torch.equal(nan, want_nan) and nan.sum() > 15
     memory.check_fences()
+
+
+@host
+def test_the_cuda_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
+    current, launched = [], []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Image:  # on the second of two GPUs, which this machine lacks
+        is_cuda, device, dtype, shape = True, torch.device("cuda", 1), torch.float32, (2, 3, 4, 5)
+        __len__, data_ptr = lambda self: 2, lambda self: 64
+
+    module = SimpleNamespace(pixels_cuda=lambda *_: launched.append(current[-1]) or "")
+    monkeypatch.setattr(native, "_C", module)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    ours = CudaExecutor(torch.float32, torch.device("cpu")).input([], (3, 4, 5), None)
+    ours.bind(compiled=True)
+    ours.prepare(Image(), Image())
+    assert launched == [torch.device("cuda", 1)] and current == []
 
 
 @results

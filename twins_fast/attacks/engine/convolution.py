@@ -58,3 +58,19 @@ def axis_backward(kernel: int, stride: int, padding: int, dilation: int, factor:
                 taps.setdefault(o, []).append(k)
         phases.append(sorted(taps.items()))
     return factor * out_step // stride, out_step, phases
+
+
+def axis_blocks(
+    times: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[int, int, list[int], list[list]]:
+    """The input gradient along one axis, of whole blocks of pixels at a time.
+
+    Returns:
+        pixels in the block, outputs per block, offsets of the outputs that read the block, and for each pixel the
+        kernel index with which each of these reads it, or None.
+    """
+    block = times * (stride if stride > 1 else 2)
+    _, _, phases = axis_backward(kernel, stride, padding, dilation, 1)
+    seen = [{tap + pixel // stride: ks[0] for tap, ks in phases[pixel % stride]} for pixel in range(block)]
+    offsets = sorted(set().union(*seen))
+    return block, block // stride, offsets, [[pixel.get(offset) for offset in offsets] for pixel in seen]

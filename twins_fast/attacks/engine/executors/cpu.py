@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from twins_fast.attacks.engine.convolution import Convolution, axis_backward, axis_forward
+from twins_fast.attacks.engine.convolution import Convolution, axis_backward, axis_blocks, axis_forward
 from twins_fast.attacks.engine.executors.pixels import Input, sources_of
 from twins_fast.attacks.engine.executors.torch import (
     Run,
@@ -92,7 +92,7 @@ class _ImageGradient:
     def __init__(self, geometry: Convolution, dtype: torch.dtype, workspace: Workspace):
         g = self._geometry = geometry
         axes = zip(g.kernel, g.stride, g.padding, g.dilation, strict=True)
-        candidates = product(*([_blocked(n, *numbers) for n in (1, 2)] for numbers in axes))
+        candidates = product(*([axis_blocks(n, *numbers) for n in (1, 2)] for numbers in axes))
         (by, my, tops, rows), (bx, mx, lefts, cols) = min(candidates, key=lambda axes: _time(axes, g.in_channels))
         self._block = by, bx
         self._size = tuple(-(-size // b) for size, b in zip(g.in_size, self._block, strict=True))
@@ -136,22 +136,6 @@ class _ImageGradient:
                 finish()
 
         return run
-
-
-def _blocked(
-    times: int, kernel: int, stride: int, padding: int, dilation: int
-) -> tuple[int, int, list[int], list[list]]:
-    """One axis of a block.
-
-    Returns:
-        pixels in the block, outputs per block, offsets of the outputs that read the block, and for each pixel the
-        kernel index with which each of these reads it, or None.
-    """
-    block = times * (stride if stride > 1 else 2)
-    _, _, phases = axis_backward(kernel, stride, padding, dilation, 1)
-    seen = [{tap + pixel // stride: ks[0] for tap, ks in phases[pixel % stride]} for pixel in range(block)]
-    offsets = sorted(set().union(*seen))
-    return block, block // stride, offsets, [[pixel.get(offset) for offset in offsets] for pixel in seen]
 
 
 def _time(axes: tuple[tuple, tuple], channels: int) -> float:

@@ -1,4 +1,4 @@
-"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or as matmuls. Not yet run on a GPU.
+"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or by Triton. Not yet run on a GPU.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.executors.pixels import Input, sources_of
+from twins_fast.attacks.engine.executors.product import directions
 from twins_fast.attacks.engine.executors.torch import (
     Run,
     State,
@@ -25,41 +26,50 @@ from twins_fast.attacks.engine.executors.torch import (
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
-from twins_fast.kernels import attack, tuning
+from twins_fast.kernels import attack, tiles, tuning
 from twins_fast.ops import native
 from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
-Algorithm = attack.MatmulConfig | None  # of a convolution: the block sizes of our matmul; None: the library's
+Algorithm = attack.ConvolutionConfig | None  # the block sizes of our kernel; None: the library
 
 _algorithms: dict[tuple, Algorithm] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
 
 
 class CudaConvolution(TorchConvolution):
-    """A convolution by cuDNN or, if it is 1x1 and that is faster, by our matmul with all around it fused."""
+    """A convolution by cuDNN or, if that is faster, by our kernel with all around it fused."""
 
     def __init__(self, geometry: Convolution, dtype: torch.dtype, device: torch.device):
         super().__init__(geometry, dtype, device)
-        g = geometry
-        is_1x1 = (g.kernel, g.stride, g.padding, g.groups, g.upsample) == ((1, 1), (1, 1), (0, 0), 1, (1, 1))
-        # Float32 would not use tensor cores; channels that do not fill a vector would run out of registers.
-        self.is_matmul = is_1x1 and dtype != torch.float32 and (g.in_channels | g.out_channels) % 8 == 0
         self.device = device
+        # Float32 would not use tensor cores.
+        self.directions = (None, None) if dtype == torch.float32 else directions(geometry, device)
         self._algorithm: list[Algorithm] = [None, None]
+
+    def fold(self, weight: Tensor, scale: Tensor | None) -> None:
+        super().fold(weight, scale)
+        for direction in self.directions:
+            if direction is not None:
+                direction.pack(self.weight)
 
     @property
     def runs(self) -> str:
         library = "cuDNN" if self.device.type == "cuda" else "PyTorch"
-        return ", ".join(dict.fromkeys("Triton matmul" if algorithm else library for algorithm in self._algorithm))
+        return ", ".join(dict.fromkeys("Triton" if algorithm else library for algorithm in self._algorithm))
 
     def algorithm(self, backward: bool, launch: Callable[[Algorithm], object]) -> Algorithm:
         """The fastest one, measured with ``launch`` if it is not known yet and a measurement is allowed now."""
-        if self.is_matmul and self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
             if key not in _algorithms and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):
-                    _algorithms[key] = tuning.fastest([None, *attack.MATMUL_CONFIGS], launch, tuning._seconds)
+                    _algorithms[key] = tuning.fastest(self.candidates(backward), launch, tuning._seconds)
             self._algorithm[backward] = _algorithms.get(key)
         return self._algorithm[backward]
+
+    def candidates(self, backward: bool) -> list[Algorithm]:
+        configs = attack.convolution_configs(torch.cuda.get_device_capability(self.device))
+        fitted = (attack.fitted(config, self.directions[backward].product) for config in configs)
+        return [None, *dict.fromkeys(fitted)]
 
 
 class CudaExecutor(TorchExecutor):
@@ -100,11 +110,15 @@ class CudaExecutor(TorchExecutor):
     def _convolve(
         self, convolution: CudaConvolution, backward: bool, x: Tensor, y: Tensor, library: Run, epilogue: dict
     ) -> Run:
+        direction = convolution.directions[backward]
+        if direction is None or (direction.product.block_row and any(t is not None for t in epilogue.values())):
+            return library
+
         def launch(algorithm: Algorithm) -> None:
             if algorithm is None:
                 library()
             else:
-                attack.matmul(x, convolution.weight[:, :, 0, 0], y, rows_of(y), algorithm, not backward, **epilogue)
+                attack.convolution(x, y, direction.product, algorithm, **epilogue)
 
         return partial(launch, convolution.algorithm(backward, launch))
 
@@ -183,11 +197,12 @@ class KernelInput(Input):
 
     def _cuda(self, x, gradient=None, clean=None, nan=None, result=None, out=None, alpha=0.0, eps=0.0) -> None:
         tables = self._tables
-        status = native._C.pixels_cuda(
-            len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
-            pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
-            self._codes, self._values.data_ptr(), dtype_name((out if gradient is None else gradient).dtype),
-            x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
-            torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
-        )  # fmt: skip
+        with tiles.on_device_of(x):
+            status = native._C.pixels_cuda(
+                len(x), *self.shape, *(tables.size if tables else self.shape[1:]),
+                pointer_of(tables and tables.row_start), pointer_of(tables and tables.column_start),
+                self._codes, self._values.data_ptr(), dtype_name((out if gradient is None else gradient).dtype),
+                x.data_ptr(), *(pointer_of(t) for t in (gradient, clean, nan, result, out)), alpha, eps,
+                torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,  # 0: the emulator of the tests
+            )  # fmt: skip
         check_status("pixels", status)

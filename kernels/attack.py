@@ -198,6 +198,7 @@ def _finish_columns(
         inside = tl.max_constancy(live[:, None] & (column < columns)[None, :], (1, ALIGN))
         if BLOCK_ROW:
             column = column // BLOCK_ROW * (out_width * channels) + column % BLOCK_ROW
+            column = tl.max_contiguous(tl.multiple_of(column, ALIGN), ALIGN)
         offset = tl.multiple_of(pixel * channels, ALIGN)[:, None] + column[None, :]
         byte_offset = (pixel * groups)[:, None] + byte[None, :]
         byte_inside = live[:, None] & (byte < groups)[None, :]
@@ -412,7 +413,7 @@ def pool_backward_kernel(
     WINDOWS_Y: tl.constexpr = (KERNEL_Y + STRIDE_Y - 1) // STRIDE_Y  # that may hold a pixel
     WINDOWS_X: tl.constexpr = (KERNEL_X + STRIDE_X - 1) // STRIDE_X
     total = tl.zeros((BLOCK_U, BLOCK_V), tl.float32)
-    for i in range(WINDOWS_Y * WINDOWS_X):  # from the last one
+    for i in tl.range(WINDOWS_Y * WINDOWS_X, loop_unroll_factor=4):  # from the last one
         row, column = bottom // STRIDE_Y - i // WINDOWS_X, right // STRIDE_X - i % WINDOWS_X
         place_y, place_x = bottom - row * STRIDE_Y, right - column * STRIDE_X  # of the pixel, in this window
         there = (unit < units) & (row >= 0) & (row < out_height) & (place_y < KERNEL_Y)

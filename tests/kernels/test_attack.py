@@ -1,5 +1,6 @@
 """The steps of an attack's plan in Triton against those in PyTorch, and CUDA graphs."""
 
+import re
 import warnings
 from itertools import product
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet50
 
 from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
@@ -14,11 +16,11 @@ from twins_fast.attacks.engine import cache
 from twins_fast.attacks.engine import program as programs
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
-from twins_fast.attacks.engine.executors.cuda import CudaExecutor
+from twins_fast.attacks.engine.executors.cuda import CudaConvolution, CudaExecutor
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
 from twins_fast.attacks.engine.plan import Stage
+from twins_fast.kernels import aot, tiles
 from twins_fast.kernels import attack as kernels
-from twins_fast.kernels import tiles
 from twins_fast.models import CifarResNet
 from twins_fast.ops import native
 
@@ -26,6 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 3, 3), (3, 17, 4, 2), (2, 64, 3, 2)]
 FENCE = 64
+CONFIGS = [kernels.INTERPRETER_CONVOLUTION] if DEVICE == "cpu" else kernels.CONVOLUTION_CONFIGS[:4]
 
 
 @host
@@ -255,15 +258,13 @@ GEOMETRIES = [
 
 
 @results
-@pytest.mark.parametrize(
-    "geometry, dtype", [(g, DTYPES[1 + i % 2]) for i, g in enumerate(GEOMETRIES)], ids=lambda value: str(value)[12:]
-)
-def test_convolution(geometry, dtype):
-    check_convolution(geometry, dtype)
+@pytest.mark.parametrize("number", range(len(GEOMETRIES)))
+def test_convolution(number):
+    check_convolution(number, DTYPES[1 + number % 2])
 
 
-def check_convolution(geometry, dtype):
-    g, memory = geometry, Memory(dtype)
+def check_convolution(number, dtype):
+    g, memory = GEOMETRIES[number], Memory(dtype)
     ours = CudaExecutor(dtype, torch.device(DEVICE))
     reference = TorchExecutor(torch.float32, torch.device(DEVICE))
     # Weights whose sums are exact, which upsampling rounds to the dtype.
@@ -274,7 +275,7 @@ def check_convolution(geometry, dtype):
         each.shift = torch.linspace(-1, 1, g.out_channels, device=DEVICE)
         for sign in (-1, 1):  # the second time into the same memory
             each.convolution.fold(sign * weight.to(DEVICE), None)
-    state.convolution.algorithm = lambda *_: kernels.INTERPRETER_CONVOLUTION
+    state.convolution.algorithm = lambda *_: CONFIGS[number % len(CONFIGS)]
     before, after = (2, g.in_channels, *g.in_size), (2, g.out_channels, *g.out_size)
     x, g_out, other, share = (memory.values(shape) for shape in (before, after, after, before))
 
@@ -315,7 +316,7 @@ def test_an_image_that_is_used_twice_is_left_to_the_library(monkeypatch):
     ours, state = CudaExecutor(torch.bfloat16, torch.device("cpu")), stage_of()
     state.convolution = ours.convolution(GEOMETRIES[8])
     state.convolution.fold(torch.ones(8, 3, 7, 7), None)
-    state.convolution.algorithm = lambda backward, launch: kernels.INTERPRETER_CONVOLUTION
+    state.convolution.algorithm = lambda *_: CONFIGS[0]
     monkeypatch.setattr(state.convolution, "backward", lambda gradient: calls.append("library") or gradient)
     monkeypatch.setattr(ours, "_finish", lambda *_: None)
     tensors = {"g": torch.ones(1, 8, 4, 4), "mask": None, "dx": torch.ones(1, 3, 8, 8)}
@@ -347,14 +348,28 @@ def test_candidates_fit_the_problem_and_the_device(monkeypatch):
     assert counts[8, 0] < counts[9, 0] <= 1 + len(kernels.CONVOLUTION_CONFIGS)
 
 
+@host
+def test_convolutions_of_images_and_of_large_tensors_spill_nothing():
+    first = [step for step in aot.ATTACK_STEPS if step.startswith("first convolution")]
+    large = ["convolution 128x128x64", "convolution backward 128x256x64", "first convolution backward 128x64x64"]
+    steps = [("bfloat16", "aligned", step) for step in first] + [("float16", "aligned 64-bit", step) for step in large]
+    rows = aot.table([aot.AttackVariant(*step) for step in steps])
+    assert {row["arch"] for row in rows} == set(aot.ARCHS)
+    assert [(row["variant"], row["arch"]) for row in rows if row["spills"]] == []
+    for row in rows:
+        image = row["variant"].startswith("first convolution") and "backward" not in row["variant"]
+        copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\d+|\d+), ", row["ptx"]))
+        assert {int(size, 0) for size in copies} == ({4, 16} if image else {16})
+
+
 @results
 def test_64_bit_offsets(monkeypatch):
     monkeypatch.setattr(tiles, "INDEX64_FROM", 0)
     test_finish_and_affine(SHAPES[1], torch.bfloat16)
     test_max_pool(*WINDOWS[2], torch.float32)
     test_avg_pool((3, 2), (2, 1), torch.float32)
-    check_convolution(GEOMETRIES[4], torch.float16)
-    check_convolution(GEOMETRIES[8], torch.bfloat16)
+    check_convolution(4, torch.float16)
+    check_convolution(8, torch.bfloat16)
 
 
 PROGRAMS = {
@@ -468,7 +483,7 @@ class Network(nn.Module):
 
 def networks():
     torch.manual_seed(0)
-    models = [CifarResNet(num_classes=4, width=4, blocks=(1, 1)), Network()]
+    models = [CifarResNet(num_classes=4, width=8, blocks=(1, 1)), Network()]
     for model in models:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -478,15 +493,19 @@ def networks():
 
 
 @results
-@pytest.mark.parametrize("number, dtype", with_dtypes((0,), (1,), (1,)))
+@pytest.mark.parametrize(
+    "number, dtype", [(0, torch.bfloat16), (0, torch.float32), (1, torch.float32), (1, torch.float16)]
+)
 def test_whole_plans(number, dtype, monkeypatch):
     model = networks()[number].to(DEVICE).eval()
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.rand(2, 3, 8, 8, generator=generator).to(DEVICE), torch.tensor([0, 3], device=DEVICE)
     outputs, amp = [], None if dtype == torch.float32 else dtype
-    for executor in (TorchExecutor, CudaExecutor):
+    monkeypatch.setattr(CudaConvolution, "algorithm", lambda *_: CONFIGS[0])
+    # In half precision two right executors may pass a ReLU on different sides: both are near float32.
+    for executor, precision in ((TorchExecutor, torch.float32), (CudaExecutor, dtype)):
         monkeypatch.setattr(cache, "executor_for", executor)
-        program = cache.PlanCache().program(model, images, dtype)
+        program = cache.PlanCache().program(model, images, precision)
         program.fold(model)
         with torch.no_grad():
             logits, bound = program.logits(images), program.bound(2)
@@ -501,6 +520,21 @@ def test_whole_plans(number, dtype, monkeypatch):
         assert (got - want).norm() <= (16 * TOLERANCE[dtype] + 1e-5) * want.norm()
     made = PGD(model, steps=1, random_start=False, engine="plan", amp_dtype=amp)(images, labels)
     assert (made - images).abs().max() <= 8 / 255 + 1e-6 and not torch.equal(made, images)
+
+
+@host
+def test_every_step_of_a_resnet50_is_one_launch(monkeypatch):
+    model, images = resnet50(num_classes=8).eval(), torch.rand(1, 3, 64, 64)
+    monkeypatch.setattr(cache, "executor_for", CudaExecutor)
+    monkeypatch.setattr(CudaConvolution, "algorithm", lambda *_: kernels.CONVOLUTION_CONFIGS[0])
+    program = cache.PlanCache().program(model, images, torch.bfloat16)
+    program.fold(model)
+    bound = program.bound(1)
+    for step in (*bound.forward, *bound.backward):
+        with aot._recording(None) as launches:
+            step()
+        assert len(launches) == 1
+    assert len(bound.forward) == len(bound.backward) == 56
 
 
 class Device:

@@ -152,13 +152,14 @@ def _gated(*shape) -> None:
 
 
 def _convolution(config: attack.ConvolutionConfig, backward: bool, *shape) -> None:
-    """Of any kernel and stride, which are read at run time."""
-    x, vector, bits, _ = _values(*shape)
+    """Of any kernel and stride, which are read at run time; with as many channels as the widest block."""
     dtype, images, channels, height, width = shape
+    channels *= 4
+    _, vector, bits, _ = _values(dtype, images, channels, height, width)
     image, weight = _empty(images, channels, height, width, dtype=dtype), _empty(channels, 3, 3, channels, dtype=dtype)
     product = attack.Product(weight, _taps(1, 1), (1, 1), (1, 1), (1, 1), gcd(channels, 16))
     options = dict(mask=bits) if backward else dict(shift=vector, bits=bits)
-    attack.convolution(image, image, product, config, other=x, **options)
+    attack.convolution(image, image, product, config, other=image, **options)
 
 
 def _first_convolution(config: attack.ConvolutionConfig, backward: bool, *shape) -> None:

@@ -23,11 +23,11 @@ MOST_CHANNELS = 4  # of images
 
 
 class ConvolutionConfig(NamedTuple):
-    """Block sizes of a convolution: pixels, channels of the result, and values of a tap that are multiplied at once."""
+    """Block sizes of a convolution."""
 
-    rows: int
-    width: int
-    inner: int
+    rows: int  # pixels of the result
+    width: int  # its channels
+    inner: int  # values of a tap that are multiplied at a time
     warps: int
     stages: int
 
@@ -45,16 +45,16 @@ INTERPRETER_CONVOLUTION = ConvolutionConfig(32, 16, 16, 4, 1)
 
 
 class Product(NamedTuple):
-    """One direction of a convolution as a sum over taps, each of which is a piece of a row of the input's pixels.
+    """One direction of a convolution as a matrix product: a sum over taps, each of them some values of the input.
 
-    A row of the product is a pixel of the result, or a block of ``out_step`` pixels whose values are its columns; there
-    are ``phases`` of rows, each with taps of its own. Row i of phase p is at ``p + i * out_step``, down and across, and
-    reads what starts ``i * in_step + tap`` pixels from the corner.
+    A row of the product is a pixel of the result, or a block of ``out_step`` pixels whose values are its columns. Rows
+    come in ``phases``, each with taps of its own: row i of phase p is at pixel ``p + i * out_step``, down and across,
+    and its taps start at pixels ``i * in_step + tap`` of the input, in whose rows values follow on each other.
 
     Attributes:
         weight: [columns, places down, places across, values of a tap].
-        taps: [phases down, then phases across, 5] int32: how many, the first one, from each to the next; the place of
-            the first one's weights, from each to the next.
+        taps: [phases down, then phases across, 5] int32: their number, the first one and from each to the next; the
+            place of the first one's weights and from each to the next.
         in_align: every tap starts at a multiple of so many values, up to 16.
         block_row: values of a row of a block; 0 without blocks.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from twins_fast.ops.native import check_status, dtype_name, pointer_of
 
 Algorithm = attack.ConvolutionConfig | None  # the block sizes of our kernel; None: the library
 
-_algorithms: dict[tuple, Algorithm] = {}  # (device name, geometry, dtype, backward) -> the fastest, as measured
+# (device name, geometry, dtype, direction, images as a power of two) -> the fastest, as measured
+_algorithms: dict[tuple, Algorithm] = {}
 
 
 class CudaConvolution(TorchConvolution):
@@ -56,13 +58,14 @@ class CudaConvolution(TorchConvolution):
         library = "cuDNN" if self.device.type == "cuda" else "PyTorch"
         return ", ".join(dict.fromkeys("Triton" if algorithm else library for algorithm in self._algorithm))
 
-    def algorithm(self, backward: bool, launch: Callable[[Algorithm], object]) -> Algorithm:
-        """The fastest one, measured with ``launch`` if it is not known yet and a measurement is allowed now."""
+    def algorithm(self, backward: bool, launch: Callable[..., object], tensors: list[Tensor | None]) -> Algorithm:
+        """The fastest one, measured with ``launch(algorithm, *tensors)`` if it is not known and may be measured now."""
         if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-            key = (torch.cuda.get_device_name(self.device), self.geometry, self.dtype, backward)
+            name = torch.cuda.get_device_name(self.device)
+            key = (name, self.geometry, self.dtype, backward, tiles.power_of_2(len(tensors[0])))
             if key not in _algorithms and not torch.cuda.is_current_stream_capturing():
                 with torch.cuda.device(self.device):
-                    _algorithms[key] = tuning.fastest(self.candidates(backward), launch, tuning._seconds)
+                    _algorithms[key] = tuning.fastest(self.candidates(backward), launch, tensors)
             self._algorithm[backward] = _algorithms.get(key)
         return self._algorithm[backward]
 
@@ -100,27 +103,46 @@ class CudaExecutor(TorchExecutor):
         return KernelInput(program, shape, resized, tables, self.device)
 
     def conv(self, state: State, t: Tensors) -> Run:
-        epilogue = dict(shift=state.shift, other=t["other"], bits=t["mask"])
-        return self._convolve(state.convolution, False, t["x"], t["y"], super().conv(state, t), epilogue)
+        def library(x: Tensor, y: Tensor, other: Tensor | None, mask: Tensor | None) -> None:
+            super(CudaExecutor, self).conv(state, dict(x=x, y=y, other=other, mask=mask))()
+
+        def kernel(x: Tensor, y: Tensor, other: Tensor | None, mask: Tensor | None, *how: Any) -> None:
+            attack.convolution(x, y, *how, shift=state.shift, other=other, bits=mask)
+
+        return self._convolve(state.convolution, False, library, kernel, t["x"], t["y"], t["other"], t["mask"])
 
     def conv_backward(self, state: State, t: Tensors) -> Run:
-        epilogue = dict(other=t["other"], mask=t["mask"])
-        return self._convolve(state.convolution, True, t["g"], t["dx"], super().conv_backward(state, t), epilogue)
+        def library(g: Tensor, dx: Tensor, other: Tensor | None, mask: Tensor | None) -> None:
+            super(CudaExecutor, self).conv_backward(state, dict(g=g, dx=dx, other=other, mask=mask))()
+
+        def kernel(g: Tensor, dx: Tensor, other: Tensor | None, mask: Tensor | None, *how: Any) -> None:
+            attack.convolution(g, dx, *how, other=other, mask=mask)
+
+        direction, tensors = state.convolution.directions[True], (t["g"], t["dx"], t["other"], t["mask"])
+        if direction is not None and direction.product.block_row and any(t is not None for t in tensors[2:]):
+            return partial(library, *tensors)  # blocks of pixels have no place for another gradient or a mask
+        return self._convolve(state.convolution, True, library, kernel, *tensors)
 
     def _convolve(
-        self, convolution: CudaConvolution, backward: bool, x: Tensor, y: Tensor, library: Run, epilogue: dict
+        self,
+        convolution: CudaConvolution,
+        backward: bool,
+        library: Callable[..., None],
+        kernel: Callable[..., None],
+        *tensors: Tensor | None,
     ) -> Run:
+        """The library or, where that is faster, our kernel."""
         direction = convolution.directions[backward]
-        if direction is None or (direction.product.block_row and any(t is not None for t in epilogue.values())):
-            return library
+        if direction is None:
+            return partial(library, *tensors)
 
-        def launch(algorithm: Algorithm) -> None:
+        def launch(algorithm: Algorithm, *tensors: Tensor | None) -> None:
             if algorithm is None:
-                library()
+                library(*tensors)
             else:
-                attack.convolution(x, y, direction.product, algorithm, **epilogue)
+                kernel(*tensors, direction.product, algorithm)
 
-        return partial(launch, convolution.algorithm(backward, launch))
+        return partial(launch, convolution.algorithm(backward, launch, tensors), *tensors)
 
     def affine(self, state: State, t: Tensors) -> Run:
         options = dict(scale=state.scale, shift=state.shift, other=t["other"], bits=t["mask"])

@@ -67,7 +67,7 @@ def _cuda_kernels(architecture: int, sources: str) -> list[Kernel]:
 
 
 def _widths(ptx: str) -> tuple[int, int]:
-    """Widest load from and store to global memory of one thread, in bits."""
+    """Widest load from (or copy to shared memory) and store to global memory of one thread, in bits."""
     widest = []
     for access in ("ld", "st"):
         accesses = re.findall(rf"\b{access}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
@@ -14,84 +15,105 @@
 namespace twins_fast {
 namespace {
 
-constexpr int kDepth = 4;                      // groups per thread that make another slab worthwhile
-constexpr int kBlocksPerMultiprocessor = 2;    // more would only mean more partial sums to combine
+constexpr int kDepth = 4;                    // groups per thread that make another slab worthwhile
+constexpr int kLeastBlocks = 2;              // on a multiprocessor, which registers are given out for
+constexpr int kBlocksPerMultiprocessor = 4;  // more would only mean more partial sums to merge
 constexpr int kMaxBlocks = 1024;
 constexpr int kMaxDevices = 64;
+constexpr double kKeptShare = 0.4;  // of the second-level cache: what has been seen to stay in one of two partitions
 
-enum Step : unsigned { kReduceStep = 1, kApplyStep = 2, kCooperative = 4 };
+enum Step : unsigned { kReduceStep = 1, kMergeStep = 2, kApplyStep = 4, kCooperative = 8 };
 
-struct Device {
-  int multiprocessors = 0;
-  bool cooperative = false;
+// How a launch divides its work.
+struct Plan {
+  Partials partials;
+  float* means;  // backward: [2, channels], what dx needs
+  int kept;      // units of an adaptive slab, its last, that the second-level cache is to hold for the second pass
 };
 
-cudaError_t current_device(int& index, Device& device) {
-  if (cudaError_t error = cudaGetDevice(&index)) return error;
-  int cooperative = 0;
-  if (cudaError_t error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index))
-    return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index)) return error;
-  device.cooperative = cooperative != 0;
+int64_t workspace_floats(int64_t channels, int slabs) { return channels * (2 * Sums::kVectors * int64_t{slabs} + 2); }
+
+struct Where {
+  float* workspace;
+  bool cooperative;  // false: others may hold a part of the device
+  cudaStream_t stream;
+};
+
+struct Device {
+  int multiprocessors = 0, cache_bytes = 0, cooperative = 0, blocks = 0;  // blocks of the kernel
+};
+
+// Asks once per device, since asking for some values takes microseconds.
+template <class Ask>
+cudaError_t known_or(std::atomic<int> (&known)[kMaxDevices], int device, int& value, Ask&& ask) {
+  const bool keeps = device < kMaxDevices;
+  value = keeps ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value > 0) return cudaSuccess;
+  if (cudaError_t error = ask(&value)) return error;
+  if (keeps) known[device].store(value, std::memory_order_relaxed);
   return cudaSuccess;
 }
 
-// Blocks of the kernel that a multiprocessor holds at once; asked once per device, since asking takes microseconds.
 template <auto kKernel>
-cudaError_t resident_blocks(int device, int& blocks) {
-  static std::atomic<int> known[kMaxDevices];
-  const bool keeps = device < kMaxDevices;
-  blocks = keeps ? known[device].load(std::memory_order_relaxed) : 0;
-  if (blocks > 0) return cudaSuccess;
-  if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0)) return error;
-  if (keeps) known[device].store(blocks, std::memory_order_relaxed);
-  return cudaSuccess;
+cudaError_t current_device(Device& device) {
+  static std::atomic<int> cache_bytes[kMaxDevices], blocks[kMaxDevices];
+  int index = 0;
+  if (cudaError_t error = cudaGetDevice(&index)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index))
+    return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&device.cooperative, cudaDevAttrCooperativeLaunch, index)) return error;
+  if (cudaError_t error = known_or(cache_bytes, index, device.cache_bytes, [&](int* bytes) {
+        return cudaDeviceGetAttribute(bytes, cudaDevAttrL2CacheSize, index);
+      }))
+    return error;
+  return known_or(blocks, index, device.blocks, [](int* count) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kKernel, kThreads, 0);
+  });
 }
 
 template <bool kLast>
 int most_slabs(const Shape& s) {
-  const int slabs = kMaxBlocks / Tiling<kLast>(s).tiles;
-  return slabs > 1 ? slabs : 1;
+  return std::max(kMaxBlocks / Tiling<kLast>(s).tiles, 1);
 }
 
-// One cooperative launch, or two ordinary ones where the device has none or others hold a part of it.
+// One cooperative launch, or three ordinary ones where the device has none or others hold a part of it.
+// again: bytes of an adaptive value that are read a second time.
 template <bool kLast, auto kKernel, class Args>
-cudaError_t launch(Args args, float* workspace, cudaStream_t stream) {
+cudaError_t launch(Args args, double again, const Where& where) {
   const Shape& s = args.shape;
-  int index = 0, resident = 0;
   Device device;
-  if (cudaError_t error = current_device(index, device)) return error;
-  if (cudaError_t error = resident_blocks<kKernel>(index, resident)) return error;
-  if (resident < 1) return cudaErrorInvalidConfiguration;
-  if (resident > kBlocksPerMultiprocessor) resident = kBlocksPerMultiprocessor;
-  const int64_t most_blocks = resident * device.multiprocessors < kMaxBlocks ? resident * device.multiprocessors : kMaxBlocks;
+  if (cudaError_t error = current_device<kKernel>(device)) return error;
+  if (device.blocks < 1) return cudaErrorInvalidConfiguration;
+  const int most_blocks = std::min(std::min(device.blocks, kBlocksPerMultiprocessor) * device.multiprocessors, kMaxBlocks);
 
   const Tiling<kLast> tiling(s);
-  const Half frozen(s, 0, s.split), adaptive(s, s.split, s.images);
-  const int64_t units = frozen.units > adaptive.units ? frozen.units : adaptive.units;
-  const int64_t useful = (units + tiling.lanes() * kDepth - 1) / (tiling.lanes() * kDepth);
-  int64_t slabs = most_blocks / tiling.tiles;
-  slabs = slabs < useful ? slabs : useful;
-  if (slabs < 1) slabs = 1;
-  const int64_t items = slabs * tiling.tiles;
-  const unsigned blocks = static_cast<unsigned>(items < most_blocks ? items : most_blocks);
+  const int units = std::max(Half(s, false, 1).units, Half(s, true, 1).units);
+  const int useful = (units + tiling.lanes() * kDepth - 1) / (tiling.lanes() * kDepth);
+  const int slabs = std::max(std::min(most_blocks / tiling.tiles, useful), 1);
+  const unsigned blocks = std::min(slabs * tiling.tiles, most_blocks);
 
-  Partials partials{workspace, static_cast<int>(slabs), s.channels};
-  unsigned steps = kReduceStep | kApplyStep;
-  void* arguments[] = {&args, &partials, &steps};
-  if (args.phase == Phase::kApply)  // nothing to wait for
-    return cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
-  if (device.cooperative) {
+  const double bytes = again * static_cast<double>(s.adaptive_count()) * static_cast<double>(s.channels);
+  const double share = bytes > 0 ? std::min(kKeptShare * device.cache_bytes / bytes, 1.) : 0;
+  Plan plan{{where.workspace, slabs, s.channels},
+            where.workspace + 2 * Sums::kVectors * int64_t{slabs} * s.channels,
+            static_cast<int>(share * Half(s, true, slabs).slab_units)};
+  unsigned steps = kReduceStep | kMergeStep | kApplyStep;
+  void* arguments[] = {&args, &plan, &steps};
+  const auto launch_ordinary = [&](unsigned which) {
+    steps = which;
+    return cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, where.stream);
+  };
+  if (args.phase == Phase::kApply) return launch_ordinary(steps);  // nothing to wait for
+  if (where.cooperative && device.cooperative) {
     steps |= kCooperative;
     const cudaError_t error =
-        cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+        cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, where.stream);
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;
     cudaGetLastError();  // it is dealt with
   }
-  steps = kReduceStep;
-  if (cudaError_t error = cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream)) return error;
-  steps = kApplyStep;
-  return cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+  for (const Step step : {kReduceStep, kMergeStep, kApplyStep})
+    if (cudaError_t error = launch_ordinary(step)) return error;
+  return cudaSuccess;
 }
 
 bool whole_groups(const Shape& s, std::initializer_list<const void*> images) {
@@ -101,10 +123,10 @@ bool whole_groups(const Shape& s, std::initializer_list<const void*> images) {
 }
 
 bool valid(const Shape& s) {
-  constexpr int64_t kMost = int64_t{1} << 31;  // units are counted in 32 bits
+  // Units are counted in 32 bits, up to two rounds of a block past the last.
+  constexpr int64_t kMost = (int64_t{1} << 31) - 2 * sizeof(Ring);
   return s.images > 0 && s.channels > 0 && s.pixels > 0 && s.split >= 0 && s.split <= s.images &&
-         s.channels < kMost / 2 &&
-         s.images * (s.channels_last ? s.pixels : s.bytes_of_bits()) < kMost - int64_t{kThreads} * kDepth;
+         s.channels < kMost / 2 && s.images * (s.channels_last ? s.pixels : s.bytes_of_bits()) < kMost;
 }
 
 }  // namespace

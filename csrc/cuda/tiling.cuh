@@ -5,33 +5,40 @@
 
 #include <cstdint>
 
-#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
 #include "twin_bn.h"
 
 namespace twins_fast {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kMaxGroups = 32;                 // groups of a row in one tile
+constexpr int kThreads = 256;
+constexpr int kGroup = 8;                       // neighbouring values that one thread handles: one byte of bits
+constexpr int kMaxGroups = 32;                  // groups of a row in one tile
 constexpr int kMaxWidth = kMaxGroups * kGroup;  // channels of a tile
-
-// The images of one half.
-struct Half {
-  int64_t first;  // image
-  int64_t units;  // per tile: pixels, each with the groups of a tile; or the groups of a channel's pixels
-
-  __host__ __device__ Half(const Shape& s, int64_t begin, int64_t end)
-      : first(begin), units((end - begin) * (s.channels_last ? s.pixels : s.bytes_of_bits())) {}
-};
 
 struct Range {
   int begin, end;
+
+  __host__ __device__ int size() const { return end - begin; }
 };
 
-// Slab `slab` of `slabs`.
-__host__ __device__ inline Range share(int64_t units, int slab, int slabs) {
-  return {static_cast<int>(units * slab / slabs), static_cast<int>(units * (slab + 1) / slabs)};
-}
+// The images of one half, in slabs of equally many units; the last ones have fewer or none.
+struct Half {
+  int64_t first;  // image
+  int units;      // per tile: pixels, each with the groups of a tile; or the groups of a channel's pixels
+  int slab_units;
+
+  __host__ __device__ Half(const Shape& s, bool adaptive, int slabs)
+      : first(adaptive ? s.split : 0),
+        units(static_cast<int>((adaptive ? s.images - s.split : s.split) *
+                               (s.channels_last ? s.pixels : s.bytes_of_bits()))),
+        slab_units((units + slabs - 1) / slabs) {}
+
+  __host__ __device__ Range slab(int index) const {
+    const int begin = index * slab_units, end = begin + slab_units;
+    return {begin < units ? begin : units, end < units ? end : units};
+  }
+};
 
 // How a block sees a shape. In a channels-last tile neighbouring threads hold neighbouring groups of channels
 // and each thread keeps its channels; in a contiguous one all threads share the tile's one channel.
@@ -46,7 +53,11 @@ struct Tiling {
     groups = static_cast<int>(kLast ? (all + tiles - 1) / tiles : 1);
   }
   __host__ __device__ int lanes() const { return kThreads / groups; }
-  __host__ __device__ int width() const { return kLast ? groups * kGroup : 1; }  // channels
+};
+
+struct Nothing {
+  template <class... Ignored>
+  __device__ void operator()(const Ignored&...) const {}
 };
 
 // One thread in one tile. kWhole: rows are whole groups, so that bits are packed without gaps.
@@ -68,54 +79,88 @@ struct Worker {
     return c < shape.channels ? c : shape.channels - 1;
   }
 
+  // Where a group is; of its bits, without kWhole, the byte is counted apart.
   struct Place {
     int64_t offset, gapped_byte;
-    int gapped_count;
+    int group, gapped_count;
 
-    __device__ int64_t byte() const { return kWhole ? offset / kGroup : gapped_byte; }
+    __device__ int64_t byte() const { return kWhole ? static_cast<uint64_t>(offset) / kGroup : gapped_byte; }
     __device__ int count() const { return kWhole ? kGroup : gapped_count; }
   };
 
+  __device__ int count(int group) const {
+    const int64_t left = shape.run() - int64_t{group} * kGroup;
+    return static_cast<int>(left < kGroup ? left : kGroup);
+  }
+
   __device__ Place place(const Half& half, int unit) const {
-    if (kLast) {
-      const int64_t row = half.first * shape.pixels + unit;
-      const int64_t left = shape.channels - int64_t{column} * kGroup;
-      return {row * shape.channels + column * kGroup, row * shape.bytes_of_bits() + column,
-              static_cast<int>(left < kGroup ? left : kGroup)};
+    const int groups = static_cast<int>(shape.bytes_of_bits()), image = kLast ? 0 : unit / groups;
+    const int group = kLast ? column : unit - image * groups;
+    const int64_t row = half.first * shape.rows_per_image() + (kLast ? unit : image * shape.channels + tile);
+    return {row * shape.run() + int64_t{group} * kGroup, row * groups + group, group, count(group)};
+  }
+
+  // From the place of a unit to that of the unit `lanes` units on, or back (sign -1), without a division.
+  struct Stride {
+    int64_t offset, byte, row_offset, row_byte;  // row_: in addition, where this leaves the row
+    int group, groups;
+
+    __device__ Stride(const Worker& worker, int sign) {
+      const Shape& s = worker.shape;
+      const int of_row = static_cast<int>(s.bytes_of_bits()), rows = sign * (kLast ? worker.lanes : worker.lanes / of_row);
+      const int64_t row = kLast ? 1 : s.channels;  // from one of the tile to the next
+      group = kLast ? 0 : sign * worker.lanes - rows * of_row;
+      groups = sign * of_row;
+      offset = rows * row * s.run() + int64_t{group} * kGroup;
+      byte = rows * row * of_row + group;
+      row_offset = sign * row * s.run() - int64_t{groups} * kGroup;
+      row_byte = (row - 1) * groups;
+      keep_in_register(offset);
+      keep_in_register(byte);
     }
-    const unsigned groups = static_cast<unsigned>(shape.bytes_of_bits());
-    const unsigned image = unit / groups, group = unit % groups;
-    const int64_t row = (half.first + image) * shape.channels + tile, column = int64_t{group} * kGroup;
-    const int64_t left = shape.pixels - column;
-    return {row * shape.pixels + column, row * groups + group, static_cast<int>(left < kGroup ? left : kGroup)};
+  };
+
+  __device__ void move(Place& at, const Stride& by) const {
+    at.offset += by.offset;
+    at.gapped_byte += by.byte;
+    if (kLast) return;
+    at.group += by.group;
+    if (by.groups < 0 ? at.group < 0 : at.group >= by.groups) {
+      at.group -= by.groups;
+      at.offset += by.row_offset;
+      at.gapped_byte += by.row_byte;
+    }
+    at.gapped_count = count(at.group);
   }
 
-  // Values per channel in units [0, unit).
-  __device__ int64_t values_before(int64_t unit) const {
-    if (kLast) return unit;
-    const int64_t groups = shape.bytes_of_bits(), rest = unit % groups * kGroup;
-    return unit / groups * shape.pixels + (rest < shape.pixels ? rest : shape.pixels);
-  }
-
-  // Calls use(place, load(place)) over my units of `range`, kAhead loads ahead of their use.
-  template <int kAhead, bool kBackwards, class Load, class UseIt>
-  __device__ void walk(const Half& half, Range range, Load&& load, UseIt&& use) const {
+  // Calls fetch(slot, place, left) and, while the next ones are on their way, use(slot, place, left) for my units of
+  // `range`, the last first if kBackwards; before all that, begin(slot, place) for the first. left: units of the range
+  // from this one on, in the order of the walk.
+  template <bool kBackwards, class Flight, class Fetch, class UseIt, class Begin = Nothing>
+  __device__ void walk(const Flight& flight, const Half& half, Range range, Fetch&& fetch, UseIt&& use,
+                       Begin&& begin = {}) const {
     if (!active) return;
-    using Loaded = decltype(load(Place{}));
+    const Stride stride(*this, kBackwards ? -1 : 1);
+    Place now = place(half, kBackwards ? range.end - 1 - lane : range.begin + lane), ahead = now;
+    const auto start = [&](int slot, int left) {
+      if (left > 0) fetch(slot, ahead, left);
+      flight.commit();
+      move(ahead, stride);
+    };
+    int left = range.size() - lane;
 #pragma unroll 1
-    for (int unit = range.begin + lane; unit < range.end; unit += kAhead * lanes) {
-      Place places[kAhead];
-      Loaded loaded[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int u = unit + i * lanes;
-        if (u >= range.end) continue;
-        places[i] = place(half, kBackwards ? range.end - 1 - (u - range.begin) : u);
-        loaded[i] = load(places[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (unit + i * lanes < range.end) use(places[i], loaded[i]);
+    for (int slot = 0; slot < Flight::kSlots; ++slot) start(slot, left - slot * lanes);
+    if (left > 0) {
+      flight.wait();
+      begin(0, now);
+    }
+#pragma unroll 1
+    for (int slot = 0; left > 0; left -= lanes) {
+      flight.wait();
+      use(slot, now, left);
+      move(now, stride);
+      start(slot, left - Flight::kSlots * lanes);
+      slot = slot + 1 < Flight::kSlots ? slot + 1 : 0;
     }
   }
 };

@@ -1,9 +1,14 @@
 // Two-wing batch norm on CUDA, one cooperative launch per direction.
 //
 // The work of the frozen half, which waits for nothing, hides the reduction over the adaptive half:
-//   partial sums of my adaptive rows -> arrive at the grid barrier -> my frozen rows -> wait at the barrier
-//   -> combine the partial sums of my channels -> my adaptive rows, newest in the cache first.
-// Without cooperative launch the same steps run as two launches, cut at the barrier.
+//   partial sums of my adaptive rows -> arrive at the grid barrier -> the first half of my frozen rows -> wait
+//   -> merge the partial sums of a few channels -> arrive -> the other half of my frozen rows -> wait
+//   -> my adaptive rows, newest in the cache first.
+// Without cooperative launch the same steps run as three launches, cut at the barriers.
+//
+// The adaptive half is read twice. Of what is read first, the last part of every slab, as much as the second-level
+// cache can hold, is loaded as usual and all else to be evicted first; so are results stored until that part has been
+// read again.
 //
 // Every sum has a fixed order, so that results are the same from run to run on one kind of device. Arithmetic is
 // float32, and double for the few values of a channel at the end. The formulas are those of csrc/cpu/twin_bn.cpp.
@@ -23,57 +28,119 @@ namespace {
 
 namespace cg = cooperative_groups;
 
+// One barrier after the other, of all blocks of a cooperative launch; nothing in an ordinary one.
+struct Barrier {
+  const bool real;
+  cg::grid_group::arrival_token token{};
+
+  __device__ void arrive() {
+    if (real) token = cg::this_grid().barrier_arrive();
+  }
+  __device__ void wait() {
+    if (real) cg::this_grid().barrier_wait(static_cast<decltype(token)&&>(token));
+  }
+};
+
+// visit(tile, slab, last) of this block's items; last: there is no other.
+template <bool kLast, class Visit>
+__device__ __forceinline__ void each_item(const Shape& shape, const Plan& plan, Visit&& visit) {
+  const int slabs = plan.partials.slabs, items = Tiling<kLast>(shape).tiles * slabs, step = gridDim.x;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < items; item += step) visit(item / slabs, item % slabs, item + step >= items);
+}
+
+// visit(job) of this block's share of the channels, kMergeWidth to a job.
+template <class Visit>
+__device__ __forceinline__ void each_merge(const Shape& shape, Visit&& visit) {
+  const int jobs = static_cast<int>((shape.channels + kMergeWidth - 1) / kMergeWidth), step = gridDim.x;
+#pragma unroll 1
+  for (int job = blockIdx.x; job < jobs; job += step) visit(job);
+}
+
+// One of the two parts in which a slab of the frozen half is visited.
+__device__ __forceinline__ Range part_of(Range slab, int part) {
+  const int middle = slab.begin + slab.size() / 2;
+  return part == 0 ? Range{slab.begin, middle} : Range{middle, slab.end};
+}
+
 template <class T, bool kLast, bool kWhole>
 struct Forward {
   static constexpr int kOwn = Tiling<kLast>::kOwn;
   const TwinBnForward& a;
-  const Partials& partials;
+  const Plan& plan;
   Memory& memory;
+  const Eviction normal = evict_normal(), first = evict_first();
+
+  __device__ Half half(bool adaptive) const { return {a.shape, adaptive, plan.partials.slabs}; }
 
   __device__ void measure(int tile, int slab) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, a.shape.split, a.shape.images);
-    const T* x = static_cast<const T*>(a.x);
+    const Half adaptive = half(true);
+    const Range range = adaptive.slab(slab);
     // One-pass sums about my first value, or the mean of my first group: they stay comparable to the variance.
     float pivot[kOwn] = {}, sum[kOwn] = {}, squares[kOwn] = {};
     int count = 0;
-    worker.template walk<kAheadOf<T, kWhole, 1>, false>(
-        half, share(half.units, slab, partials.slabs),
-        [&](auto at) { return load<kWhole, Use::kAgain>(x + at.offset, at.count()); },
-        [&](auto at, const Group<T>& group) {
-          if (count == 0) start(at.count(), group, pivot);
+    Flight<T, kWhole, 1> flight(memory.ring);
+    const T* values = static_cast<const T*>(a.x);
+    worker.template walk<false>(
+        flight, adaptive, range,
+        [&](int slot, auto at, int left) {
+          const Eviction eviction = left <= plan.kept ? normal : first;
+          flight.fetch(slot, 0, values + at.offset, at.count(), eviction);
+        },
+        [&](int slot, auto at, int) {
+          float x[kGroup];
+          flight.take(slot, 0, values + at.offset, x);
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) {
             if (!kLast && !kWhole && i >= at.count()) break;
-            const float d = static_cast<float>(group.values[i]) - pivot[kLast ? i : 0];
+            const float d = x[i] - pivot[kLast ? i : 0];
             sum[kLast ? i : 0] += d;
             squares[kLast ? i : 0] += d * d;
           }
           count += kLast ? 1 : at.count();
+        },
+        [&](int slot, auto at) {
+          float x[kGroup];
+          flight.take(slot, 0, values + at.offset, x);
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            if constexpr (kLast) pivot[i] = x[i];
+            else if (kWhole || i < at.count()) pivot[0] += x[i];
+          }
+          if constexpr (!kLast) pivot[0] /= at.count();
         });
-    Pair moments[kOwn];
+    Moments moments[kOwn];
     const float inverse = count > 0 ? 1.f / count : 0.f;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const float deviations = squares[i] - sum[i] * sum[i] * inverse;
-      moments[i] = {pivot[i] + sum[i] * inverse, deviations < 0 ? 0 : deviations};
+      moments[i] = {{static_cast<float>(count), pivot[i] + sum[i] * inverse, deviations < 0 ? 0 : deviations}};
     }
-    write_partials<Moments>(memory, worker, static_cast<float>(count), moments, partials, 0, slab);
+    write_partials(memory, worker, moments, plan.partials, 0, slab, false);
   }
 
-  __device__ __forceinline__ void start(int count, const Group<T>& group, float (&pivot)[kOwn]) const {
-    if constexpr (kLast) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) pivot[i] = static_cast<float>(group.values[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) pivot[0] += i < count ? static_cast<float>(group.values[i]) : 0.f;
-      pivot[0] /= count;
-    }
+  // Statistics of the job's channels.
+  __device__ void merge(int job) const {
+    const int64_t c = merged_channel(plan.partials, job), channels = a.shape.channels;
+    const double n = static_cast<double>(a.shape.adaptive_count());
+    Moments total{};
+    if (n > 0) total = merge_slabs<Moments>(memory, plan.partials, 0, job);
+    if (c < 0) return;
+    const float mean = total.v[1], deviations = total.v[2];
+    const bool finishes = a.phase == Phase::kAll && n > 0;
+    a.stats[c] = mean;
+    a.stats[channels + c] = finishes ? static_cast<float>(1 / sqrt(deviations / n + a.eps)) : deviations;
+    if (!finishes) return;
+    if (a.running_mean) update(a.running_mean[c], mean);
+    if (a.running_var) update(a.running_var[c], deviations / (n - 1));
   }
 
-  // mean, scale and bias of the frozen wing, for my channels.
-  __device__ void frozen(int tile, int slab) const {
+  __device__ void update(float& running, double value) const {
+    running = static_cast<float>((1 - a.momentum) * running + a.momentum * value);
+  }
+
+  __device__ void frozen(int tile, int slab, int part) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
     float mean[kOwn], scale[kOwn], bias[kOwn];
 #pragma unroll
@@ -83,120 +150,100 @@ struct Forward {
       scale[i] = value_or(a.frozen_weight, c, 1) * reciprocal_root(a.frozen_var[c], a.eps);
       bias[i] = value_or(a.frozen_bias, c, 0);
     }
-    normalise<Use::kOnce>(worker, Half(a.shape, 0, a.shape.split), slab, mean, scale, bias);
+    const Half frozen = half(false);
+    normalise<false>(worker, frozen, part_of(frozen.slab(slab), part), mean, scale, bias, 0);
   }
 
-  // Statistics of the tile's channels; all slabs compute the same, slab 0 writes it down.
-  __device__ void combine(int tile, int slab) const {
-    const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, a.shape.split, a.shape.images);
-    const int64_t c = my_channel(worker), channels = a.shape.channels;
-    const double n = static_cast<double>(a.shape.adaptive_count());
-    Pair total = {0, 0};
-    if (a.phase != Phase::kApply && n > 0) total = merge_slabs<Moments>(memory, worker, half, partials, 0);
-    if (c < 0) return;
-    float mean = total.first, second = total.second;
-    if (a.phase == Phase::kApply) {
-      mean = a.stats[c];
-      second = a.stats[channels + c];
-    } else if (a.phase == Phase::kAll && n > 0) {
-      second = static_cast<float>(1 / sqrt(total.second / n + a.eps));
-    }
-    memory.coefficients[0][threadIdx.x] = mean;
-    memory.coefficients[1][threadIdx.x] = value_or(a.weight, c, 1) * second;
-    memory.coefficients[2][threadIdx.x] = value_or(a.bias, c, 0);
-    if (slab > 0 || a.phase == Phase::kApply) return;
-    a.stats[c] = mean;
-    a.stats[channels + c] = second;
-    if (a.phase == Phase::kReduce || n == 0) return;
-    if (a.running_mean) update(a.running_mean[c], mean);
-    if (a.running_var) update(a.running_var[c], total.second / (n - 1));
-  }
-
-  __device__ void update(float& running, double value) const {
-    running = static_cast<float>((1 - a.momentum) * running + a.momentum * value);
-  }
-
-  __device__ void adaptive(int tile, int slab) const {
+  __device__ void adaptive(int tile, int slab, bool last) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
     float mean[kOwn], scale[kOwn], bias[kOwn];
-    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int at = place_in_tile(worker, i);
-      mean[i] = memory.coefficients[0][at];
-      scale[i] = memory.coefficients[1][at];
-      bias[i] = memory.coefficients[2][at];
+    for (int i = 0; i < kOwn; ++i) {  // statistics may be new: not through the first-level cache
+      const int64_t c = worker.channel(i);
+      mean[i] = __ldcg(a.stats + c);
+      scale[i] = value_or(a.weight, c, 1) * __ldcg(a.stats + a.shape.channels + c);
+      bias[i] = value_or(a.bias, c, 0);
     }
-    normalise<Use::kAgain>(worker, Half(a.shape, a.shape.split, a.shape.images), slab, mean, scale, bias);
-    __syncthreads();  // before the next tile's coefficients
+    const Half adaptive = half(true);
+    const Range range = adaptive.slab(slab);
+    normalise<true>(worker, adaptive, range, mean, scale, bias, last ? range.size() - plan.kept : 0);
   }
 
-  struct Inputs {
-    Group<T> x, residual;
-  };
+  // plain: units left of the walk when results begin to be stored as usual.
+  template <bool kBackwards>
+  __device__ void normalise(const Worker<kLast, kWhole>& worker, const Half& half, Range range,
+                            const float (&mean)[kOwn], const float (&scale)[kOwn], const float (&bias)[kOwn],
+                            int plain) const {
+    if (a.residual) normalise<kBackwards, true>(worker, half, range, mean, scale, bias, plain);
+    else normalise<kBackwards, false>(worker, half, range, mean, scale, bias, plain);
+  }
 
   // y = relu((x - mean) * scale + bias + residual); x - mean first, since it is exact where they are close.
-  template <Use kUse>
-  __device__ void normalise(const Worker<kLast, kWhole>& worker, const Half& half, int slab, const float (&mean)[kOwn],
-                            const float (&scale)[kOwn], const float (&bias)[kOwn]) const {
-    const T* x = static_cast<const T*>(a.x);
-    const T* residual = static_cast<const T*>(a.residual);
-    worker.template walk<kAheadOf<T, kWhole, 2>, kUse == Use::kAgain>(
-        half, share(half.units, slab, partials.slabs),
-        [&](auto at) {
-          Inputs in;
-          in.x = load<kWhole, Use::kOnce>(x + at.offset, at.count());
-          if (residual) in.residual = load<kWhole, Use::kOnce>(residual + at.offset, at.count());
-          return in;
+  template <bool kBackwards, bool kResidual>
+  __device__ void normalise(const Worker<kLast, kWhole>& worker, const Half& half, Range range,
+                            const float (&mean)[kOwn], const float (&scale)[kOwn], const float (&bias)[kOwn],
+                            int plain) const {
+    Flight<T, kWhole, kResidual ? 2 : 1> flight(memory.ring);
+    const T *x = static_cast<const T*>(a.x), *others = static_cast<const T*>(a.residual);
+    worker.template walk<kBackwards>(
+        flight, half, range,
+        [&](int slot, auto at, int) {
+          flight.fetch(slot, 0, x + at.offset, at.count(), first);
+          if (kResidual) flight.fetch(slot, 1, others + at.offset, at.count(), first);
         },
-        [&](auto at, const Inputs& in) {
-          float v[kGroup];
+        [&](int slot, auto at, int left) {
+          const Eviction eviction = left > plain ? first : normal;
+          float v[kGroup], residual[kGroup];
           unsigned bits = 0;
+          flight.take(slot, 0, x + at.offset, v);
+          if (kResidual) flight.take(slot, 1, others + at.offset, residual);
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) {
             const int own = kLast ? i : 0;
-            v[i] = (static_cast<float>(in.x.values[i]) - mean[own]) * scale[own] + bias[own];
-            if (residual) v[i] += static_cast<float>(in.residual.values[i]);
+            v[i] = (v[i] - mean[own]) * scale[own] + bias[own];
+            if (kResidual) v[i] += residual[i];
             const bool passes = !(v[i] <= 0);  // a NaN passes, as in torch.relu
             if ((kWhole || i < at.count()) && passes) bits |= 1u << i;
             if (a.relu && !passes) v[i] = 0;
           }
-          if (a.bits) a.bits[at.byte()] = static_cast<uint8_t>(bits);
-          store<kWhole, kUse>(static_cast<T*>(a.y) + at.offset, at.count(), v);
+          if (a.bits) store_hinted(a.bits + at.byte(), static_cast<uint8_t>(bits), eviction);
+          store<kWhole>(static_cast<T*>(a.y) + at.offset, at.count(), v, eviction);
         });
   }
 };
 
 template <class T, bool kLast, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(TwinBnForward a, Partials partials, unsigned steps) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    forward_kernel(TwinBnForward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
-  const Forward<T, kLast, kWhole> forward{a, partials, memory};
-  const int slabs = partials.slabs, items = Tiling<kLast>(a.shape).tiles * slabs;
-  const int first = blockIdx.x, step = gridDim.x;
-  cg::grid_group::arrival_token token{};
+  const Forward<T, kLast, kWhole> forward{a, plan, memory};
+  const bool adaptive = a.shape.split < a.shape.images, frozen = a.phase != Phase::kReduce && a.shape.split > 0;
+  Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
-    if (a.phase != Phase::kApply && a.shape.split < a.shape.images)
-      for (int item = first; item < items; item += step) forward.measure(item / slabs, item % slabs);
-    if (steps & kCooperative) token = cg::this_grid().barrier_arrive();
-    if (a.phase != Phase::kReduce && a.shape.split > 0)
-      for (int item = first; item < items; item += step) forward.frozen(item / slabs, item % slabs);
-    if (steps & kCooperative) cg::this_grid().barrier_wait(static_cast<decltype(token)&&>(token));
+    if (a.phase != Phase::kApply && adaptive)
+      each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.measure(tile, slab); });
+    barrier.arrive();
+    if (frozen) each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.frozen(tile, slab, 0); });
+    barrier.wait();
   }
-  if (steps & kApplyStep)
-    for (int item = first; item < items; item += step) {
-      forward.combine(item / slabs, item % slabs);
-      if (a.phase != Phase::kReduce && a.shape.split < a.shape.images) forward.adaptive(item / slabs, item % slabs);
-    }
+  if (steps & kMergeStep) {
+    if (a.phase != Phase::kApply) each_merge(a.shape, [&](int job) { forward.merge(job); });
+    barrier.arrive();
+    if (frozen) each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.frozen(tile, slab, 1); });
+    barrier.wait();
+  }
+  if ((steps & kApplyStep) && a.phase != Phase::kReduce && adaptive)
+    each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) { forward.adaptive(tile, slab, last); });
 }
 
 template <class T, bool kLast, bool kWhole>
 struct Backward {
   static constexpr int kOwn = Tiling<kLast>::kOwn;
-  enum { kFrozenPart, kAdaptivePart };
+  enum { kAdaptiveSums = 0, kFrozenSums = Sums::kVectors };  // vectors of the partial results
   const TwinBnBackward& a;
-  const Partials& partials;
+  const Plan& plan;
   Memory& memory;
+  const Eviction normal = evict_normal(), first = evict_first();
 
   __device__ bool reduces() const { return a.phase != Phase::kApply; }
   __device__ bool frozen_sums() const {
@@ -206,226 +253,241 @@ struct Backward {
     return reduces() && a.shape.split < a.shape.images && (a.phase == Phase::kReduce || a.dx || a.dweight || a.dbias);
   }
   __device__ bool images() const { return a.dx || a.dresidual; }
+  __device__ Half half(bool adaptive) const { return {a.shape, adaptive, plan.partials.slabs}; }
 
+  // dy, x and the bits of the ReLU, by a place's slot.
   struct Inputs {
-    Group<T> dy, x;
-    unsigned bits;
+    Flight<T, kWhole, 2> flight;
+    const T *dy, *x;
+    const uint8_t* bits;
+
+    template <class Place>
+    __device__ __forceinline__ void fetch(int slot, Place at, bool with_x, Eviction eviction) {
+      flight.fetch(slot, 0, dy + at.offset, at.count(), eviction);
+      if (with_x) flight.fetch(slot, 1, x + at.offset, at.count(), eviction);
+      if (bits) flight.fetch_bits(slot, bits + at.byte(), eviction);
+    }
+
+    // dy where the ReLU passed.
+    template <class Place>
+    __device__ __forceinline__ void take_gradient(int slot, Place at, float (&g)[kGroup]) {
+      flight.take(slot, 0, dy + at.offset, g);
+      const unsigned passed = bits ? flight.take_bits(slot, bits + at.byte()) : ~0u;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) g[i] = passed >> i & 1 ? g[i] : 0.f;
+    }
+
+    template <class Place>
+    __device__ __forceinline__ void take_x(int slot, Place at, float (&v)[kGroup]) {
+      flight.take(slot, 1, x + at.offset, v);
+    }
   };
 
-  template <Use kUse>
-  __device__ __forceinline__ Inputs read(int64_t offset, int64_t byte, int count, bool with_x) const {
-    Inputs in;
-    in.dy = load<kWhole, kUse>(static_cast<const T*>(a.dy) + offset, count);
-    if (with_x) in.x = load<kWhole, kUse>(static_cast<const T*>(a.x) + offset, count);
-    in.bits = a.bits ? a.bits[byte] : 0xffu;
-    return in;
+  __device__ Inputs inputs_of() const {
+    return {Flight<T, kWhole, 2>(memory.ring), static_cast<const T*>(a.dy), static_cast<const T*>(a.x), a.bits};
   }
 
-  // g = dy where the ReLU passed.
-  static __device__ __forceinline__ float g(const Inputs& in, int i) {
-    return in.bits >> i & 1 ? static_cast<float>(in.dy.values[i]) : 0.f;
-  }
-
-  // Sums of g and g * (x - mean) of one half, and the results of the frozen one.
+  // Sums of g and g * (x - mean) of a range of one half, and the results of the frozen one.
   template <bool kFrozen>
-  __device__ void reduce(int tile, int slab) const {
+  __device__ void reduce(int tile, int slab, int part) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, kFrozen ? 0 : a.shape.split, kFrozen ? a.shape.split : a.shape.images);
+    const Half half = this->half(!kFrozen);
+    const Range range = kFrozen ? part_of(half.slab(slab), part) : half.slab(slab);
     const bool sums = kFrozen ? frozen_sums() : true;
     float mean[kOwn], scale[kOwn];
-    Pair total[kOwn];
+    Sums total[kOwn] = {};
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int64_t c = worker.channel(i);
       mean[i] = sums ? (kFrozen ? a.frozen_mean : a.stats)[c] : 0;
       if (kFrozen && a.dx) scale[i] = value_or(a.frozen_weight, c, 1) * reciprocal_root(a.frozen_var[c], a.eps);
-      total[i] = {0, 0};
     }
-    worker.template walk<kAheadOf<T, kWhole, 2>, false>(
-        half, share(half.units, slab, partials.slabs),
-        [&](auto at) { return read<kFrozen ? Use::kOnce : Use::kAgain>(at.offset, at.byte(), at.count(), sums); },
-        [&](auto at, const Inputs& in) {
+    Inputs inputs = inputs_of();
+    worker.template walk<false>(
+        inputs.flight, half, range,
+        [&](int slot, auto at, int left) {
+          inputs.fetch(slot, at, sums, !kFrozen && left <= plan.kept ? normal : first);
+        },
+        [&](int slot, auto at, int) {
+          float g[kGroup];
+          inputs.take_gradient(slot, at, g);
           if (sums) {
+            float x[kGroup];
+            inputs.take_x(slot, at, x);
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
               const int own = kLast ? i : 0;
               if (!kWhole && i >= at.count()) break;
-              total[own].first += g(in, i);
-              total[own].second += g(in, i) * (static_cast<float>(in.x.values[i]) - mean[own]);
+              total[own].v[0] += g[i];
+              total[own].v[1] += g[i] * (x[i] - mean[own]);
             }
           }
           if (!kFrozen) return;
-          float v[kGroup];
+          if (a.dresidual) store<kWhole>(static_cast<T*>(a.dresidual) + at.offset, at.count(), g, first);
           if (a.dx) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) v[i] = g(in, i) * scale[kLast ? i : 0];
-            store<kWhole, Use::kOnce>(static_cast<T*>(a.dx) + at.offset, at.count(), v);
-          }
-          if (a.dresidual) {
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i) v[i] = g(in, i);
-            store<kWhole, Use::kOnce>(static_cast<T*>(a.dresidual) + at.offset, at.count(), v);
+            for (int i = 0; i < kGroup; ++i) g[i] *= scale[kLast ? i : 0];
+            store<kWhole>(static_cast<T*>(a.dx) + at.offset, at.count(), g, first);
           }
         });
-    if (sums) write_partials<Sums>(memory, worker, 1, total, partials, kFrozen ? kFrozenPart : kAdaptivePart, slab);
+    if (sums)
+      write_partials(memory, worker, total, plan.partials, kFrozen ? kFrozenSums : kAdaptiveSums, slab, part > 0);
   }
 
-  // Vector gradients of the adaptive wing and the coefficients of dx; slab 0 writes what is wanted.
-  __device__ void combine(int tile, int slab) const {
-    const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, a.shape.split, a.shape.images);
-    const int64_t c = my_channel(worker), channels = a.shape.channels;
-    Pair total = {0, 0};
-    if (adaptive_sums()) total = merge_slabs<Sums>(memory, worker, half, partials, kAdaptivePart);
+  // Vector gradients of the adaptive wing, and what dx needs.
+  __device__ void merge(int job) const {
+    const int64_t c = merged_channel(plan.partials, job), channels = a.shape.channels;
+    Sums total{};
+    if (adaptive_sums()) total = merge_slabs<Sums>(memory, plan.partials, kAdaptiveSums, job);
     if (c < 0) return;
-    const float rstd = a.stats[channels + c], n = static_cast<float>(a.shape.adaptive_count());
-    const bool given = a.phase == Phase::kApply;
-    const float mean_g = given ? a.sums[c] : total.first / n, mean_gx = given ? a.sums[channels + c] : total.second / n;
-    memory.coefficients[0][threadIdx.x] = a.stats[c];
-    memory.coefficients[1][threadIdx.x] = value_or(a.weight, c, 1) * rstd;
-    memory.coefficients[2][threadIdx.x] = mean_g;
-    memory.coefficients[3][threadIdx.x] = mean_gx * rstd * rstd;
-    if (slab > 0) return;
+    const float n = static_cast<float>(a.shape.adaptive_count());
     if (a.phase == Phase::kReduce) {
-      a.sums[2 * channels + c] = total.first;
-      a.sums[3 * channels + c] = total.second;
+      a.sums[2 * channels + c] = total.v[0];
+      a.sums[3 * channels + c] = total.v[1];
+      return;
     }
-    if (a.dbias) a.dbias[c] = total.first;
-    if (a.dweight) a.dweight[c] = total.second * rstd;
+    plan.means[c] = total.v[0] / n;
+    plan.means[channels + c] = total.v[1] / n;
+    if (a.dbias) a.dbias[c] = total.v[0];
+    if (a.dweight) a.dweight[c] = total.v[1] * a.stats[channels + c];
   }
 
-  __device__ void adaptive(int tile, int slab) const {
+  __device__ void adaptive(int tile, int slab, bool last) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, a.shape.split, a.shape.images);
+    const float* means = reduces() ? plan.means : a.sums;
     float mean[kOwn], scale[kOwn], offset[kOwn], slope[kOwn];
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int at = place_in_tile(worker, i);
-      mean[i] = memory.coefficients[0][at];
-      scale[i] = memory.coefficients[1][at];
-      offset[i] = memory.coefficients[2][at];
-      slope[i] = memory.coefficients[3][at];
+      const int64_t c = worker.channel(i);
+      if (!a.dx) break;
+      const float rstd = a.stats[a.shape.channels + c];
+      mean[i] = a.stats[c];
+      scale[i] = value_or(a.weight, c, 1) * rstd;
+      offset[i] = __ldcg(means + c);
+      slope[i] = __ldcg(means + a.shape.channels + c) * rstd * rstd;
     }
-    worker.template walk<kAheadOf<T, kWhole, 2>, true>(
-        half, share(half.units, slab, partials.slabs),
-        [&](auto at) { return read<Use::kOnce>(at.offset, at.byte(), at.count(), a.dx != nullptr); },
-        [&](auto at, const Inputs& in) {
-          float v[kGroup];
-          if (a.dx) {
+    const Half half = this->half(true);
+    const Range range = half.slab(slab);
+    const int plain = last ? range.size() - plan.kept : 0;
+    Inputs inputs = inputs_of();
+    worker.template walk<true>(
+        inputs.flight, half, range,
+        [&](int slot, auto at, int) { inputs.fetch(slot, at, a.dx != nullptr, first); },
+        [&](int slot, auto at, int left) {
+          const Eviction eviction = left > plain ? first : normal;
+          float g[kGroup];
+          inputs.take_gradient(slot, at, g);
+          if (a.dresidual) store<kWhole>(static_cast<T*>(a.dresidual) + at.offset, at.count(), g, eviction);
+          if (!a.dx) return;
+          float x[kGroup];
+          inputs.take_x(slot, at, x);
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-              const int own = kLast ? i : 0;
-              const float centred = static_cast<float>(in.x.values[i]) - mean[own];
-              v[i] = (g(in, i) - offset[own] - centred * slope[own]) * scale[own];
-            }
-            store<kWhole, Use::kAgain>(static_cast<T*>(a.dx) + at.offset, at.count(), v);
+          for (int i = 0; i < kGroup; ++i) {
+            const int own = kLast ? i : 0;
+            g[i] = (g[i] - offset[own] - (x[i] - mean[own]) * slope[own]) * scale[own];
           }
-          if (a.dresidual) {
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i) v[i] = g(in, i);
-            store<kWhole, Use::kAgain>(static_cast<T*>(a.dresidual) + at.offset, at.count(), v);
-          }
+          store<kWhole>(static_cast<T*>(a.dx) + at.offset, at.count(), g, eviction);
         });
-    __syncthreads();  // before the next tile's coefficients
   }
 
-  // Vector gradients of the frozen wing; one block per tile.
-  __device__ void finish(int tile) const {
-    const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half(a.shape, 0, a.shape.split);
-    const int64_t c = my_channel(worker);
-    Pair total = {0, 0};
-    if (frozen_sums()) total = merge_slabs<Sums>(memory, worker, half, partials, kFrozenPart);
+  // Vector gradients of the frozen wing.
+  __device__ void finish(int job) const {
+    const int64_t c = merged_channel(plan.partials, job);
+    Sums total{};
+    if (frozen_sums()) total = merge_slabs<Sums>(memory, plan.partials, kFrozenSums, job);
     if (c < 0) return;
     if (a.phase == Phase::kReduce) {
-      a.sums[c] = total.first;
-      a.sums[a.shape.channels + c] = total.second;
+      a.sums[c] = total.v[0];
+      a.sums[a.shape.channels + c] = total.v[1];
     }
-    if (a.dfrozen_bias) a.dfrozen_bias[c] = total.first;
+    if (a.dfrozen_bias) a.dfrozen_bias[c] = total.v[0];
     if (a.dfrozen_weight)
-      a.dfrozen_weight[c] = frozen_sums() ? total.second * reciprocal_root(a.frozen_var[c], a.eps) : 0;
+      a.dfrozen_weight[c] = frozen_sums() ? total.v[1] * reciprocal_root(a.frozen_var[c], a.eps) : 0;
   }
 };
 
 template <class T, bool kLast, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(TwinBnBackward a, Partials partials, unsigned steps) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    backward_kernel(TwinBnBackward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
-  const Backward<T, kLast, kWhole> backward{a, partials, memory};
-  const int slabs = partials.slabs, items = Tiling<kLast>(a.shape).tiles * slabs;
-  const int first = blockIdx.x, step = gridDim.x;
-  cg::grid_group::arrival_token token{};
+  const Backward<T, kLast, kWhole> backward{a, plan, memory};
+  const bool frozen = a.shape.split > 0 && (backward.frozen_sums() || backward.images());
+  const auto frozen_part = [&](int part) {
+    if (!frozen) return;
+    each_item<kLast>(a.shape, plan,
+                     [&](int tile, int slab, bool) { backward.template reduce<true>(tile, slab, part); });
+  };
+  Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
     if (backward.adaptive_sums())
-      for (int item = first; item < items; item += step) backward.template reduce<false>(item / slabs, item % slabs);
-    if (steps & kCooperative) token = cg::this_grid().barrier_arrive();
-    if (a.shape.split > 0 && (backward.frozen_sums() || backward.images()))
-      for (int item = first; item < items; item += step) backward.template reduce<true>(item / slabs, item % slabs);
-    if (steps & kCooperative) {
-      cg::this_grid().barrier_wait(static_cast<decltype(token)&&>(token));
-      token = cg::this_grid().barrier_arrive();  // the frozen sums are written
-    }
+      each_item<kLast>(a.shape, plan,
+                       [&](int tile, int slab, bool) { backward.template reduce<false>(tile, slab, 0); });
+    barrier.arrive();
+    frozen_part(0);
+    barrier.wait();
+  }
+  if (steps & kMergeStep) {
+    if (backward.reduces()) each_merge(a.shape, [&](int job) { backward.merge(job); });
+    barrier.arrive();
+    frozen_part(1);
+    barrier.wait();
+    barrier.arrive();  // the frozen sums are written
   }
   if (steps & kApplyStep) {
-    for (int item = first; item < items; item += step) {
-      backward.combine(item / slabs, item % slabs);
-      if (a.phase != Phase::kReduce && a.shape.split < a.shape.images && backward.images())
-        backward.adaptive(item / slabs, item % slabs);
-    }
-    if (steps & kCooperative) cg::this_grid().barrier_wait(static_cast<decltype(token)&&>(token));
-    if (backward.reduces())
-      for (int item = first; item < items; item += step)
-        if (item % slabs == 0) backward.finish(item / slabs);
+    if (a.phase != Phase::kReduce && a.shape.split < a.shape.images && backward.images())
+      each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) { backward.adaptive(tile, slab, last); });
+    barrier.wait();
+    if (backward.reduces()) each_merge(a.shape, [&](int job) { backward.finish(job); });
   }
 }
 
 template <class T>
-cudaError_t forward(const TwinBnForward& a, float* workspace, cudaStream_t stream) {
+cudaError_t forward(const TwinBnForward& a, const Where& where) {
+  const double again = sizeof(T);  // bytes of a value that are read a second time
   const bool whole = whole_groups(a.shape, {a.x, a.residual, a.y});
   if (a.shape.channels_last)
-    return whole ? launch<true, forward_kernel<T, true, true>>(a, workspace, stream)
-                 : launch<true, forward_kernel<T, true, false>>(a, workspace, stream);
-  return whole ? launch<false, forward_kernel<T, false, true>>(a, workspace, stream)
-               : launch<false, forward_kernel<T, false, false>>(a, workspace, stream);
+    return whole ? launch<true, forward_kernel<T, true, true>>(a, again, where)
+                 : launch<true, forward_kernel<T, true, false>>(a, again, where);
+  return whole ? launch<false, forward_kernel<T, false, true>>(a, again, where)
+               : launch<false, forward_kernel<T, false, false>>(a, again, where);
 }
 
 template <class T>
-cudaError_t backward(const TwinBnBackward& a, float* workspace, cudaStream_t stream) {
+cudaError_t backward(const TwinBnBackward& a, const Where& where) {
+  const double again = 2 * sizeof(T) + (a.bits ? 1. / 8 : 0);
   const bool whole = whole_groups(a.shape, {a.dy, a.x, a.dx, a.dresidual});
   if (a.shape.channels_last)
-    return whole ? launch<true, backward_kernel<T, true, true>>(a, workspace, stream)
-                 : launch<true, backward_kernel<T, true, false>>(a, workspace, stream);
-  return whole ? launch<false, backward_kernel<T, false, true>>(a, workspace, stream)
-               : launch<false, backward_kernel<T, false, false>>(a, workspace, stream);
+    return whole ? launch<true, backward_kernel<T, true, true>>(a, again, where)
+                 : launch<true, backward_kernel<T, true, false>>(a, again, where);
+  return whole ? launch<false, backward_kernel<T, false, true>>(a, again, where)
+               : launch<false, backward_kernel<T, false, false>>(a, again, where);
 }
 
 }  // namespace
 
 int64_t twin_bn_workspace_cuda(int64_t channels, bool channels_last) {
   const Shape s{1, channels, 1, 0, channels_last};
-  return 4 * channels * (channels_last ? most_slabs<true>(s) : most_slabs<false>(s));
+  return workspace_floats(channels, channels_last ? most_slabs<true>(s) : most_slabs<false>(s));
 }
 
-int twin_bn_forward_cuda(const TwinBnForward& args, uintptr_t workspace, uintptr_t stream) {
+int twin_bn_forward_cuda(const TwinBnForward& args, uintptr_t workspace, bool cooperative, uintptr_t stream) {
   if (!valid(args.shape)) return cudaErrorInvalidValue;
-  auto* floats = reinterpret_cast<float*>(workspace);
-  auto handle = reinterpret_cast<cudaStream_t>(stream);
+  const Where where{reinterpret_cast<float*>(workspace), cooperative, reinterpret_cast<cudaStream_t>(stream)};
   switch (args.dtype) {
-    case DType::kFloat32: return forward<float>(args, floats, handle);
-    case DType::kBFloat16: return forward<__nv_bfloat16>(args, floats, handle);
-    case DType::kFloat16: return forward<__half>(args, floats, handle);
+    case DType::kFloat32: return forward<float>(args, where);
+    case DType::kBFloat16: return forward<__nv_bfloat16>(args, where);
+    case DType::kFloat16: return forward<__half>(args, where);
   }
   return cudaErrorInvalidValue;
 }
 
-int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, uintptr_t stream) {
+int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, bool cooperative, uintptr_t stream) {
   if (!valid(args.shape)) return cudaErrorInvalidValue;
-  auto* floats = reinterpret_cast<float*>(workspace);
-  auto handle = reinterpret_cast<cudaStream_t>(stream);
+  const Where where{reinterpret_cast<float*>(workspace), cooperative, reinterpret_cast<cudaStream_t>(stream)};
   switch (args.dtype) {
-    case DType::kFloat32: return backward<float>(args, floats, handle);
-    case DType::kBFloat16: return backward<__nv_bfloat16>(args, floats, handle);
-    case DType::kFloat16: return backward<__half>(args, floats, handle);
+    case DType::kFloat32: return backward<float>(args, where);
+    case DType::kBFloat16: return backward<__nv_bfloat16>(args, where);
+    case DType::kFloat16: return backward<__half>(args, where);
   }
   return cudaErrorInvalidValue;
 }

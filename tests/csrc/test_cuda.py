@@ -1,7 +1,9 @@
 """The CUDA kernels without a GPU: their source compiled for an emulated device that runs on host memory."""
 
+import ctypes
 import importlib.util
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,39 +13,52 @@ from hypothesis import given, settings
 from tests.cuda_emulator.build import CXX, build
 from tests.ops.cases import DTYPES, EPS, FORMATS, Case, check_phases, random_cases, splits
 from twins_fast import ops
-from twins_fast.ops import backend, native
+from twins_fast.ops import backend, layout, native
+from twins_fast.ops.wing import Wing
 
 pytestmark = pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="no g++")
 SHAPES = [(2, 1, 1, 2), (3, 3, 7, 1), (2, 129, 1, 1), (5, 7, 3, 31), (4, 32, 8, 7), (3, 520, 5, 5)]
+L2 = 20_000  # bytes of the emulated second-level cache
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
+def emulated(path):
     """CPU tensors go to the CUDA kernels, with a workspace full of NaN."""
-    path = build(tmp_path_factory.mktemp("emulated"))
     spec = importlib.util.spec_from_file_location("_C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def on_emulator(name):
         def launch(*arguments):
-            channels, channels_last = arguments[1], arguments[4]
-            workspace = torch.full((module.twin_bn_workspace_cuda(channels, channels_last),), torch.nan)
-            return getattr(module, name)(*arguments[:-2], workspace.data_ptr(), 0)
+            channels, channels_last, workspace = arguments[1], arguments[4], arguments[-3]
+            ctypes.memset(workspace, 0xFF, 4 * module.twin_bn_workspace_cuda(channels, channels_last))
+            return getattr(module, name)(*arguments)
 
         return launch
 
-    launches = {
-        "twin_bn_forward_cpu": on_emulator("twin_bn_forward_cuda"),
-        "twin_bn_backward_cpu": on_emulator("twin_bn_backward_cuda"),
-    }
+    launches = {name: on_emulator(name) for name in ("twin_bn_forward_cuda", "twin_bn_backward_cuda")}
+    kernels = {name: getattr(module, name) for name in ("twin_bn_workspace_cuda", "pixels_cuda")}
     with pytest.MonkeyPatch.context() as patch, backend.use_backend("cpp"):
         patch.setenv("CUDA_EMULATOR_UNEVEN", "1")  # kernels differ in how many blocks a multiprocessor holds
-        patch.setattr(native, "_C", SimpleNamespace(has_cuda=False, pixels_cuda=module.pixels_cuda, **launches))
+        patch.setenv("CUDA_EMULATOR_L2", str(L2))
+        patch.setattr(native, "_C", SimpleNamespace(has_cuda=False, **kernels, **launches))
+        patch.setattr(native, "_launch_cpu", native._launch_cuda)
+        patch.setattr(torch.cuda, "device", nullcontext)
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         yield
 
 
-@pytest.fixture(params=[1, 0], ids=["one launch", "two launches"])
+@pytest.fixture
+def emulator(path):
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(params=[1, 0], ids=["one launch", "three launches"])
 def cooperative(request, monkeypatch):
     monkeypatch.setenv("CUDA_EMULATOR_COOPERATIVE", str(request.param))
 
@@ -93,6 +108,98 @@ def test_the_order_of_threads_changes_nothing(monkeypatch):
     for seed in range(1, 6):
         monkeypatch.setenv("CUDA_EMULATOR_SEED", str(seed))
         assert all(torch.equal(a, b) for a, b in zip(case.run(), want, strict=True))
+
+
+class Watched:
+    """Counts how often a launch loads and stores each byte of some tensors, as usual or to be evicted first."""
+
+    def __init__(self, emulator, **tensors):
+        self.emulator, self.tensors = emulator, tensors
+        self.counts = {
+            name: torch.zeros(4, t.numel() * t.element_size(), dtype=torch.uint8) for name, t in tensors.items()
+        }
+
+    def __enter__(self):
+        for name, tensor in self.tensors.items():
+            size, counts = self.counts[name].shape[1], self.counts[name].data_ptr()
+            self.emulator.cuda_emulator_watch(ctypes.c_void_p(tensor.data_ptr()), size, ctypes.c_void_p(counts))
+        return self
+
+    def __exit__(self, *_):
+        self.emulator.cuda_emulator_watch(None, 0, None)
+
+    def of(self, name):
+        """loads as usual, loads to be evicted first, stores as usual, stores to be evicted first"""
+        return self.counts[name].unbind()
+
+
+# The cache holds a small part of the adaptive half, or all of it; rows are whole groups, or not.
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((4, 24, 32, 32), torch.bfloat16), ((4, 20, 17, 17), torch.float32), ((4, 8, 8, 8), torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_fits_the_cache_is_kept_for_the_second_read(direction, memory_format, shape, dtype, emulator, monkeypatch):
+    monkeypatch.setenv("CUDA_EMULATOR_SMS", "24")  # no block has more than one tile
+    case = Case(shape, 2, dtype, memory_format, True, True)
+    x, residual, dy, frozen, adaptive = case.x, case.residual, case.dy, Wing(*case.frozen), Wing(*case.adaptive)
+    y, bits, stats = layout.forward_results(x, True)
+    native._forward(x, residual, 2, frozen, adaptive, y, bits, stats, 0.1, EPS, True, native._ALL)
+    results = layout.backward_results(x, [True] * 6)
+    if direction == "forward":
+        twice, once, outputs = {"x": x}, {"residual": residual}, {"y": y}
+    else:
+        twice, once, outputs = {"dy": dy, "x": x}, {}, {"dx": results[0], "dresidual": results[1]}
+    with Watched(emulator, **twice, **once, **outputs) as watched:
+        if direction == "forward":
+            native._forward(x, residual, 2, frozen, adaptive, y, bits, stats, 0.1, EPS, True, native._ALL)
+        else:
+            native._backward(dy, x, bits, 2, frozen, adaptive, stats, results, None, EPS, native._ALL)
+
+    half = x.numel() * x.element_size() // 2  # bytes
+    for name in twice:
+        usual, first, *stores = watched.of(name)
+        assert not usual[:half].any() and (first[:half] == 1).all() and not any(store.any() for store in stores)
+        usual, first = usual[half:], first[half:]
+        assert usual.max() <= 1 and (usual + first == 2).all()  # the second read lets go of what was kept
+    kept = usual == 1
+    if len(twice) * half <= 0.4 * L2:
+        assert kept.all()
+    else:
+        assert 0.2 * L2 < len(twice) * kept.sum() <= 0.4 * L2
+    for name in once:
+        usual, first, *_ = watched.of(name)
+        assert not usual.any() and (first == 1).all()
+    for name in outputs:  # past the cache until what is kept has been read again
+        *loads, usual, first = watched.of(name)
+        assert not any(load.any() for load in loads) and (usual + first == 1).all() and not usual[:half].any()
+        assert (usual[half:] == 1).equal(~kept)
+
+
+def test_partial_sums_are_read_by_one_block(emulator, monkeypatch):
+    monkeypatch.setenv("CUDA_EMULATOR_SMS", "12")
+    case = Case((8, 72, 12, 12), 4, torch.bfloat16, torch.channels_last, True, True)
+    x, frozen, adaptive = case.x, Wing(*case.frozen), Wing(*case.adaptive)
+    results = layout.forward_results(x, False)
+    workspace = torch.zeros(native._C.twin_bn_workspace_cuda(72, True))
+    with monkeypatch.context() as patch, Watched(emulator, workspace=workspace) as watched:
+        patch.setattr(torch.Tensor, "new_empty", lambda *_, **__: workspace)
+        native._forward(x, None, 4, frozen, adaptive, *results, 0.1, EPS, False, native._ALL)
+    loads, _, stores, _ = watched.of("workspace")
+    assert loads.max() == 1 and loads.equal(stores) and loads.sum() >= 3 * 4 * 72 * 2  # three vectors of several slabs
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_leave_the_device_to_each_other(processes, emulator, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: processes)
+    case = Case((4, 16, 5, 5), 2, torch.bfloat16, torch.channels_last, True, True)
+    before = [emulator.cuda_emulator_launches(cooperative) for cooperative in (False, True)]
+    case.check(case.run(), "cuda")
+    after = [emulator.cuda_emulator_launches(cooperative) for cooperative in (False, True)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == ([0, 2] if processes == 1 else [6, 0])
 
 
 def test_misaligned_views_take_the_narrow_path():

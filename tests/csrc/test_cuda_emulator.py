@@ -18,6 +18,8 @@ KERNELS = r"""
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/ptx.cuh"
+
 namespace cg = cooperative_groups;
 
 template <class T>
@@ -93,6 +95,22 @@ __global__ void copy_words(const uint4* in, uint4* out, bool hinted) {
   else *out = *in;
 }
 
+// Copies two words one after the other, and looks at both after waiting for `waits` of two commits.
+__global__ void copies(const unsigned* in, unsigned* out, int waits) {
+  __shared__ unsigned words[2];
+  const auto at = twins_fast::shared_address(words);
+  for (int i = 0; i < 2; ++i) {
+    words[i] = 0;
+    twins_fast::copy_word(at + 4 * i, in + i, 4 - 2 * i, twins_fast::evict_first());
+    twins_fast::commit_copies();
+  }
+  if (waits == 1) twins_fast::wait_for_copies<1>();
+  if (waits == 2) twins_fast::wait_for_copies<0>();
+  twins_fast::store_hinted(out, words[0], twins_fast::evict_normal());
+  twins_fast::store_hinted(out + 1, words[1], twins_fast::evict_first());
+  if (waits < 2 && out[2]) twins_fast::wait_for_copies<0>();
+}
+
 __global__ void divergent(int kind) {
   if (threadIdx.x < 5) {
     if (kind == 0) __syncwarp();
@@ -133,6 +151,7 @@ int run_past_shared(float* out) { return run(false, past_shared, 1, 32, out); }
 int run_copy_words(const char* in, char* out, bool hinted) {
   return run(false, copy_words, 1, 1, reinterpret_cast<const uint4*>(in), reinterpret_cast<uint4*>(out), hinted);
 }
+int run_copies(const unsigned* in, unsigned* out, int waits) { return run(false, copies, 1, 1, in, out, waits); }
 int run_divergent(int kind) { return run(false, divergent, 2, 64, kind); }
 int run_bfloat16(const float* in, __nv_bfloat16* narrow, float* wide, int n) {
   return run(false, round_trip<__nv_bfloat16>, 8, 256, in, narrow, wide, n);
@@ -240,6 +259,33 @@ def test_words_are_aligned(cuda, library, hinted):
     assert target.equal(source)
     said = output_of_crash(library, f"cuda.run_copy_words(at(8), at(64), {hinted})")
     assert ("misaligned access of 16 bytes by block (0, 0, 0), thread (0, 0, 0)" if hinted else "misaligned") in said
+
+
+def test_copies_arrive_when_they_are_waited_for(cuda, library):
+    words, seen = torch.tensor([7, 0x50009], dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    for waits, expected in enumerate(([-1, -1], [7, -1], [7, 9])):  # of the second word, two bytes are wanted
+        assert cuda.run_copies(*pointers(words, seen), waits) == 0
+        assert seen[:2].tolist() == expected
+    said = output_of_crash(library, "cuda.run_copies(at(0), at(64), 1)")
+    assert "thread (0, 0, 0) has exited before its copies to shared memory have arrived" in said
+    said = output_of_crash(library, "cuda.run_copies(at(2), at(64), 2)")
+    assert "misaligned access of 4 bytes" in said
+
+
+def test_accesses_and_launches_are_counted(cuda):
+    words, seen = torch.zeros(2, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    loads, stores = torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4, 8, dtype=torch.uint8)
+    before = cuda.cuda_emulator_launches(False), cuda.cuda_emulator_launches(True)
+    for tensor, counts in (words, loads), (seen, stores):
+        cuda.cuda_emulator_watch(*pointers(tensor), ctypes.c_size_t(8), *pointers(counts))
+    for _ in range(2):
+        assert cuda.run_copies(*pointers(words, seen), 2) == 0
+    cuda.cuda_emulator_watch(None, 0, None)
+    assert cuda.run_copies(*pointers(words, seen), 2) == 0
+    none, twice, half = [0] * 8, [2] * 4, [0] * 4
+    assert loads.tolist() == [none, [*twice, 2, 2, 0, 0], none, none]
+    assert stores.tolist() == [none, none, [*twice, *half], [*half, *twice]]
+    assert (cuda.cuda_emulator_launches(False), cuda.cuda_emulator_launches(True)) == (before[0] + 3, before[1])
 
 
 def test_an_index_past_shared_memory(library):

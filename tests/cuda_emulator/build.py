@@ -25,7 +25,8 @@ def build(folder: Path, root: Path = HERE.parents[1]) -> Path:
     spec.loader.exec_module(setup)
     setup.cuda_architecture_flags = lambda nvcc: CUDA_FLAGS
     # The CPU kernels are there to be linked, not to be fast.
-    common = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wno-psabi", f"-I{root}/csrc", f"-I{root}/csrc/include"]
+    includes = [f"-I{HERE}", f"-I{root}/csrc", f"-I{root}/csrc/include"]  # whose ptx.cuh is the emulator's
+    common = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wno-psabi", *includes]
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
     for source, name, flags in setup.units("emulator"):

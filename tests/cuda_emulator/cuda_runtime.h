@@ -79,6 +79,9 @@ inline float __frcp_rn(float v) { return 1 / v; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
@@ -116,15 +119,17 @@ CUDA_EMULATOR_MOVABLE(longlong2)
 CUDA_EMULATOR_MOVABLE(ulonglong2)
 
 template <class T>
-T load(const T* p) {
+T load(const T* p, Eviction eviction = Eviction::kNormal) {
   static_assert(Movable<T>::value, "CUDA has no such load");
   check_aligned(p, sizeof(T));
+  count(p, sizeof(T), false, eviction);
   return *p;
 }
 template <class T>
-void store(T* p, T value) {
+void store(T* p, T value, Eviction eviction = Eviction::kNormal) {
   static_assert(Movable<T>::value, "CUDA has no such store");
   check_aligned(p, sizeof(T));
+  count(p, sizeof(T), true, eviction);
   *p = value;
 }
 template <class T>
@@ -157,25 +162,25 @@ inline int __float_as_int(float v) { return cuda_emulator::same_bits<int>(v); }
 inline float __uint_as_float(unsigned v) { return cuda_emulator::same_bits<float>(v); }
 inline float __int_as_float(int v) { return cuda_emulator::same_bits<float>(v); }
 
-#define CUDA_EMULATOR_LOAD(name)                                \
+#define CUDA_EMULATOR_LOAD(name, ...)                           \
   template <class T>                                            \
   T name(const T* p) {                                          \
-    return cuda_emulator::load(p);                              \
+    return cuda_emulator::load(p, ##__VA_ARGS__);               \
   }
-#define CUDA_EMULATOR_STORE(name)                               \
+#define CUDA_EMULATOR_STORE(name, ...)                          \
   template <class T>                                            \
   void name(T* p, cuda_emulator::Same<T> value) {               \
-    cuda_emulator::store(p, value);                             \
+    cuda_emulator::store(p, value, ##__VA_ARGS__);              \
   }
 CUDA_EMULATOR_LOAD(__ldg)
 CUDA_EMULATOR_LOAD(__ldcg)
 CUDA_EMULATOR_LOAD(__ldca)
-CUDA_EMULATOR_LOAD(__ldcs)
+CUDA_EMULATOR_LOAD(__ldcs, cuda_emulator::Eviction::kFirst)
 CUDA_EMULATOR_LOAD(__ldlu)
 CUDA_EMULATOR_LOAD(__ldcv)
 CUDA_EMULATOR_STORE(__stwb)
 CUDA_EMULATOR_STORE(__stcg)
-CUDA_EMULATOR_STORE(__stcs)
+CUDA_EMULATOR_STORE(__stcs, cuda_emulator::Eviction::kFirst)
 CUDA_EMULATOR_STORE(__stwt)
 
 inline int atomicAdd(int* p, int value) { return cuda_emulator::add(p, value); }
@@ -252,6 +257,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
   cudaDevAttrWarpSize = 10,
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrCooperativeLaunch = 95
 };
 
@@ -264,6 +270,7 @@ inline cudaError_t record(cudaError_t error) {
   return error;
 }
 
+inline int cache_bytes() { return setting("CUDA_EMULATOR_L2", 1 << 20); }
 inline int processors() { return setting("CUDA_EMULATOR_SMS", 3); }
 // With CUDA_EMULATOR_UNEVEN every second kernel, in the order of their first use, has room for one block only.
 template <class Kernel>
@@ -308,6 +315,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxThreadsPerBlock: *value = cuda_emulator::kMaxThreads; return cudaSuccess;
     case cudaDevAttrWarpSize: *value = cuda_emulator::kWarp; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = cuda_emulator::processors(); return cudaSuccess;
+    case cudaDevAttrL2CacheSize: *value = cuda_emulator::cache_bytes(); return cudaSuccess;
     case cudaDevAttrCooperativeLaunch: *value = cuda_emulator::can_cooperate(); return cudaSuccess;
   }
   return cuda_emulator::record(cudaErrorInvalidValue);

@@ -1,15 +1,19 @@
 // Runs CUDA kernels on host memory. A block is an OS thread, so that shared memory can be thread-local; the CUDA
 // threads of a block are fibers, which change places only where CUDA synchronises.
 //
-// Read from the environment at each launch: CUDA_EMULATOR_SMS, CUDA_EMULATOR_BLOCKS_PER_SM and
+// Read from the environment at each launch: CUDA_EMULATOR_SMS, CUDA_EMULATOR_BLOCKS_PER_SM, CUDA_EMULATOR_L2 (bytes) and
 // CUDA_EMULATOR_COOPERATIVE (0 or 1) describe the device, CUDA_EMULATOR_SEED decides about the order of execution.
 // A kernel's mistake is told on stderr, and ends the process.
+//
+// What moves by hinted instructions (ptx.cuh) and by __ldcg and its like is counted where cuda_emulator_watch was told
+// to; launches are counted, too. Plain accesses are not seen.
 #pragma once
 
 #include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -59,6 +63,27 @@ inline int setting(const char* name, int absent) {
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "CUDA emulator: %s\n", what.c_str());
   std::abort();
+}
+
+// Priority in the second-level cache.
+enum class Eviction { kNormal, kFirst };
+
+// Accesses of each byte of a piece of memory: loads, then stores, each by Eviction.
+struct Watch {
+  const char* begin;
+  size_t size;
+  uint8_t* counts;  // [4, size]
+};
+inline std::vector<Watch> watches;
+inline std::atomic<int> ordinary_launches{0}, cooperative_launches{0};
+
+inline void count(const void* p, size_t size, bool store, Eviction eviction) {
+  for (const Watch& watch : watches)
+    for (size_t i = 0; i < size; ++i) {
+      const size_t at = static_cast<const char*>(p) + i - watch.begin;
+      const size_t kind = store * 2 + (eviction == Eviction::kFirst);
+      if (at < watch.size) __atomic_fetch_add(watch.counts + kind * watch.size + at, 1, __ATOMIC_RELAXED);
+    }
 }
 
 inline uint64_t volume(dim3 d) { return uint64_t{d.x} * d.y * d.z; }
@@ -141,6 +166,13 @@ class Stacks {
 
 enum class At { kRunning, kBlockBarrier, kGridArrive, kGridWait, kWarpBarrier, kShuffle, kVote, kExited };
 
+// To shared memory, behind the back of its thread.
+struct Copy {
+  char* to;
+  const char* from;
+  size_t size, wanted;  // past the wanted bytes come zeros
+};
+
 struct Fiber {
   Context context;
   uint3 thread;
@@ -150,6 +182,7 @@ struct Fiber {
   unsigned source;  // lane that a shuffle reads
   uint64_t value;   // what this lane brings
   uint64_t result;
+  std::vector<std::vector<Copy>> copies;  // on their way: those of each commit, and those not committed
 };
 
 // What the blocks of a launch share.
@@ -187,6 +220,13 @@ struct Grid {
 class Block;
 inline thread_local Block* here = nullptr;
 
+std::string who_is_here();
+
+inline void check_aligned(const void* p, size_t size) {
+  if (reinterpret_cast<uintptr_t>(p) % size == 0) return;
+  fail("misaligned access of " + std::to_string(size) + " bytes by " + who_is_here());
+}
+
 class Block {
  public:
   explicit Block(Grid& grid) : grid(grid), fibers_(volume(grid.threads)), warps_((fibers_.size() + kWarp - 1) / kWarp) {
@@ -206,6 +246,7 @@ class Block {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       fibers_[i].thread = place(i, grid.threads);
       fibers_[i].at = At::kRunning;
+      fibers_[i].copies.assign(1, {});
       *reinterpret_cast<uint64_t*>(stacks_[i]) = kCanary;
       prepare(&fibers_[i].context, stacks_[i], start);
     }
@@ -234,6 +275,26 @@ class Block {
     if (!(mask >> lane() & 1)) fail(who() + " is not in the mask of its warp operation");
     return stop(at, 0);
   }
+  // Until it is waited for, a copy's place holds NaN, or -1.
+  void copy(void* to, const void* from, size_t size, size_t wanted, Eviction eviction) {
+    check_aligned(to, size);
+    check_aligned(from, size);
+    if (wanted > size) fail(who() + " copies more bytes than there is room for");
+    count(from, wanted, false, eviction);
+    std::memset(to, 0xff, size);
+    running->copies.back().push_back({static_cast<char*>(to), static_cast<const char*>(from), size, wanted});
+  }
+  void commit_copies() { running->copies.emplace_back(); }
+  void wait_for_copies(size_t newest) {
+    auto& copies = running->copies;
+    while (copies.size() - 1 > newest) {
+      for (const Copy& copy : copies.front()) {
+        std::memset(copy.to, 0, copy.size);
+        std::memcpy(copy.to, copy.from, copy.wanted);
+      }
+      copies.erase(copies.begin());
+    }
+  }
   unsigned thread_rank() const { return static_cast<unsigned>(running - fibers_.data()); }
   unsigned lane() const { return thread_rank() % kWarp; }
   std::string who() const { return "block " + text(index) + ", thread " + text(running->thread); }
@@ -246,6 +307,8 @@ class Block {
  private:
   static void start() {
     here->grid.kernel();
+    for (const auto& commit : here->running->copies)
+      if (!commit.empty()) fail(here->who() + " has exited before its copies to shared memory have arrived");
     here->stop(At::kExited, 0);
   }
 
@@ -369,7 +432,10 @@ class Block {
   size_t thread_locals_size_ = 0;
 };
 
+inline std::string who_is_here() { return here ? here->who() : "the host"; }
+
 inline void launch(dim3 blocks, dim3 threads, bool cooperative, std::function<void()> kernel) {
+  ++(cooperative ? cooperative_launches : ordinary_launches);
   const auto seed = static_cast<unsigned>(setting("CUDA_EMULATOR_SEED", 0));
   Grid grid{blocks, threads, cooperative, seed, std::move(kernel)};
   std::vector<uint64_t> order(volume(blocks));
@@ -386,11 +452,16 @@ inline void launch(dim3 blocks, dim3 threads, bool cooperative, std::function<vo
   for (std::thread& worker : workers) worker.join();
 }
 
-inline void check_aligned(const void* p, size_t size) {
-  if (reinterpret_cast<uintptr_t>(p) % size == 0) return;
-  fail("misaligned access of " + std::to_string(size) + " bytes by " + (here ? here->who() : "the host"));
-}
-
 }  // namespace cuda_emulator
 
 #pragma GCC visibility pop
+
+// For tests, by ctypes. Watches [begin, begin + size) from now on; without it nothing.
+extern "C" __attribute__((visibility("default"), weak)) void cuda_emulator_watch(const char* begin, size_t size,
+                                                                                 uint8_t* counts) {
+  if (begin) cuda_emulator::watches.push_back({begin, size, counts});
+  else cuda_emulator::watches.clear();
+}
+extern "C" __attribute__((visibility("default"), weak)) int cuda_emulator_launches(bool cooperative) {
+  return cooperative ? cuda_emulator::cooperative_launches : cuda_emulator::ordinary_launches;
+}

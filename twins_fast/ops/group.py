@@ -28,6 +28,11 @@ def world_size(group: object) -> int:
     return dist.get_world_size(group)
 
 
+def several_processes() -> bool:
+    """Whether this process has others to talk to, in any group."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def member(group: dist.ProcessGroup | str) -> dist.ProcessGroup | None:
     """The group as ``torch.distributed`` takes it, where None is the default one."""
     return None if isinstance(group, str) else group

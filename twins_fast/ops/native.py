@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import layout
+from twins_fast.ops.group import several_processes
 from twins_fast.ops.wing import Wing
 
 _note = Path(__file__).parent.parent / "_build_failed.txt"  # written by setup.py
@@ -99,18 +100,23 @@ def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> 
     images, channels, height, width = x.shape
     shape = (images, channels, height * width, split, layout.is_channels_last(x), dtype_name(x.dtype))
     pointers = [0 if t is None or t.numel() == 0 else _pointer(t) for t in tensors]
-    if x.device.type == "cpu":
-        launch = getattr(_C, f"twin_bn_{direction}_cpu")
-        status = launch(*shape, *pointers, *scalars, torch.get_num_threads(), cpu_isa)
-    else:
-        launch = getattr(_C, f"twin_bn_{direction}_cuda")
-        with torch.cuda.device(x.device):
-            # It may be reused as soon as this returns: by its owner's stream, after the kernels.
-            size = _C.twin_bn_workspace_cuda(channels, layout.is_channels_last(x))
-            workspace = x.new_empty(size, dtype=torch.float32)
-            stream = torch.cuda.current_stream(x.device).cuda_stream
-            status = launch(*shape, *pointers, *scalars, workspace.data_ptr(), stream)
-    check_status("twin_batch_norm", status)
+    launch = _launch_cpu if x.device.type == "cpu" else _launch_cuda
+    check_status("twin_batch_norm", launch(direction, x, *shape, *pointers, *scalars))
+
+
+def _launch_cpu(direction: str, x: Tensor, *arguments) -> str:
+    return getattr(_C, f"twin_bn_{direction}_cpu")(*arguments, torch.get_num_threads(), cpu_isa)
+
+
+def _launch_cuda(direction: str, x: Tensor, *arguments) -> str:
+    with torch.cuda.device(x.device):
+        # It may be reused as soon as this returns: by its owner's stream, after the kernels.
+        size = _C.twin_bn_workspace_cuda(x.shape[1], layout.is_channels_last(x))
+        workspace = x.new_empty(size, dtype=torch.float32)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        # A cooperative launch would wait until NCCL's kernels leave it the whole device.
+        cooperative = not several_processes()
+        return getattr(_C, f"twin_bn_{direction}_cuda")(*arguments, workspace.data_ptr(), cooperative, stream)
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-// One cooperative launch of a kernel, on as many blocks as the device holds at once.
+// The launch of a kernel, on as many blocks as the device holds at once, and what they are told.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ constexpr int kLeastBlocks = 2;              // on a multiprocessor, which regis
 constexpr int kBlocksPerMultiprocessor = 4;  // more would only mean more partial sums to merge
 constexpr int kMaxBlocks = 1024;
 constexpr int kMaxDevices = 64;
-constexpr double kKeptShare = 0.4;  // of the second-level cache: what has been seen to stay in one of two partitions
+constexpr double kKeptShare = 0.4;  // of the second-level cache, whose partitions may hold a line twice (an estimate)
 
 enum Step : unsigned { kReduceStep = 1, kMergeStep = 2, kApplyStep = 4, kCooperative = 8 };
 
@@ -61,7 +61,8 @@ cudaError_t current_device(Device& device) {
   if (cudaError_t error = cudaGetDevice(&index)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index))
     return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&device.cooperative, cudaDevAttrCooperativeLaunch, index)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&device.cooperative, cudaDevAttrCooperativeLaunch, index))
+    return error;
   if (cudaError_t error = known_or(cache_bytes, index, device.cache_bytes, [&](int* bytes) {
         return cudaDeviceGetAttribute(bytes, cudaDevAttrL2CacheSize, index);
       }))
@@ -84,8 +85,8 @@ cudaError_t launch(Args args, double again, const Where& where) {
   Device device;
   if (cudaError_t error = current_device<kKernel>(device)) return error;
   if (device.blocks < 1) return cudaErrorInvalidConfiguration;
-  const int most_blocks = std::min(std::min(device.blocks, kBlocksPerMultiprocessor) * device.multiprocessors, kMaxBlocks);
-
+  const int blocks_held = std::min(device.blocks, kBlocksPerMultiprocessor) * device.multiprocessors;
+  const int most_blocks = std::min(blocks_held, kMaxBlocks);
   const Tiling<kLast> tiling(s);
   const int units = std::max(Half(s, false, 1).units, Half(s, true, 1).units);
   const int useful = (units + tiling.lanes() * kDepth - 1) / (tiling.lanes() * kDepth);
@@ -123,8 +124,8 @@ bool whole_groups(const Shape& s, std::initializer_list<const void*> images) {
 }
 
 bool valid(const Shape& s) {
-  // Units are counted in 32 bits, up to two rounds of a block past the last.
-  constexpr int64_t kMost = (int64_t{1} << 31) - 2 * sizeof(Ring);
+  // Units are counted in 32 bits, and some rounds of a block past the last.
+  constexpr int64_t kMost = (int64_t{1} << 31) - 32 * kThreads;
   return s.images > 0 && s.channels > 0 && s.pixels > 0 && s.split >= 0 && s.split <= s.images &&
          s.channels < kMost / 2 && s.images * (s.channels_last ? s.pixels : s.bytes_of_bits()) < kMost;
 }

@@ -12,9 +12,8 @@ namespace twins_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 8;                       // neighbouring values that one thread handles: one byte of bits
-constexpr int kMaxGroups = 32;                  // groups of a row in one tile
-constexpr int kMaxWidth = kMaxGroups * kGroup;  // channels of a tile
+constexpr int kGroup = 8;       // neighbouring values that one thread handles: one byte of bits
+constexpr int kMaxGroups = 32;  // groups of a row in one tile
 
 struct Range {
   int begin, end;
@@ -107,7 +106,8 @@ struct Worker {
 
     __device__ Stride(const Worker& worker, int sign) {
       const Shape& s = worker.shape;
-      const int of_row = static_cast<int>(s.bytes_of_bits()), rows = sign * (kLast ? worker.lanes : worker.lanes / of_row);
+      const int of_row = static_cast<int>(s.bytes_of_bits());
+      const int rows = sign * (kLast ? worker.lanes : worker.lanes / of_row);
       const int64_t row = kLast ? 1 : s.channels;  // from one of the tile to the next
       group = kLast ? 0 : sign * worker.lanes - rows * of_row;
       groups = sign * of_row;

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on host memory. A block is an OS thread, so that shared memory can be thread-local; the CUDA
 // threads of a block are fibers, which change places only where CUDA synchronises.
 //
-// Read from the environment at each launch: CUDA_EMULATOR_SMS, CUDA_EMULATOR_BLOCKS_PER_SM, CUDA_EMULATOR_L2 (bytes) and
-// CUDA_EMULATOR_COOPERATIVE (0 or 1) describe the device, CUDA_EMULATOR_SEED decides about the order of execution.
+// Read from the environment at each launch: CUDA_EMULATOR_SMS, CUDA_EMULATOR_BLOCKS_PER_SM, CUDA_EMULATOR_L2 (bytes)
+// and CUDA_EMULATOR_COOPERATIVE (0 or 1) describe the device, CUDA_EMULATOR_SEED decides about the order of execution.
 // A kernel's mistake is told on stderr, and ends the process.
 //
 // What moves by hinted instructions (ptx.cuh) and by __ldcg and its like is counted where cuda_emulator_watch was told

@@ -33,7 +33,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(deferred, "_is_on_gpu", lambda values: True)
     monkeypatch.setattr(deferred, "_send", lambda values: (Event(lambda: Gpu.arrived), values.clone()))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Gpu.capturing)
+    monkeypatch.setattr(deferred, "capturing", lambda device: Gpu.capturing)
     yield Gpu
     deferred._sent.clear()
 

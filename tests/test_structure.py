@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "twins_fast"
 # Lowest first; those of one row do not know each other.
 ROWS = [
-    {"kernels", "deferred"},
+    {"kernels", "devices"},
+    {"deferred"},
     {"validation"},
     {"options", "ops"},
     {"nn"},

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twins_fast.attacks import PGD
-    from twins_fast.methods import adversarial_loss
+    from twins_fast.methods import TrainingStep, adversarial_loss
     from twins_fast.nn import TwinBatchNorm2d, convert_sync_twin_bn, convert_twin_bn, revert_twin_bn, wings
     from twins_fast.nn.fuse import fuse_twin_bn, fusion_report
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PGD",
+    "TrainingStep",
     "TwinBatchNorm2d",
     "adversarial_loss",
     "convert_sync_twin_bn",
@@ -22,7 +23,13 @@ __all__ = [
     "revert_twin_bn",
     "wings",
 ]
-_HOMES = {"PGD": "attacks", "adversarial_loss": "methods", "fuse_twin_bn": "nn.fuse", "fusion_report": "nn.fuse"}
+_HOMES = {
+    "PGD": "attacks",
+    "TrainingStep": "methods",
+    "adversarial_loss": "methods",
+    "fuse_twin_bn": "nn.fuse",
+    "fusion_report": "nn.fuse",
+}
 _PACKAGES = ("attacks", "checkpoints", "evaluation", "kernels", "methods", "models", "nn", "ops", "train")
 
 

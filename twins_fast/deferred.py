@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twins_fast.devices import capturing
+
 _sent: deque[tuple[Any, Tensor, Callable[..., None]]] = deque()  # event of the arrival, values, what looks at them
 _lock = threading.Lock()
 
@@ -20,9 +22,11 @@ def check_values(values: Tensor, look: Callable[..., None]) -> None:
     Nothing is looked at while a CUDA graph is captured: a replay would not do it again.
     """
     values = values.detach().reshape(-1)
+    if capturing(values.device):
+        return
     if not _is_on_gpu(values):
         look(*values.tolist())
-    elif not torch.cuda.is_current_stream_capturing():
+    else:
         raise_found()
         event, arriving = _send(values)
         with _lock:

@@ -1,7 +1,6 @@
 """The steps of an attack's plan in Triton against those in PyTorch, and CUDA graphs."""
 
 import re
-import warnings
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache
 from twins_fast.attacks.engine import program as programs
 from twins_fast.attacks.engine.convolution import Convolution
-from twins_fast.attacks.engine.cuda_graph import KEPT, GraphedAttack
 from twins_fast.attacks.engine.executors.cuda import CudaConvolution, CudaExecutor
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
 from twins_fast.attacks.engine.plan import Stage
@@ -535,130 +533,3 @@ def test_every_step_of_a_resnet50_is_one_launch(monkeypatch):
             step()
         assert len(launches) == 1
     assert len(bound.forward) == len(bound.backward) == 56
-
-
-class Device:
-    """Stands in for torch.cuda: a graph's replay runs the function again, on the same tensors."""
-
-    def __init__(self, monkeypatch):
-        self.captures, self.replays, self.fails, self.recording = 0, 0, False, None
-        outer = self
-
-        class Graph:
-            def replay(self):
-                outer.replays += 1
-                for ours, new in zip(self.results, self.attack(*self.inputs), strict=True):
-                    ours.copy_(new)
-
-        class Nothing:
-            def __init__(self, *_, **__):
-                pass
-
-            wait_stream = wait_event = record = __init__
-
-            def __enter__(self):
-                pass
-
-            def __exit__(self, *_):
-                pass
-
-        class Capture(Nothing):
-            def __init__(self, graph, **_):
-                outer.captures, outer.recording = outer.captures + 1, graph
-
-            def __enter__(self):
-                if outer.fails:
-                    raise RuntimeError("operation not permitted")
-
-        for name in ("Stream", "Event", "stream", "device", "current_stream", "set_stream", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, Nothing)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", Capture)
-
-    def recorded(self, attack):
-        """``attack``, which tells a graph under capture what it consists of."""
-
-        def recorded(*inputs):
-            results = attack(*inputs)
-            if self.recording is not None:
-                graph, self.recording = self.recording, None
-                graph.attack, graph.inputs, graph.results = attack, inputs, results
-            return results
-
-        return recorded
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """Attacks on the CPU go through graphs."""
-    device = Device(monkeypatch)
-    init, graphed = programs.Program.__init__, programs.Program.graphed
-
-    def program(self, *arguments):
-        init(self, *arguments)
-        self._graphs = GraphedAttack(torch.device("cuda"))
-
-    monkeypatch.setattr(cache, "executor_for", TorchExecutor)
-    monkeypatch.setattr(programs.Program, "__init__", program)
-    monkeypatch.setattr(
-        programs.Program,
-        "graphed",
-        lambda self, options, attack, inputs: graphed(self, options, device.recorded(attack), inputs),
-    )
-    return device
-
-
-@host
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_graphs_replay_with_what_is_new(device, loss, tiny_model, batch):
-    attack, plain = (PGD(tiny_model, steps=2, loss=loss, engine=kind) for kind in ("plan", "eager"))
-
-    def check(images, labels):
-        start = 0.98 * images  # where KL has a gradient
-        adversarial = attack(images, labels, start)
-        assert (adversarial - plain(images, labels, start)).abs().max() < 1e-6
-        return adversarial
-
-    images, labels = batch
-    for i in range(3):
-        with torch.no_grad():
-            tiny_model.conv1.weight.mul_(1.1)
-        check(images.roll(i, 0), labels.roll(i))
-    assert (device.captures, device.replays) == (1, 3)
-    adversarial = check(images[:3], labels[:3])
-    assert (device.captures, device.replays) == (2, 4)
-    before = adversarial.clone()
-    check(images[3:6], labels[3:6])
-    assert torch.equal(adversarial, before)
-    tiny_model.conv1.weight = nn.Parameter(-tiny_model.conv1.weight.detach())
-    check(images, labels)
-    attack.alpha = plain.alpha = 0.001
-    check(images, labels)
-    assert device.captures == 4
-
-
-@host
-def test_few_graphs_are_kept_and_none_outlives_its_memory(device, tiny_model, batch):
-    attack = PGD(tiny_model, steps=1, engine="plan")
-    attack(*batch)
-    program = attack._program(batch[0])
-    for rows in range(1, KEPT + 2):
-        attack(batch[0][:rows], batch[1][:rows])
-    assert len(program._graphs._captured) == KEPT and device.captures == KEPT + 2
-    program.free()
-    assert not program._graphs._captured
-
-
-@host
-def test_a_capture_that_fails_is_told_once(device, tiny_model, batch):
-    device.fails = True
-    attack = PGD(tiny_model, steps=2, random_start=False, engine="plan")
-    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted") as told:
-        adversarial = attack(*batch)
-    assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(attack(*batch), adversarial)
-    assert device.captures == 1 and device.replays == 0
-    eager = PGD(tiny_model, steps=2, random_start=False, engine="eager")
-    assert (adversarial - eager(*batch)).abs().max() < 1e-6

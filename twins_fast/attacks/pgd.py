@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,12 @@ from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.cache import PlanCache
 from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.explain import Explanation, explain
+from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
-from twins_fast.attacks.engine.program import Program, out_of_memory
+from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.deferred import check_values, raise_found
+from twins_fast.devices import capturing
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import check_running_statistics, in_mode
@@ -170,38 +172,67 @@ class PGD:
 
     def perturb(self, images: Tensor, labels: Tensor, largest_label: Tensor, x_init: Tensor | None = None) -> Tensor:
         """A call on a batch whose images and labels have been checked; ``largest_label`` is the largest of them."""
+        adversarial, nan = self.attack_from(self.start(images, x_init), images, labels, largest_label)
+        self.report(nan)
+        return adversarial
+
+    def start(self, images: Tensor, x_init: Tensor | None = None) -> Tensor:
+        """Where an attack on checked images starts; whatever is random about it is drawn here."""
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients, which torch.inference_mode() rules out; use torch.no_grad()")
         images = images.detach()
-        x = self._start(images) if x_init is None else _checked_start(x_init, images)
+        return self._drawn_start(images) if x_init is None else _checked_start(x_init, images)
+
+    def attack_from(self, x: Tensor, images: Tensor, labels: Tensor, largest_label: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps from ``x``: the adversarial images, and how many gradients were NaN.
+
+        Reads nothing back from a GPU once it has run there, so that it can be part of a CUDA graph.
+        """
+        images = images.detach()
         if images.shape[0] == 0:
-            return x
+            return x, torch.zeros((), dtype=torch.int64)
         failure = ""
         with self._cache.lock, in_mode(self.model, training=False):  # which may change parameters
             program = self._program(images)
             if isinstance(program, Program):
                 check_classes(largest_label, program.classes)
                 try:
-                    x, blocks = self._planned(program, images, labels, x), program.blocks_bounds
+                    (x, nan), blocks = self._planned(program, images, labels, x), program.blocks_bounds
                 except Exception as error:
-                    if self.engine == "plan":
+                    if self.engine == "plan" or capturing(images.device):  # which the error has ended
                         raise
                     failure, passing = f"the plan failed: {in_one_line(error)}", out_of_memory(error)
                     program.free()
         if failure or not isinstance(program, Program):
-            x, blocks = self._eager(images, labels, largest_label, x)
+            x, nan, blocks = self._eager(images, labels, largest_label, x)
         if failure:  # and not the model or the loss: they would have failed again
             if isinstance(program, Program) and not passing:
                 self._cache.refuse(program, failure)
-            warnings.warn(f"{failure}; the model was attacked in eager mode", stacklevel=3)
+            warnings.warn(f"{failure}; the model was attacked in eager mode", stacklevel=4)
         if blocks and not self._clamp_is_known:
-            warnings.warn(NOTE, stacklevel=3)
+            warnings.warn(NOTE, stacklevel=4)
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
-        if images.device.type == "cpu" and self._nan_gradients:
-            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=3)
-        return x if self.steps else self._project(images, x)
+        return x if self.steps else self._project(images, x), nan
+
+    def report(self, nan: Tensor) -> None:
+        """Keep how many gradients were NaN in the last attack; where that can be read without waiting, warn of them."""
+        self._nan_gradients = nan
+        if nan.device.type == "cpu" and nan:
+            warnings.warn(f"{self.nan_gradients} gradients of pixel values were NaN; those pixels stay", stacklevel=4)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside the block the working memory of this attack is the caller's: other threads and streams wait."""
+        with self._cache.lock, ExitStack() as turns:
+            for program in self._cache.programs():
+                turns.enter_context(program.in_turn())
+            yield
+
+    def memory(self) -> list[object]:
+        """What must live as long as a CUDA graph that this attack is a part of."""
+        return [(program, program.memory()) for program in self._cache.programs()]
 
     def explain(self, images: Tensor, labels: Tensor | None = None, timed: bool = False) -> Explanation:
         """How images like these are attacked, layer by layer, and why; ``str()`` of it is a table.
@@ -249,7 +280,7 @@ class PGD:
             raise RuntimeError(f"engine='plan': {program}")
         return program
 
-    def _planned(self, program: Program, images: Tensor, labels: Tensor, x: Tensor) -> Tensor:
+    def _planned(self, program: Program, images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         model = unwrapped(self.model)
 
         def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,11 +306,11 @@ class PGD:
         options = (self._cache.addresses, self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             adversarial, nan = program.graphed(options, attack, (images, labels, x))
-            self._nan_gradients = nan.sum()
-        return adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)
+            like_x = adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)
+            return like_x, nan.sum()
 
-    def _eager(self, images: Tensor, labels: Tensor, largest_label: Tensor, x: Tensor) -> tuple[Tensor, bool]:
-        """The attacked images, and whether a clamp of the images passes no gradient at 0 and 1."""
+    def _eager(self, images: Tensor, labels: Tensor, largest_label: Tensor, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """The attacked images, NaN gradients, and whether a clamp of the images passes no gradient at 0 and 1."""
         # Code of torch.compile would be compiled again inside a mode.
         known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
         clamps = ClampMode(images.shape[1], replace=False)
@@ -292,10 +323,9 @@ class PGD:
                     gradient = self._gradient(x, run, objective)
                 x, bad = self._moved(images, x, gradient)
                 nan += bad.sum()
-        self._nan_gradients = nan
-        return x, clamps.blocks
+        return x, nan, clamps.blocks
 
-    def _start(self, images: Tensor) -> Tensor:
+    def _drawn_start(self, images: Tensor) -> Tensor:
         if self.random_start is False:
             return images.clone()
         device = images.device if self.generator is None else self.generator.device

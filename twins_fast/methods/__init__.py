@@ -6,6 +6,7 @@ from twins_fast.methods.base import Logits, Method
 from twins_fast.methods.registry import METHODS
 from twins_fast.methods.standard import Standard
 from twins_fast.methods.trades import TRADES
+from twins_fast.methods.training_step import TrainingStep
 from twins_fast.methods.twins import TwinsAT, TwinsTRADES
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Logits",
     "Method",
     "Standard",
+    "TrainingStep",
     "TwinsAT",
     "TwinsTRADES",
     "adversarial_loss",

@@ -14,7 +14,7 @@ from twins_fast.models import build_model
 from twins_fast.train import assets
 from twins_fast.train.recipe import AMP, Network, Recipe
 
-_AMP_DTYPES = dict(zip(AMP, (None, torch.bfloat16, torch.float16), strict=True))
+AMP_DTYPES = dict(zip(AMP, (None, torch.bfloat16, torch.float16), strict=True))
 
 
 def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module:
@@ -33,10 +33,15 @@ def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
-    """SGD on the parameters that the method trains."""
+    """SGD on the parameters that the method trains; on a GPU fused, so that a training step can be captured."""
     options = recipe.optimizer
+    parameters = recipe.method.parameters(model)
     return torch.optim.SGD(
-        recipe.method.parameters(model), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        parameters,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        fused=True if all(p.is_cuda for p in parameters) else None,
     )
 
 
@@ -53,5 +58,5 @@ def evaluation_attack(recipe: Recipe, model: nn.Module) -> PGD:
 
 def autocast(amp: str, device: torch.device | str):
     """The context that a recipe's network runs in; ``amp`` is one of ``AMP``."""
-    dtype = _AMP_DTYPES[amp]
+    dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)

@@ -1,4 +1,4 @@
-"""The training loop; ``Trainer.train_step`` shows the way of the images line by line."""
+"""The training loop; :class:`twins_fast.TrainingStep` shows the way of the images line by line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
 from twins_fast.evaluation import Accuracy, evaluate
+from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
-from twins_fast.train.build import autocast, evaluation_attack, make_optimizer, training_attack
+from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders
 from twins_fast.train.plots import draw_curves
@@ -70,7 +71,14 @@ class Trainer:
         self.started = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
-        self.attack = training_attack(recipe, self.model)
+        self.training_step = TrainingStep(
+            self.model,
+            self.optimizer,
+            method=recipe.method,
+            attack=training_attack(recipe, self.model),
+            amp_dtype=AMP_DTYPES[recipe.run.amp],
+            scaler=self.scaler,
+        )
         self.evaluation_attack = evaluation_attack(recipe, self.model)
 
     def fit(self) -> dict:
@@ -106,28 +114,16 @@ class Trainer:
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """One optimiser step on images [B, 3, H, W] in [0, 1] and labels [B]; returns the metrics."""
-        recipe, method, model = self.recipe, self.recipe.method, self.model
+        recipe = self.recipe
         torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
-        model.train()
+        self.model.train()
         layout = torch.channels_last if recipe.network.channels_last else torch.contiguous_format
         images = images.to(self.device, memory_format=layout, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(recipe.run.amp, self.device):
-            largest_label = method.check(model, images, labels)
-            adversarial = method.perturb(self.attack, model, images, labels, largest_label)
-            logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
-            loss = method.loss(logits, labels)
-        metrics = {"loss": float(loss.detach())}
-        metrics |= {name: float(value) for name, value in method.metrics(logits, labels).items()}
-        if not abs(metrics["loss"]) < float("inf"):
+        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate).items()}
+        if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.step += 1
         return {**metrics, "lr": rate}
 

@@ -93,8 +93,12 @@ class PlanCache:
             warned = expected or self._known(kind) == reason
             self._keep(kind, reason)
         if not warned:
-            warnings.warn(f"{reason}; the model is attacked in eager mode", stacklevel=5)
+            warnings.warn(f"{reason}; the model is attacked in eager mode", stacklevel=6)
         return reason
+
+    def programs(self) -> list[Program]:
+        """All that can run."""
+        return [program for _, program in self._plans.values() if isinstance(program, Program)]
 
     def refuse(self, program: Program, reason: str) -> None:
         """Have the model attacked in eager mode, for ``reason``, where ``program`` has been."""

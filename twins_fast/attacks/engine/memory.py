@@ -1,6 +1,8 @@
-"""Where in the arena each tensor lies."""
+"""Where in the arena each tensor lies, and how to tell that memory ran out."""
 
 from __future__ import annotations
+
+import torch
 
 from twins_fast.attacks.engine.plan import Slot
 
@@ -28,3 +30,11 @@ def place(sizes: list[int], slots: list[Slot]) -> tuple[list[int], int]:
         offsets[index] = offset
         placed.append(index)
     return offsets, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out."""
+    text = str(error).lower()
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text
+    )

@@ -6,18 +6,20 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from twins_fast.attacks.engine.cuda_graph import Attack, GraphedAttack
+from twins_fast.attacks.engine.cuda_graph import Function, Graphs
 from twins_fast.attacks.engine.executors.segment import Segment
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
 from twins_fast.attacks.engine.fold import Fold
-from twins_fast.attacks.engine.memory import place
+from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.plan import Plan
+from twins_fast.devices import capturing
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
@@ -74,7 +76,7 @@ class Program:
         self.input = None
         self.nan_gradients = torch.zeros(0, dtype=torch.int64)
         self.verified: set[int] = set()  # numbers of images at once
-        self._graphs = GraphedAttack(executor.device) if executor.device.type == "cuda" else None
+        self._graphs = Graphs(executor.device, "attack")
 
     @property
     def classes(self) -> int:
@@ -127,15 +129,21 @@ class Program:
         self.nan_gradients = nan
         return result
 
-    def graphed(self, options: tuple, attack: Attack, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def graphed(self, options: tuple, attack: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``attack(*inputs)``; on a GPU as a graph for these ``options``: all that it depends on besides values."""
-        if self._graphs is not None:
-            results = self._graphs(options, attack, inputs, keep=lambda: list(self._bound.values()))
-            if results is not None:
-                return results
-            self._graphs = None
-            self.free()  # the arena may have been allocated in the memory of the failed capture
-        return attack(*inputs)
+
+        def shrink() -> bool:
+            return self._halve(self.chunk(len(inputs[0])))
+
+        return self._graphs(lambda: options, attack, inputs, self.memory, shrink)
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """Orders what runs inside the block after every attack before it, on whatever stream, and before the next."""
+        return self._graphs.in_turn()
+
+    def memory(self) -> list[Bound]:
+        """What a graph of an attack needs besides this program."""
+        return list(self._bound.values())
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [N, classes] of images ``x``."""
@@ -153,8 +161,7 @@ class Program:
 
     def free(self) -> None:
         """Free the arena; the next call allocates a new one."""
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._graphs.clear()
         self._bound.clear()
         self._arena = None
 
@@ -183,15 +190,23 @@ class Program:
             try:
                 run(self.bound(size), part)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or size == 1 or not self.plan.per_sample:
+                # A capture ends with the error: only after it can memory be freed.
+                if not out_of_memory(error) or capturing(self.executor.device) or not self._halve(size):
                     raise
-                self.free()
-                half = self.largest_chunk = (size + 1) // 2
-                warnings.warn(f"memory ran out with {size} images at once; continuing with {half}", stacklevel=4)
-                middle = part.start + half
+                middle = part.start + self.largest_chunk
                 todo = [slice(part.start, middle), slice(middle, part.stop), *todo]
             finally:
                 self._release()
+
+    def _halve(self, size: int) -> bool:
+        """Free the memory of chunks of ``size`` images, and have them smaller; False if they cannot be."""
+        if size == 1 or not self.plan.per_sample:
+            return False
+        self.free()
+        self.largest_chunk = (size + 1) // 2
+        text = f"memory ran out with {size} images at once; continuing with {self.largest_chunk}"
+        warnings.warn(text, stacklevel=5)
+        return True
 
     def _release(self) -> None:
         for state in self.states:
@@ -277,11 +292,3 @@ def _as_image(tensor: Tensor) -> Tensor:
 def _run(steps: list[Callable[[], None]]) -> None:
     for step in steps:
         step()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out."""
-    text = str(error).lower()
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text
-    )

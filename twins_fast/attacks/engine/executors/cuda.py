@@ -27,6 +27,7 @@ from twins_fast.attacks.engine.executors.torch import (
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
+from twins_fast.devices import capturing
 from twins_fast.kernels import attack, tiles, tuning
 from twins_fast.ops import native
 from twins_fast.ops.native import check_status, dtype_name, pointer_of
@@ -63,7 +64,7 @@ class CudaConvolution(TorchConvolution):
         if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             name = torch.cuda.get_device_name(self.device)
             key = (name, self.geometry, self.dtype, backward, tiles.power_of_2(len(tensors[0])))
-            if key not in _algorithms and not torch.cuda.is_current_stream_capturing():
+            if key not in _algorithms and not capturing(self.device):
                 with torch.cuda.device(self.device):
                     _algorithms[key] = tuning.fastest(self.candidates(backward), launch, tensors)
             self._algorithm[backward] = _algorithms.get(key)

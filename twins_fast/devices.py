@@ -1,0 +1,17 @@
+"""What a device can do, asked where tests can answer for it."""
+
+from __future__ import annotations
+
+import torch
+
+GRAPH_DEVICES = ("cuda",)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether what runs on ``device`` can be captured as a CUDA graph."""
+    return device.type in GRAPH_DEVICES
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now becomes part of a CUDA graph instead of running."""
+    return has_graphs(device) and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,281 @@
+"""A whole training step, from the attack to the optimiser, as one CUDA graph where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from twins_fast.attacks import PGD
+from twins_fast.attacks.engine import cuda_graph
+from twins_fast.attacks.engine.nodes import tensors_of
+from twins_fast.attacks.engine.watch import fingerprint, is_compiled
+from twins_fast.devices import has_graphs
+from twins_fast.methods.base import Attack, Method
+from twins_fast.methods.registry import METHODS
+from twins_fast.nn.guards import has_global_hooks, has_hooks
+from twins_fast.nn.wings import twin_layers
+from twins_fast.ops.group import world_size
+from twins_fast.validation import check_choice, checked_logits
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class TrainingStep:
+    """One step of adversarial training: attack, forward and backward pass, optimiser.
+
+    On a GPU a step of a new kind (another shape, mode or option) runs as it is and is then captured as a CUDA graph,
+    which later ones replay: the batch, the attack's random start and the learning rates are its inputs, and nothing
+    waits for the device. Not yet run on a GPU. Where a step cannot be captured it is the same function without a graph.
+
+    A loss that is not finite changes neither parameters nor the optimiser's state: read it before you save anything.
+    After a step the gradients are None.
+
+    Args:
+        model: in train mode; with two-wing layers in mix mode for the two-wing methods.
+        optimizer: of the model's parameters. What a graph needs is ``torch.optim.SGD(..., fused=True)`` or
+            ``Adam`` or ``AdamW`` with ``fused=True, capturable=True``.
+        method: a method, or its name, for its default options.
+        attack: as in :func:`twins_fast.adversarial_loss`; None for the method's own adversary. What a graph needs is a
+            :class:`twins_fast.PGD` of this model.
+        amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run attack and model under autocast.
+        scaler: of the gradients, for float16.
+
+    Attributes:
+        reason: why the last step ran without a graph; empty if there is one for the next of its kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        method: Method | str,
+        attack: Attack | None = None,
+        amp_dtype: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        if isinstance(method, str):
+            check_choice("method", method, METHODS)
+            method = METHODS[method]()
+        check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+        self.model = model
+        self.optimizer = optimizer
+        self.method = method
+        self.attack: Any = method.attack(model) if attack is None else attack
+        self.amp_dtype = amp_dtype
+        self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
+        self.reason = "there has been no step"
+        self._graphs: cuda_graph.Graphs | None = None
+        self._names: list[str] = []  # of the metrics
+        self._logits: Tensor | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float | None = None) -> dict[str, Tensor]:
+        """Train on one batch.
+
+        Args:
+            images: [B, C, H, W] floating point in [0, 1].
+            labels: [B] int64.
+            lr: the learning rate of all parameters; None leaves it to the optimiser's groups.
+
+        Returns:
+            Detached metrics: ``loss`` and the method's own, of the network before the step. Reading one waits for it.
+
+        Raises:
+            TypeError, ValueError: as in :func:`twins_fast.adversarial_loss`.
+        """
+        if lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        method, model, attack = self.method, self.model, self._own_attack()
+        largest_label = method.check(model, images, labels)  # reads values: never part of a graph
+        start = images if attack is None else attack.start(images)
+        rates = _rates(self.optimizer, images.device) if _skips_on_device(self.optimizer) else ()
+
+        def step(images: Tensor, labels: Tensor, start: Tensor, *rates: Tensor) -> tuple[Tensor, ...]:
+            self.optimizer.zero_grad()
+            nan: list[Tensor] = []
+            with nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype):
+                if attack is None:
+                    adversarial = method.perturb(self.attack, model, images, labels, largest_label)
+                else:
+                    adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
+                logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
+                loss = method.loss(logits, labels)
+            metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
+            self._update(loss, rates)
+            self.optimizer.zero_grad()
+            self._names, self._logits = list(metrics), logits.adversarial.detach()
+            return *metrics.values(), *nan
+
+        def keep() -> tuple[Any, ...]:
+            return self._names, self._logits, None if attack is None else attack.memory()
+
+        def check(owners: tuple[Any, ...]) -> None:
+            self._names, logits, _ = owners
+            checked_logits(logits, len(images), largest_label)
+
+        inputs = (images.detach(), labels, start, *rates)
+        self.reason = self._obstacle(images)
+        with nullcontext() if attack is None else attack.in_turn():
+            if self.reason:
+                results = step(*inputs)
+            else:
+                if self._graphs is None or self._graphs.device != images.device:
+                    self._graphs = cuda_graph.Graphs(images.device, "training step")
+                results = self._graphs(self._key, step, inputs, keep, self._graphs.clear, check)
+                self.reason = self._graphs.reason
+        if attack is not None:
+            attack.report(results[-1])
+        return dict(zip(self._names, results, strict=False))
+
+    def forget(self) -> None:
+        """Drop all graphs and why there were none.
+
+        Only needed if a forward reads globals or closures, whose changes go unnoticed, or to try again after an error.
+        """
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = None
+
+    def _own_attack(self) -> PGD | None:
+        """The attack, if its random start can be drawn by itself."""
+        attack = self.attack
+        known = type(attack) is PGD and attack.model is self.model and type(self.method).perturb is Method.perturb
+        return attack if known else None
+
+    def _update(self, loss: Tensor, rates: tuple[Tensor, ...]) -> None:
+        """Backward pass and optimiser step, unless the loss is not finite."""
+        if not rates:  # the optimiser cannot decide on the device
+            if loss.detach().isfinite():
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            return
+        bad = ~loss.detach().isfinite()
+        if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
+            loss = loss * torch.where(bad, torch.nan, 1.0)
+        else:
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+        try:
+            self.scaler.scale(loss).backward()
+            with _learning_rates(self.optimizer, rates):
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        finally:
+            vars(self.optimizer).pop("found_inf", None)
+
+    def _obstacle(self, images: Tensor) -> str:
+        """Why a step on images like these cannot be captured; empty if it can, as far as is known."""
+        if not has_graphs(images.device):
+            return f"the images are on a {images.device.type}"
+        if self.attack is not None and self._own_attack() is None:
+            return f"the attack is a {type(self.attack).__name__}, not a PGD of this model for a usual method"
+        if torch.is_autocast_enabled(images.device.type):
+            return "it runs inside of autocast, which may hold old weights; use amp_dtype"
+        return _obstacle_of_optimizer(self.optimizer) or _obstacle_of_model(self.model, images.device)
+
+    def _key(self) -> Hashable:
+        """All that a step depends on besides values of tensors."""
+        model, attack, scaler = self.model, self._own_attack(), self.scaler
+        options = () if attack is None else tuple(v for k, v in vars(attack).items() if not k.startswith("_"))
+        scaling = scaler.is_enabled() and (
+            scaler.get_growth_factor(),
+            scaler.get_backoff_factor(),
+            scaler.get_growth_interval(),
+        )
+        tensors = tuple((t.data_ptr(), t.requires_grad) for _, t in tensors_of(model))
+        flags = tuple(module.training for module in model.modules())
+        states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
+        state = tuple(_plain(value) for entries in states for value in entries.values())
+        groups = tuple(
+            (len(group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
+            for group in self.optimizer.param_groups
+        )
+        return self.method, self.amp_dtype, options, scaling, tensors, flags, state, groups, fingerprint(model)
+
+
+def _plain(value: Any) -> Hashable:
+    return value.data_ptr() if isinstance(value, Tensor) else repr(value)
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimiser takes its learning rate, and whether to skip a step, from the device."""
+    return type(optimizer) in (SGD, Adam, AdamW) and all(
+        group.get("fused") and not group.get("dampening") for group in optimizer.param_groups
+    )
+
+
+def _rates(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, ...]:
+    """The learning rate of each group on the device, in the type that fused optimisers read; nothing waits."""
+    if type(optimizer) is SGD:
+        _make_momentum(optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return tuple(
+        rate.detach().to(device, torch.float32).reshape(())
+        if isinstance(rate, Tensor)
+        else torch.full((), rate, dtype=torch.float32, device=device)
+        for rate in rates
+    )
+
+
+def _make_momentum(optimizer: SGD) -> None:
+    """Zeros, where there is none: if the first step is skipped, the fused SGD goes on with memory that nobody wrote."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@contextmanager
+def _learning_rates(optimizer: Optimizer, rates: tuple[Tensor, ...]) -> Iterator[None]:
+    """Tensors in place of the groups' learning rates inside the block."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
+
+
+def _obstacle_of_optimizer(optimizer: Optimizer) -> str:
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        return f"the optimiser is a {type(optimizer).__name__}; SGD, Adam and AdamW can be captured"
+    if not all(group["fused"] for group in optimizer.param_groups):
+        return "the optimiser is not fused: give it fused=True"
+    if not _skips_on_device(optimizer):
+        return "the optimiser has dampening, whose first step cannot be skipped on the device"
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):
+        return "the optimiser is not capturable: give it capturable=True"
+    if any(getattr(optimizer, name, None) for name in _STEP_HOOKS):
+        return "the optimiser has hooks"
+    return ""
+
+
+def _obstacle_of_model(model: nn.Module, device: torch.device) -> str:
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            return f"{where} is a {type(module).__name__}"
+        if is_compiled(module):
+            return f"{where} is compiled"
+        if has_hooks(module):
+            return f"{where} has hooks"
+    if has_global_hooks():
+        return "there are hooks on all modules"
+    for name, tensor in tensors_of(model):
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}"
+        if any(getattr(tensor, hooks, None) for hooks in _TENSOR_HOOKS):
+            return f"{name} has hooks"
+    groups = [layer.process_group for layer in twin_layers(model) if layer.process_group is not None]
+    if any(world_size(group) > 1 for group in groups):
+        return "batch statistics come from several processes"
+    return ""

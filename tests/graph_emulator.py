@@ -50,6 +50,7 @@ class Recorder(TorchDispatchMode):
             self.device.refuse(func._schema.name)
         if self.device.launches_left is not None:
             if self.device.launches_left == 0:
+                self.device.launches_left = None
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             self.device.launches_left -= 1
         for t in tensors_in((args, kwargs)):
@@ -127,13 +128,15 @@ class Device:
 
     Attributes:
         captures, replays: counted.
-        launches_left: operations until memory runs out in a capture; None for never.
+        ended: pools that the allocator has been told of, after a capture that failed.
+        launches_left: operations in captures until memory runs out, once; None for never.
         log: (stream, what it does, event or stream).
         stream: the current one.
     """
 
     def __init__(self, monkeypatch):
         self.captures = self.replays = 0
+        self.ended: list[tuple[int, int]] = []
         self.launches_left: int | None = None
         self.log: list[tuple] = []
         self.graph: Graph | None = None  # under capture
@@ -150,6 +153,7 @@ class Device:
             "is_current_stream_capturing": lambda: self.capturing,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.ended.append(pool), raising=False)
 
     @property
     def capturing(self) -> bool:

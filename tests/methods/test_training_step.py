@@ -1,8 +1,10 @@
 """A training step captured as a graph computes what the same step does without, bit for bit, and nothing is lost."""
 
 import copy
+import gc
 import random
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tests.graph_emulator import Device, memory_of
 from twins_fast import PGD, TrainingStep, adversarial_loss
 from twins_fast.attacks.engine import cache
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
-from twins_fast.methods import METHODS
+from twins_fast.methods import METHODS, TwinsAT
 from twins_fast.ops.backend import use_backend
 
 RATES = (0.1, 0.05, 0.2, 0.01, 0.1)
@@ -173,7 +175,6 @@ def test_memory_that_never_suffices_for_a_capture(device, monkeypatch, tiny_mode
         results = trained(step)
     assert len(told) == 1 and device.captures == 1 and "CUDA out of memory" in step.reason
     assert_same(results, without_graph(monkeypatch, made(tiny_model)))
-    device.launches_left = None
     step.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -198,10 +199,7 @@ def frozen_parameter(step):
 
 
 def module_in_eval_mode(step):
-    step.model.bn1.main_bn.eval()
-    step.model.layers[0].eval()
-    for module in step.model.layers[0].modules():
-        module.wing = "mix"
+    step.model.fc_downstream.eval()
 
 
 def longer_attack(step):
@@ -269,6 +267,29 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(device, tiny_model, fuse
     assert device.replays == (0 if not fused else 2 if at == 0 else 5)
 
 
+OFFSET = torch.zeros(())
+
+
+class Unbounded(TwinsAT):
+    """A loss that may be infinite where its gradient is not."""
+
+    def loss(self, logits, labels):
+        return super().loss(logits, labels) + OFFSET
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_infinite_loss_with_finite_gradients_changes_no_parameter(device, tiny_model, scaled):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    step = made(tiny_model, scaler=scaler)
+    step.method = Unbounded()
+    for offset, moves in ((0.0, True), (torch.inf, False), (torch.inf, False), (0.0, True)):
+        before = step.model.conv1.weight.detach().clone()
+        OFFSET.fill_(offset)
+        assert step(*next(batches(1)))["loss"].isfinite() == moves
+        assert torch.equal(step.model.conv1.weight, before) != moves
+    assert device.replays == 3
+
+
 def test_a_gradient_scaler_is_part_of_the_step(device, monkeypatch, tiny_model):
     def scaled():
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=2)  # the first steps overflow
@@ -280,6 +301,37 @@ def test_a_gradient_scaler_is_part_of_the_step(device, monkeypatch, tiny_model):
     assert (device.captures, device.replays, step.reason) == (1, 11, "")
     assert_same(results, without_graph(monkeypatch, other, rates, data))
     assert step.scaler.get_scale() == other.scaler.get_scale() != 2.0**126
+
+
+@pytest.mark.parametrize("engine", ["auto", "plan"])
+def test_memory_that_runs_out_in_the_attack_of_a_capture(device, monkeypatch, tiny_model, engine):
+    monkeypatch.setattr(cache, "executor_for", TorchExecutor)
+    device.launches_left = 150
+    step = made(tiny_model, engine=engine)
+    with pytest.warns(UserWarning, match="training step runs without a CUDA graph: OutOfMemoryError") as told:
+        results = trained(step)
+    assert len(told) == 1 and device.captures == 2  # the attack has a graph of its own instead
+    assert_same(results, without_graph(monkeypatch, made(tiny_model, engine=engine)))
+
+
+def test_a_captured_plan_lives_as_long_as_the_graph_and_takes_turns(device, monkeypatch, tiny_model):
+    monkeypatch.setattr(cache, "executor_for", TorchExecutor)
+    step = made(tiny_model, engine="plan")
+    trained(step)
+    ended = device.log[-1][2]  # the event that the last step has recorded for others that use the plan
+    device.log.clear()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step.attack(*next(batches(1)))
+        assert device.log[0] == (torch.cuda.current_stream(), "waits for", ended)
+    (program,) = step.attack._cache.programs()
+    kept = weakref.ref(program)
+    del program
+    step.attack.forget()
+    gc.collect()
+    assert kept() is not None
+    step.forget()
+    gc.collect()
+    assert kept() is None
 
 
 def test_labels_beyond_the_classes_are_refused_before_a_replay(device, tiny_model):

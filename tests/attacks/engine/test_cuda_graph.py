@@ -71,7 +71,7 @@ def test_few_graphs_are_kept_and_none_outlives_its_memory(device, tiny_model, ba
 
 def test_a_capture_that_fails_is_told_once(device, tiny_model, batch, monkeypatch):
     attack, expected = planned(tiny_model), planned(tiny_model, engine="eager")(*batch)
-    fold = program.Program.fold
+    fold, stream = program.Program.fold, torch.cuda.current_stream()
     monkeypatch.setattr(program.Program, "fold", lambda self, model: (device.wait(), fold(self, model)))
     with pytest.warns(UserWarning, match="attack runs without a CUDA graph: RuntimeError: a wait:") as told:
         adversarial = attack(*batch)
@@ -80,19 +80,20 @@ def test_a_capture_that_fails_is_told_once(device, tiny_model, batch, monkeypatc
         warnings.simplefilter("error")
         assert torch.equal(attack(*batch), adversarial)
     assert device.captures == 1 and device.replays == 0 and (adversarial - expected).abs().max() < 1e-6
+    assert torch.cuda.current_stream() is stream and device.ended == [(0, 1)]
 
 
-def test_memory_that_runs_out_in_a_capture_makes_chunks_smaller_and_graphs_stay(device, tiny_model, batch):
+@pytest.mark.parametrize("launches", [5, 100])  # in the fold, in the steps
+def test_memory_that_runs_out_in_a_capture_makes_chunks_smaller_and_graphs_stay(device, tiny_model, batch, launches):
     attack = planned(tiny_model)
     expected = planned(tiny_model, engine="eager")(*batch)
-    device.launches_left = 5
+    device.launches_left = launches
     with pytest.warns(UserWarning, match="memory ran out with 8 images at once; continuing with 4") as told:
         assert (attack(*batch) - expected).abs().max() < 1e-6
     assert len(told) == 1 and program_of(attack)._arena is None  # freed, and after the capture
-    device.launches_left = None
     for _ in range(3):
         assert (attack(*batch) - expected).abs().max() < 1e-6
-    assert (device.captures, device.replays) == (2, 2)
+    assert (device.captures, device.replays) == (2, 2) and device.ended == [(0, 1)]
     assert program_of(attack).largest_chunk == 4 and program_of(attack)._graphs.reason == ""
 
 
@@ -106,7 +107,6 @@ def test_memory_that_never_suffices_for_a_capture(device, tiny_model, batch):
         warnings.simplefilter("error")
         assert (attack(images, labels) - expected).abs().max() < 1e-6
     assert device.captures == 1 and "out of memory" in program_of(attack)._graphs.reason
-    device.launches_left = None
     attack(*batch), attack(*batch)
     assert (device.captures, device.replays) == (2, 1)
 

@@ -1,5 +1,6 @@
 """What only a CUDA device can show: graph capture, streams, another device, more than 2^31 values."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch import nn
 
 from tests.ops.cases import EPS, FORMATS, MOMENTUM, Case
-from twins_fast import ops
+from twins_fast import TrainingStep, ops
 from twins_fast.attacks import PGD
+from twins_fast.attacks.engine import cuda_graph
+from twins_fast.methods import METHODS
 from twins_fast.models import CifarResNet
 from twins_fast.ops import backend, native, reference
 
@@ -139,12 +142,13 @@ def attacks(model, **options):
 
 def check_attack(plan, eager, images, labels, agree=0.99, **start):
     """Nearly all pixels are the same; where a gradient is nearly 0 its sign may differ."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the attack runs without a CUDA graph")
-        adversarial = plan(images, labels, **start)
     want = eager(images, labels, **start)
-    assert ((adversarial - want).abs() < 1e-5).float().mean() > agree
-    assert (adversarial - images).abs().max() <= plan.eps + 1e-6 and plan.nan_gradients == 0
+    for _ in range(2):  # as it is and captured, then by a replay
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the attack runs without a CUDA graph")
+            adversarial = plan(images, labels, **start)
+        assert ((adversarial - want).abs() < 1e-5).float().mean() > agree
+        assert (adversarial - images).abs().max() <= plan.eps + 1e-6 and plan.nan_gradients == 0
     return adversarial
 
 
@@ -248,3 +252,59 @@ def test_a_network_with_everything(exact):
     model = Network().cuda().eval()
     images, labels = torch.rand(5, 3, 8, 8, device="cuda"), torch.tensor([0, 1, 2, 3, 0], device="cuda")
     check_attack(*attacks(model, steps=2), images, labels)
+
+
+def training_step(model, method="twins-at", dtype=None, engine="eager"):
+    model = METHODS[method]().prepare(copy.deepcopy(model)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    attack = PGD(model, steps=2, engine=engine)
+    return TrainingStep(model, optimizer, method=method, attack=attack, amp_dtype=dtype, scaler=scaler)
+
+
+def train(step, images, labels, rates):
+    losses = []
+    for i, rate in enumerate(rates):
+        torch.manual_seed(i)
+        losses.append(step(images.roll(i, 0), labels.roll(i), rate)["loss"])
+    return torch.stack(losses).tolist()
+
+
+@pytest.mark.parametrize("engine", ["eager", "plan"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["at", "twins-at", "twins-trades"])
+def test_a_captured_training_step(victim, method, dtype, engine, exact, monkeypatch):
+    model, images, labels = victim
+    model.layers.append(nn.Dropout(0.2))  # draws from the device's generator
+    rates = [0.01, 0.02, 0.005, 0.01, 0.001]
+    step, other = training_step(model, method, dtype, engine), training_step(model, method, dtype, engine)
+    losses = train(step, images, labels, rates)
+    assert step.reason == "" and len(step._graphs._captured) == 1
+    monkeypatch.setattr(cuda_graph, "has_graphs", lambda device: False)
+    assert losses == pytest.approx(train(other, images, labels, rates), rel=1e-4 if dtype is None else 0.05)
+    for (name, ours), theirs in zip(step.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        if dtype is None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_captured_step_is_skipped_where_its_loss_is_not_finite(victim, dtype):
+    model, images, labels = victim
+    step = training_step(model, dtype=dtype)
+    train(step, images, labels, [0.01] * 3)
+    with torch.no_grad():
+        step.model.fc_downstream.bias[0] = torch.inf
+    before = [p.detach().clone() for p in step.model.parameters()]
+    assert not step(images, labels)["loss"].isfinite() and step.reason == ""
+    assert all(torch.equal(p, old) for p, old in zip(step.model.parameters(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the training step runs without")
+def test_a_step_that_waits_for_the_device_is_not_captured(victim, monkeypatch):
+    model, images, labels = victim
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, x: forward(self, x) * (float(x.mean()) > 0))
+    step = training_step(model)
+    losses = train(step, images, labels, [0.01] * 3)
+    assert "captur" in step.reason and all(0 < loss < 20 for loss in losses)
+    torch.cuda.synchronize()

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.graph_emulator import Device
 from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, refused, train
 from twins_fast.checkpoints import load_checkpoint, save_checkpoint
 from twins_fast.methods import METHODS, TwinsAT
 from twins_fast.models import build_model
+from twins_fast.ops.backend import use_backend
 from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
 
@@ -358,6 +360,25 @@ def test_truncated_checkpoint_is_refused_and_kept(capsys, tmp_path, npz):
     last.write_bytes(cut)
     assert "last.safetensors" in refused(capsys, "train", "--resume", str(tmp_path / "run"))
     assert last.read_bytes() == cut
+
+
+def test_captured_steps_make_the_same_run(capsys, tmp_path, npz, monkeypatch):
+    """As on a GPU; a loss that is not finite stops it there, too."""
+
+    def fused(recipe, model):
+        options = recipe.optimizer
+        return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=options.weight_decay, fused=True)
+
+    monkeypatch.setattr(trainer, "make_optimizer", fused)
+    options = ["--method", "twins-at", "--attack.engine", "eager"]
+    with use_backend("torch"):
+        assert train(tmp_path / "plain", npz, *options) == 0
+        device = Device(monkeypatch)
+        assert train(tmp_path / "captured", npz, *options) == 0
+        assert (device.captures, device.replays) == (1, 5)
+        assert_same_run(tmp_path / "plain", tmp_path / "captured")
+        assert train(tmp_path / "spoiled", npz, *options, "--lr", "1e30", "--epochs", "3") == 2
+        assert device.replays > 5 and "the loss is" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, npz):

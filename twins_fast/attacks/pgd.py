@@ -303,7 +303,7 @@ class PGD:
             step = sign_step if self.norm == "linf" else any_step
             return program.attack(x, images, self.steps, gradient_of, step), program.nan_gradients
 
-        options = (self._cache.addresses, self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
+        options = (self._cache.watch.changes, self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             adversarial, nan = program.graphed(options, attack, (images, labels, x))
             like_x = adversarial if adversarial.stride() == x.stride() else torch.empty_like(x).copy_(adversarial)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.attacks.engine.helpers import Net, data, small
 from tests.attacks.engine.test_changes import CHANGES
-from twins_fast.attacks.engine.watch import Snapshot, fingerprint, obstacle
+from twins_fast.attacks.engine.watch import Snapshot, Watch, fingerprint, obstacle
 from twins_fast.nn.modes import in_mode, modules_of
 
 VALUES_ONLY = {"double_weights", "new_statistics", "optimiser_step", "load_other_state", "other_normalisation"}
@@ -127,9 +127,9 @@ ALL = [
 def test_any_change_is_seen(change):
     model = type("Own", (Watched,), {"table": {"a": [1, 2]}})()
     snapshot = Snapshot(model)
-    assert snapshot.holds() and snapshot.holds()
+    assert snapshot.holds(model) and snapshot.holds(model)
     change(model)
-    assert not snapshot.holds() and Snapshot(model).holds() == ("hook" not in change.__name__)
+    assert not snapshot.holds(model) and Snapshot(model).holds(model) == ("hook" not in change.__name__)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -141,15 +141,29 @@ def test_it_notices_what_a_fingerprint_does_and_where_tensors_are(change):
     model = small()
     snapshot, before = Snapshot(model), state(model)
     change(model)
-    assert snapshot.holds() == (state(model) == before) == (change.__name__ in VALUES_ONLY)
+    assert snapshot.holds(model) == (state(model) == before) == (change.__name__ in VALUES_ONLY)
+
+
+def test_a_watch_counts_changes():
+    model, watch = small(), Watch()
+    assert watch.look(model) and not watch.look(model) and watch.changes == 1
+    seen = watch.fingerprint
+    model.conv1.kernel_size = tuple(list(model.conv1.kernel_size))  # equal, but another object, as an export leaves it
+    assert watch.look(model) and watch.fingerprint is seen and watch.changes == 1
+    model.conv1.weight.data = model.conv1.weight.data.clone()
+    assert watch.look(model) and watch.fingerprint is seen and watch.changes == 2
+    model.bn1.eps = 0.5
+    assert watch.look(model) and watch.fingerprint is not seen and watch.changes == 3
+    assert watch.look(copy.deepcopy(model)) and watch.changes == 4
 
 
 def test_hooks_on_all_modules_are_seen():
-    snapshot = Snapshot(small())
+    model = small()
+    snapshot = Snapshot(model)
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
-    assert not snapshot.holds()
+    assert not snapshot.holds(model)
     handle.remove()
-    assert snapshot.holds()
+    assert snapshot.holds(model)
 
 
 def test_modes_of_odd_modules():

@@ -17,7 +17,7 @@ from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
-from twins_fast.attacks.engine.watch import Snapshot, fingerprint, obstacle
+from twins_fast.attacks.engine.watch import Watch, obstacle
 
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device]  # shape of an image, precision, device
 
@@ -26,22 +26,16 @@ RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
 
 
 class PlanCache:
-    """The plans of a model; ``lock`` is held while one is built or runs.
-
-    Attributes:
-        addresses: counts how often the model's tensors have moved.
-    """
+    """The plans of a model; ``lock`` is held while one is built or runs, ``watch`` looks at the model in every call."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.addresses = 0
+        self.watch = Watch()
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.forget()
 
     def forget(self) -> None:
         """Drop all plans and their memory."""
-        self._snapshot: Snapshot | None = None
-        self._fingerprint: tuple | None = None  # None if the model cannot be examined
         self._obstacles: dict[tuple, str] = {}  # (dtype, device) of images -> what obstacle() said
         self._plans: OrderedDict[Kind, tuple[tuple | None, Program | str]] = OrderedDict()  # with their fingerprint
         self._changes: dict[Kind, int] = {}  # rebuilds in a row
@@ -66,7 +60,12 @@ class PlanCache:
             self._model = weakref.ref(model)
         kind = (tuple(images.shape[1:]), dtype, images.device)
         try:
-            reason = self._look(model, images)
+            if self.watch.look(model):
+                self._obstacles.clear()
+            about = (images.dtype, images.device)
+            if about not in self._obstacles:
+                self._obstacles[about] = obstacle(model, images)
+            reason = self._obstacles[about]
             if reason:
                 return reason
             program = self._known(kind)
@@ -105,27 +104,13 @@ class PlanCache:
         with self.lock:
             self._plans.update({k: (seen, reason) for k, (seen, known) in self._plans.items() if known is program})
 
-    def _look(self, model: nn.Module, images: Tensor) -> str:
-        """Notice what has changed about the model since the last call, and say what forbids a plan."""
-        if self._snapshot is None or not self._snapshot.holds():
-            before, last, self._fingerprint, self._snapshot = self._fingerprint, self._snapshot, None, None
-            self._obstacles.clear()
-            seen = fingerprint(model)
-            self._fingerprint = before if seen == before else seen
-            self._snapshot = Snapshot(model)
-            self.addresses += last is None or self._snapshot.tensors != last.tensors
-        about = (images.dtype, images.device)
-        if about not in self._obstacles:
-            self._obstacles[about] = obstacle(model, images)
-        return self._obstacles[about]
-
     def _known(self, kind: Kind) -> Program | str | None:
         """What is known for the model as it is."""
         seen, known = self._plans.get(kind, (None, None))
-        return known if seen is self._fingerprint else None
+        return known if seen is self.watch.fingerprint else None
 
     def _keep(self, kind: Kind, program: Program | str) -> None:
-        self._plans[kind] = (self._fingerprint, program)
+        self._plans[kind] = (self.watch.fingerprint, program)
         self._plans.move_to_end(kind)
         while len(self._plans) > KEPT_PLANS:
             self._changes.pop(self._plans.popitem(last=False)[0], None)

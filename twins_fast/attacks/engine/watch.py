@@ -61,6 +61,36 @@ def obstacle(model: nn.Module, images: Tensor) -> str:
     return ""
 
 
+class Watch:
+    """Notices what changes about a model from one look to the next.
+
+    Attributes:
+        fingerprint: the very same object as long as it is equal; None while the model cannot be examined.
+        changes: how often the fingerprint has changed, or tensors have moved.
+    """
+
+    def __init__(self) -> None:
+        self.fingerprint: tuple | None = None
+        self.changes = 0
+        self._snapshot: Snapshot | None = None
+
+    def look(self, model: nn.Module) -> bool:
+        """Whether anything but values may have changed since the last look.
+
+        Raises:
+            NotCaptured: see :func:`fingerprint`.
+        """
+        last, before = self._snapshot, self.fingerprint
+        if last is not None and last.holds(model):
+            return False
+        self._snapshot = self.fingerprint = None
+        seen = fingerprint(model)
+        self.fingerprint = before if seen == before else seen
+        self._snapshot = Snapshot(model)
+        self.changes += self.fingerprint is not before or last is None or self._snapshot.tensors != last.tensors
+        return True
+
+
 class Snapshot:
     """A model at one moment, to be compared in every attack, in a tenth of the time that a fingerprint takes.
 
@@ -81,9 +111,14 @@ class Snapshot:
         own = [pair for d in map(vars, (*self._modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
         self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
 
-    def holds(self) -> bool:
+    def holds(self, model: nn.Module) -> bool:
         """Whether all that a fingerprint, an obstacle or the tensors' addresses depend on is surely as it was."""
-        if any(self._hooks) or has_global_hooks() or [type(module) for module in self._modules] != self._types:
+        if (
+            model is not self._modules[0]
+            or any(self._hooks)
+            or has_global_hooks()
+            or [type(module) for module in self._modules] != self._types
+        ):
             return False
         for now, (names, values) in zip(self._dictionaries(), self._contents, strict=True):
             if list(now) != names or not all(map(operator.is_, now.values(), values)):

@@ -113,6 +113,13 @@ def test_nothing_that_a_capture_makes_is_left_behind(device, tiny_model):
     assert step.optimizer.param_groups[0]["lr"] == RATES[-1] and not hasattr(step.optimizer, "found_inf")
 
 
+def test_gradients_of_parameters_that_are_not_trained_do_not_pile_up(device, tiny_model):
+    step = made(tiny_model)
+    step.optimizer = torch.optim.SGD(step.model.fc_downstream.parameters(), lr=1.0, momentum=0.9, fused=True)
+    trained(step)
+    assert device.replays == 4 and all(p.grad is None for p in step.model.parameters())
+
+
 def test_batches_of_other_sizes_have_their_own_graphs(device, monkeypatch, tiny_model):
     sizes = [8, 6, 8, 6, 7, 5, 4, 8, 8]
     data = [next(batches(1, rows)) for rows in sizes]
@@ -388,6 +395,10 @@ def compiled(step):
     step.model.bn1 = torch.compile(step.model.bn1, backend="eager")
 
 
+def compiled_in_place(step):
+    step.model.bn1.compile(backend="eager")
+
+
 def own_attack(step):
     attack = step.attack
     step.attack = lambda images, labels, x_init: attack(images, labels, x_init)
@@ -417,6 +428,7 @@ OBSTACLES = {
     hooked: "module 'bn1' has hooks", hooked_parameter: "conv1.weight has hooks",
     hooked_accumulation: "conv1.weight has hooks", hooked_optimizer: "the optimiser has hooks",
     wrapped: "the model is a DataParallel", compiled: "module 'bn1' is compiled",
+    compiled_in_place: "module 'bn1' is compiled",
     own_attack: "the attack is a function, not a PGD of this model",
     attack_of_another: "the attack is a PGD, not a PGD of this model",
     unfused: "fused=True", damped: "dampening", uncapturable: "capturable=True", another_optimizer: "is a RMSprop",

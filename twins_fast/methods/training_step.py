@@ -98,7 +98,7 @@ class TrainingStep:
         rates = _rates(self.optimizer, images.device) if _skips_on_device(self.optimizer) else ()
 
         def step(images: Tensor, labels: Tensor, start: Tensor, *rates: Tensor) -> tuple[Tensor, ...]:
-            self.optimizer.zero_grad()
+            self._drop_gradients()
             nan: list[Tensor] = []
             with nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype):
                 if attack is None:
@@ -109,7 +109,7 @@ class TrainingStep:
                 loss = method.loss(logits, labels)
             metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
             self._update(loss, rates)
-            self.optimizer.zero_grad()
+            self._drop_gradients()
             self._names, self._logits = list(metrics), logits.adversarial.detach()
             return *metrics.values(), *nan
 
@@ -149,6 +149,11 @@ class TrainingStep:
         known = type(attack) is PGD and attack.model is self.model and type(self.method).perturb is Method.perturb
         return attack if known else None
 
+    def _drop_gradients(self) -> None:
+        """Of all parameters: a graph must not add to memory that somebody else may free."""
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
+
     def _update(self, loss: Tensor, rates: tuple[Tensor, ...]) -> None:
         """Backward pass and optimiser step, unless the loss is not finite."""
         if not rates:  # the optimiser cannot decide on the device
@@ -157,11 +162,10 @@ class TrainingStep:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return
-        bad = ~loss.detach().isfinite()
         if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
-            loss = loss * torch.where(bad, torch.nan, 1.0)
+            loss = loss * (0 * loss.detach() + 1)  # 1, or NaN where the loss is not finite
         else:
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+            self.optimizer.found_inf = (~loss.detach().isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler tells it
         try:
             self.scaler.scale(loss).backward()
             with _learning_rates(self.optimizer, rates):
@@ -194,7 +198,7 @@ class TrainingStep:
         states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
         state = tuple(_plain(value) for entries in states for value in entries.values())
         groups = tuple(
-            (len(group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
+            (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
             for group in self.optimizer.param_groups
         )
         return self.method, self.amp_dtype, options, scaling, tensors, flags, state, groups, fingerprint(model)
@@ -264,7 +268,7 @@ def _obstacle_of_model(model: nn.Module, device: torch.device) -> str:
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             return f"{where} is a {type(module).__name__}"
-        if is_compiled(module):
+        if is_compiled(module) or module._compiled_call_impl is not None:
             return f"{where} is compiled"
         if has_hooks(module):
             return f"{where} has hooks"

@@ -155,3 +155,16 @@ def test_random_numbers_of_the_cpu_are_not_baked_in(device):
     with pytest.warns(UserWarning, match=r"random numbers on the CPU \(torch\)"):
         drawn = [call() for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True)) and device.replays == 0
+
+
+def test_the_emulator_shows_what_is_baked_in(device):
+    graphs, x, factor = Graphs(torch.device("cpu"), "function"), torch.ones(2), 1.0
+
+    def call():
+        (y,) = graphs(lambda: 0, lambda x: (x * factor,), (x,), list, lambda: False)
+        return y.tolist()
+
+    assert call() == [1, 1]
+    x.fill_(3)
+    factor = 2.0
+    assert call() == [3, 3] and device.replays == 1

@@ -12,12 +12,13 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cuda_graph
-from twins_fast.attacks.engine.nodes import tensors_of
-from twins_fast.attacks.engine.watch import fingerprint, is_compiled
+from twins_fast.attacks.engine.nodes import NotCaptured, tensors_of
+from twins_fast.attacks.engine.watch import Watch, is_compiled
 from twins_fast.devices import has_graphs
 from twins_fast.methods.base import Attack, Method
 from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
+from twins_fast.nn.modes import modules_of
 from twins_fast.nn.wings import twin_layers
 from twins_fast.ops.group import world_size
 from twins_fast.validation import check_choice, checked_logits
@@ -72,6 +73,8 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.reason = "there has been no step"
         self._graphs: cuda_graph.Graphs | None = None
+        self._watch = Watch()
+        self._model_obstacles: dict[torch.device, str] = {}  # of a model that has not changed since
         self._names: list[str] = []  # of the metrics
         self._logits: Tensor | None = None
 
@@ -165,7 +168,8 @@ class TrainingStep:
         if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
             loss = loss * (0 * loss.detach() + 1)  # 1, or NaN where the loss is not finite
         else:
-            self.optimizer.found_inf = (~loss.detach().isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler tells it
+            bad = ~loss.detach().isfinite()
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells it
         try:
             self.scaler.scale(loss).backward()
             with _learning_rates(self.optimizer, rates):
@@ -182,26 +186,39 @@ class TrainingStep:
             return f"the attack is a {type(self.attack).__name__}, not a PGD of this model for a usual method"
         if torch.is_autocast_enabled(images.device.type):
             return "it runs inside of autocast, which may hold old weights; use amp_dtype"
-        return _obstacle_of_optimizer(self.optimizer) or _obstacle_of_model(self.model, images.device)
+        try:
+            if self._watch.look(self.model) or images.device not in self._model_obstacles:
+                self._model_obstacles = {images.device: _obstacle_of_model(self.model, images.device)}
+        except NotCaptured as error:
+            return str(error)
+        obstacle = _obstacle_of_optimizer(self.optimizer) or self._model_obstacles[images.device]
+        return obstacle or _hooks_of_parameters(self.model)
 
     def _key(self) -> Hashable:
-        """All that a step depends on besides values of tensors."""
-        model, attack, scaler = self.model, self._own_attack(), self.scaler
+        """All that a step depends on besides values of tensors; the model has been looked at."""
+        attack, scaler = self._own_attack(), self.scaler
         options = () if attack is None else tuple(v for k, v in vars(attack).items() if not k.startswith("_"))
         scaling = scaler.is_enabled() and (
             scaler.get_growth_factor(),
             scaler.get_backoff_factor(),
             scaler.get_growth_interval(),
         )
-        tensors = tuple((t.data_ptr(), t.requires_grad) for _, t in tensors_of(model))
-        flags = tuple(module.training for module in model.modules())
+        trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        modes = tuple(module.training for module in modules_of(self.model))
         states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
         state = tuple(_plain(value) for entries in states for value in entries.values())
         groups = tuple(
             (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
             for group in self.optimizer.param_groups
         )
-        return self.method, self.amp_dtype, options, scaling, tensors, flags, state, groups, fingerprint(model)
+        return self.method, self.amp_dtype, options, scaling, self._watch.changes, trained, modes, state, groups
+
+
+def _hooks_of_parameters(model: nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if any(getattr(parameter, hooks, None) for hooks in _TENSOR_HOOKS):
+            return f"{name} has hooks"
+    return ""
 
 
 def _plain(value: Any) -> Hashable:
@@ -277,8 +294,6 @@ def _obstacle_of_model(model: nn.Module, device: torch.device) -> str:
     for name, tensor in tensors_of(model):
         if tensor.device != device:
             return f"{name} is on {tensor.device}"
-        if any(getattr(tensor, hooks, None) for hooks in _TENSOR_HOOKS):
-            return f"{name} has hooks"
     groups = [layer.process_group for layer in twin_layers(model) if layer.process_group is not None]
     if any(world_size(group) > 1 for group in groups):
         return "batch statistics come from several processes"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
+from twins_fast.deferred import raise_found
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
@@ -122,6 +123,7 @@ class Trainer:
         labels = labels.to(self.device, non_blocking=True)
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
         metrics = {name: float(value) for name, value in self.training_step(images, labels, rate).items()}
+        raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.step += 1

@@ -118,17 +118,21 @@ def table(kernels: list[dict]) -> str:
     for kernel in kernels:
         groups.setdefault((kernel["language"], kernel["name"], kernel["variant"]), {})[kernel["architecture"]] = kernel
     for (language, name, variant), by_architecture in groups.items():
-        each = [by_architecture[a] for a in architectures]
+        each = list(by_architecture.values())
         access = f"{min(k['load_bits'] for k in each)} / {min(k['store_bits'] for k in each)} bit"
         shared = f"{max(k['shared_bytes'] for k in each) / 1024:.0f} KiB"
-        registers = [
-            f" {k['registers']}" + (f" ({k['spilled_bytes']} bytes spilled) " if k["spilled_bytes"] else " ")
-            for k in each
-        ]
+        registers = [f" {_registers(by_architecture.get(a))} " for a in architectures]
         lines.append(
             "|".join([f"| {language} `{name}` ", f" {variant} ", f" {access} ", f" {shared} ", *registers, ""])
         )
     return "\n".join(lines)
+
+
+def _registers(kernel: dict | None) -> str:
+    if kernel is None:
+        return "not for it"  # a size of blocks that such devices do not choose
+    spilled = f" ({kernel['spilled_bytes']} bytes spilled)" if kernel["spilled_bytes"] else ""
+    return f"{kernel['registers']}{spilled}"
 
 
 def main() -> None:

@@ -10,25 +10,18 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import re
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bench.header import ROOT
+from twins_fast.qualify import process
 
-PREFIX = "RESULT "  # of a line in which a stage reports one, as JSON
-KEPT_LINES = 60  # of a stage's output in the record
 RESERVE = 1 << 22  # bytes of disk for the record, in case that it fills up
-GRACE = 5.0  # seconds between being asked to end and being killed
 ENDING = 8.0  # seconds kept for the end of the whole
 
 _KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
@@ -55,12 +48,12 @@ def first_session(device: str) -> list[Stage]:
     limits = ["--timeout", "60", "--timeout-method", "thread", "--max-worker-restart", "40"]
     own_allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that memcheck sees where a tensor ends
     return [
-        _own("device", 50, device),
+        _own("device", 40, device),
         replace(_own("build", 100, device), environment={"TWINS_FAST_CUDA": "native"}),
-        _own("smoke", 90, device),
+        _own("smoke", 140, device),
         _own("twin_bn", 70, device),
-        _own("attack", 150, device),
-        Stage("tests", 130, [sys.executable, "-m", "pytest", "-q", "-n", workers, *limits, *tests]),
+        _own("attack", 140, device),
+        Stage("tests", 110, [sys.executable, "-m", "pytest", "-q", "-n", workers, *limits, *tests]),
         Stage("memcheck", 70, _sanitizer("memcheck"), environment=own_allocations),
         _own("compile", 150, device),
     ]
@@ -140,93 +133,19 @@ def run(stages: list[Stage], record: Record, seconds: float) -> bool:
     for stage in stages:
         left = ends - time.monotonic()
         print(f"== {stage.name}, at most {min(stage.limit, left):.0f} s", flush=True)
-        outcome = run_stage(stage, min(stage.limit, left)) if left > GRACE else _skipped(f"{seconds:.0f} s are over")
-        record.content["stages"][stage.name] = outcome
+        if left > process.GRACE:
+            outcome = process.run(stage.command, min(stage.limit, left), ROOT, stage.environment, _say)
+        else:
+            outcome = process.Outcome("skipped", f"{seconds:.0f} s are over")
+        record.content["stages"][stage.name] = asdict(outcome)
         record.write()
-        print(f"   {outcome['status']} {outcome['reason']}", flush=True)
+        _say(f"{outcome.status} {outcome.reason}")
     record.finish()
     return all(outcome["status"] == "passed" for outcome in record.content["stages"].values())
 
 
-def _skipped(reason: str) -> dict[str, Any]:
-    return {"status": "skipped", "reason": reason, "seconds": 0.0, "results": [], "output": []}
-
-
-def run_stage(stage: Stage, limit: float) -> dict[str, Any]:
-    """Run one stage; what became of it.
-
-    Returns:
-        ``status`` (passed, failed, crashed, stopped at its limit, or missing), ``reason``, ``seconds``, ``results``
-        (all that it reported, also if it did not end well) and ``output`` (its last lines).
-    """
-    started = time.monotonic()
-    environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
-    try:
-        process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return _skipped(f"{stage.command[0]}: {error.strerror}") | {"status": "missing"}
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-    results: list[Any] = []
-    output: deque[str] = deque(maxlen=KEPT_LINES)
-    stopped = not _collect(lines, started + limit, results, output)
-    if stopped:
-        _end(process)
-        _collect(lines, time.monotonic() + 1, results, output)
-    code = process.wait()
-    status, reason = "passed", ""
-    if stopped:
-        status, reason = "stopped", f"at its limit of {limit:.0f} s"
-    elif code < 0:
-        status, reason = "crashed", f"by {signal.Signals(-code).name}"
-    elif code:
-        status, reason = "failed", f"exit code {code}: {output[-1] if output else 'no output'}"
-    seconds = round(time.monotonic() - started, 1)
-    return {"status": status, "reason": reason, "seconds": seconds, "results": results, "output": list(output)}
-
-
-def _read(pipe: IO[str], lines: queue.Queue[str | None]) -> None:
-    for line in pipe:
-        lines.put(line.rstrip("\n"))
-    lines.put(None)
-
-
-def _collect(lines: queue.Queue[str | None], until: float, results: list[Any], output: deque[str]) -> bool:
-    """Sort lines into results and output; whether the process has ended before the time ``until``."""
-    while True:
-        try:
-            line = lines.get(timeout=max(0.0, until - time.monotonic()))
-        except queue.Empty:
-            return False
-        if line is None:
-            return True
-        if line.startswith(PREFIX):
-            with contextlib.suppress(ValueError):  # a line that a crash cut
-                results.append(json.loads(line.removeprefix(PREFIX)))
-                continue
-        output.append(line)
-        print(f"   {line}", flush=True)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the process and all that it has started."""
-    for how, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait)
-            if how == signal.SIGKILL:
-                return
+def _say(line: str) -> None:
+    print(f"   {line}", flush=True)
 
 
 def summary(content: dict[str, Any]) -> str:

@@ -6,29 +6,29 @@ Each prints what it finds as it finds it, a line of JSON each, so that a crash o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.gpu_check import PREFIX
 from bench.header import ROOT, header
-from twins_fast import PGD, ops
-from twins_fast.ops import backend, layout, native
+from twins_fast.ops import native
+from twins_fast.qualify import process
+from twins_fast.qualify.checks import CHECKS
+from twins_fast.qualify.run import LIMITS
+from twins_fast.verdicts import PASSED, SLOWER
 
 LAYERS = ("64x112x112/bn+relu", "256x56x56/bn+add+relu", "512x28x28/bn+add+relu", "64x56x56/bn+relu",
           "1024x14x14/bn+add+relu", "512x7x7/bn+relu")  # fmt: skip
 NETWORKS = {"resnet50-224": 128, "resnet18-32": 256}  # and how many images
 CHUNKS = (16, 32, 64)
+CPU_CHECKS = ("twin_batch_norm cpp", "plan")
 SHOWN = 30  # kernels of a replay
 COPIED = 1 << 28  # float32 values
 SIDE = 8192  # of the matrices whose product shows the peak
@@ -44,7 +44,7 @@ def stage(function: Callable[[str], None]) -> Callable[[str], None]:
 
 def report(text: str, **values: Any) -> None:
     """A result: a line for the reader, and its values."""
-    print(PREFIX + json.dumps({"text": text, **values}), flush=True)
+    process.report(text=text, **values)
 
 
 class Wrong(Exception):
@@ -86,101 +86,19 @@ def build(kind: str) -> None:
 
 @stage
 def smoke(kind: str) -> None:
-    """Every kernel once, into garbage; then a replayed graph and a small plan."""
-    wrong = 0
-    for name in _backends(kind):
-        try:
-            with backend.use_backend(name), _garbage():
-                wrong += _two_wing_batch_norm(name, kind)
-                if kind == "cuda":
-                    wrong += _replayed(name)
-        except Exception as error:
-            report(f"{name}: {type(error).__name__}: {error}")
-            wrong += 1
-    for dtype in (None, torch.bfloat16, torch.float16):
-        wrong += _small_plan(kind, dtype)
+    """The checks that a device has to pass before our kernels run on it by default."""
+    wrong = []
+
+    def found(subject: str, outcome: str, reason: str = "", **more: Any) -> None:
+        measured = ", ".join(f"{name} {value}" for name, value in more.items())
+        report(f"{subject}: {outcome} {reason}{measured}", subject=subject, outcome=outcome, **more)
+        if outcome not in (PASSED, SLOWER):
+            wrong.append(subject)
+
+    for name in LIMITS if kind == "cuda" else CPU_CHECKS:
+        CHECKS[name](torch.device(kind), found)
     if wrong:
-        raise Wrong(f"{wrong} results are wrong")
-
-
-def _backends(kind: str) -> tuple[str, ...]:
-    return ("cuda", "triton") if kind == "cuda" else ("cpp",)
-
-
-@contextmanager
-def _garbage() -> Iterator[None]:
-    """Results start as NaN, and bits as a pattern: what a kernel leaves out shows."""
-    known = {name: getattr(layout, name) for name in ("forward_results", "backward_results", "empty_stats")}
-
-    def spoilt(function: Callable) -> Callable:
-        def spoil(*arguments: Any) -> Any:
-            results = function(*arguments)
-            for tensor in [results] if isinstance(results, Tensor) else results:
-                tensor.fill_(float("nan") if tensor.is_floating_point() else 0xA5)
-            return results
-
-        return spoil
-
-    for name, function in known.items():
-        setattr(layout, name, spoilt(function))
-    try:
-        yield
-    finally:
-        for name, function in known.items():
-            setattr(layout, name, function)
-
-
-def _two_wing_batch_norm(name: str, kind: str) -> int:
-    from bench.sanitize import DTYPES, EPILOGUES, LAYOUTS, SHAPES, errors_of, splits_of
-
-    wrong = 0
-    for dtype, memory in product(DTYPES, LAYOUTS):
-        worst = 0.0
-        for number, (shape, (add, relu)) in enumerate(product(SHAPES, EPILOGUES)):
-            split = splits_of(shape)[number % len(splits_of(shape))]
-            worst = max(worst, *errors_of(shape, dtype, memory, split, add, relu, kind, number).values())
-        report(f"{name} {dtype} {memory}: at most {worst:.2f} of the error allowed", error=worst)
-        wrong += not worst <= 1
-    return wrong
-
-
-def _replayed(name: str) -> int:
-    """Whether a replayed graph gives what a call does, on new values."""
-    x = torch.randn(16, 64, 28, 28, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    wings = [[torch.randn(64, device="cuda").abs() for _ in range(4)] for _ in range(2)]
-
-    def call() -> Tensor:
-        return ops.twin_batch_norm(x, 8, wings[0], [t.clone() for t in wings[1]], 0.1, 1e-5, None, True)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    same = torch.equal(y, call())
-    report(f"{name}: a replayed graph is {'right' if same else 'wrong'}")
-    return not same
-
-
-def _small_plan(kind: str, dtype: torch.dtype | None) -> int:
-    from bench.sanitize import network
-
-    model = network().to(kind)
-    images, labels = torch.rand(37, 3, 64, 64, device=kind), torch.arange(37, device=kind) % 10
-    plan, eager = (PGD(model, steps=1, random_start=False, engine=e, amp_dtype=dtype) for e in ("plan", "eager"))
-    name = f"a plan in {'float32' if dtype is None else native.dtype_name(dtype)}"
-    try:
-        same = (plan(images, labels) == eager(images, labels)).float().mean().item()
-    except Exception as error:
-        report(f"{name}: {type(error).__name__}: {error}")
-        return 1
-    report(f"{name}: {same:.2%} of the pixels as eager", same=same)
-    return same < (0.99 if dtype is None else 0.9)
+        raise Wrong(f"{len(wrong)} of them are wrong or unknown: {', '.join(wrong)}")
 
 
 @stage

@@ -17,6 +17,7 @@ from bench.header import ROOT
 from bench.mini import RESULT as MINI
 from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
+from twins_fast.verdicts import PASSED, SHIPPED
 
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("**/*.md")))
@@ -114,6 +115,19 @@ def imports() -> str:
     """What importing the package adds to importing PyTorch."""
     record = _read(bench_imports.RESULT)
     return f"{bench_imports.table(record['times'])}\n\n{source(record)}"
+
+
+def devices() -> str:
+    """The GPUs whose verdicts come with the package."""
+    lines = [["device", "sm", "driver", "passed", "not"]]
+    for path in sorted(SHIPPED.glob("*.json")):
+        content = _read(path)
+        key, found = content["key"], content["verdicts"]
+        passed = [subject for subject, (outcome, *_) in found.items() if outcome == PASSED]
+        others = [f"{subject} ({outcome})" for subject, (outcome, *_) in found.items() if outcome != PASSED]
+        capability = "".join(map(str, key["capability"]))
+        lines.append([key["device"], capability, key["driver"], ", ".join(passed), ", ".join(others)])
+    return markdown(lines) if len(lines) > 1 else "No GPU has been measured yet: none of these kernels has run on one."
 
 
 def host() -> str:
@@ -288,7 +302,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
-TABLES |= {"imports": imports, "host": host}
+TABLES |= {"imports": imports, "host": host, "devices": devices}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}

@@ -1,4 +1,4 @@
-"""The steps of an attack's plan in Triton, on channels-last memory [pixels, C]. Not yet run on a GPU.
+"""The steps of an attack's plan in Triton, on channels-last memory [pixels, C].
 
 Storage is float32, bfloat16 or float16, arithmetic float32; ReLU masks are bits, [pixels, ceil(C / 8)] uint8 (see
 tiles.py). A program has a tile of pixels and channels. The functions write to tensors of the caller's;
@@ -32,7 +32,7 @@ class ConvolutionConfig(NamedTuple):
     stages: int
 
 
-# Not yet measured on a GPU.
+# The fastest is measured at the first call.
 CONVOLUTION_CONFIGS = [
     ConvolutionConfig(128, 128, 64, 8, 3),
     ConvolutionConfig(128, 128, 32, 8, 4),

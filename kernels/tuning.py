@@ -6,7 +6,6 @@ measured, and the first candidate is used, for small tensors, during CUDA graph 
 
 A launch from Python takes longer than most of these kernels. So what is timed is the replay of a CUDA graph of many
 launches, which take turns with copies of their tensors: from a cache that holds all of them every choice looks fast.
-Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -180,11 +179,15 @@ def _milliseconds(run: Callable[[], None]) -> float:
     return begin.elapsed_time(end)
 
 
+def cache_folder() -> Path:
+    """Where files are kept from run to run; RuntimeError: there is no home folder."""
+    folder = os.environ.get("TWINS_FAST_CACHE")
+    return Path(folder) if folder else Path("~/.cache/twins-fast").expanduser()
+
+
 def path(name: str) -> Path:
     """The file for devices of this name."""
-    folder = os.environ.get("TWINS_FAST_CACHE")
-    folder = Path(folder) if folder else Path("~/.cache/twins-fast").expanduser()
-    return folder / f"triton-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+    return cache_folder() / f"triton-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
 
 
 def load(name: str) -> dict[str, Config]:

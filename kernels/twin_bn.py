@@ -1,4 +1,4 @@
-"""Two-wing batch norm in Triton: two launches per direction. Not yet run on a GPU.
+"""Two-wing batch norm in Triton: two launches per direction.
 
 Forward: partial moments of the adaptive half; then each program merges those of its channels and normalises its
 rows of either half. Backward: partial sums, with all results of the frozen half on the way; then the adaptive half.

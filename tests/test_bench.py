@@ -250,13 +250,15 @@ def test_without_a_gpu_it_says_so(capsys):
 
 def test_sanitize_passes_and_fails(monkeypatch, capsys):
     from bench import sanitize
+    from twins_fast.qualify import checks
 
     monkeypatch.setattr(sanitize, "SHAPES", [(2, 3, 3, 1)])
-    monkeypatch.setattr(sanitize, "DTYPES", ["float32"])
+    monkeypatch.setattr(sanitize, "DTYPES", [torch.float32])
     monkeypatch.setattr(sanitize, "backend", type("", (), {"use_backend": lambda name: harness.nullcontext()}))
     monkeypatch.setattr(sys, "argv", ["sanitize", "--backends", "cpp"])
     assert sanitize.main() == 0 and ": 0 wrong" in capsys.readouterr().out
-    monkeypatch.setattr(sanitize, "twins_fast", lambda *args: twin_bn.twins_fast(*args) * 1.01)
+    twin_batch_norm = checks.twin_batch_norm
+    monkeypatch.setattr(checks, "twin_batch_norm", lambda *args: twin_batch_norm(*args) * 1.01)
     assert sanitize.main() == 1 and "y is off by" in capsys.readouterr().out
 
 

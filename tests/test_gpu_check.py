@@ -11,11 +11,13 @@ import torch
 from bench import gpu_check, gpu_stages
 from bench.gpu_check import Record, Stage, run, summary
 from twins_fast.ops import native
+from twins_fast.qualify import process
 
 SPOILT_KERNELS = """
 import sys
 from bench import gpu_stages
 from twins_fast.ops import native
+from twins_fast.qualify import process
 real = native.forward
 def wrong(*arguments):
     y, *rest = real(*arguments)
@@ -36,7 +38,7 @@ def result(values):
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    monkeypatch.setattr(process, "GRACE", 0.5)
     monkeypatch.setattr(gpu_check, "ENDING", 0.0)
     return Record(tmp_path / "made" / "record.json", "the command")
 
@@ -80,7 +82,7 @@ def test_a_failure_does_not_stop_the_next(record, tmp_path):
     assert results[:3] == [[{"text": "found", "value": 3}], [{"text": "half"}], [[1]]]
     assert content["stages"]["odd"]["output"] == ["\N{REPLACEMENT CHARACTER}", "RESULT {cut"]
     assert content["stages"]["much"]["output"][-1] == "19999"
-    assert len(content["stages"]["much"]["output"]) == gpu_check.KEPT_LINES
+    assert len(content["stages"]["much"]["output"]) == process.KEPT_LINES
     shown = summary(content)
     assert "hang     stopped" in shown and "  half\n" in shown and "  [1]" in shown
     time.sleep(1.5)
@@ -135,8 +137,9 @@ def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
 def test_a_wrong_kernel_is_said(record):
     assert not run([python("smoke", SPOILT_KERNELS, limit=120)], record, 130)
     stage = read(record)["stages"]["smoke"]
-    assert stage["status"] == "failed" and stage["reason"].startswith("exit code 1: 6 results are wrong")
-    assert [r["error"] > 1 for r in stage["results"] if "error" in r] == [True] * 6
+    assert stage["status"] == "failed" and stage["reason"].startswith("exit code 1: 3 of them are wrong")
+    outcomes = [result["outcome"] for result in stage["results"]]
+    assert outcomes[:3] == ["failed"] * 3 and "y of (2, 1, 1, 2)" in stage["results"][0]["text"]
 
 
 def test_a_build_without_cuda_is_said(monkeypatch, capsys):

@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).parent.parent / "twins_fast"
 # Lowest first; those of one row do not know each other.
 ROWS = [
     {"kernels", "devices"},
-    {"deferred"},
+    {"deferred", "verdicts"},
     {"validation"},
     {"options", "ops"},
     {"nn"},
     {"models"},
     {"attacks"},
-    {"methods", "evaluation", "checkpoints"},
+    {"methods", "evaluation", "checkpoints", "qualify"},
     {"train"},
 ]
 

@@ -1,4 +1,4 @@
-// Images to what the network sees of them, its gradient back, and the sign step of an attack. Not yet run on a GPU.
+// Images to what the network sees of them, its gradient back, and the sign step of an attack.
 //
 // A thread has a pixel of the image before it is upsampled, with all its channels. Every operation is rounded, as
 // PyTorch rounds it: products that are summed up are therefore __fmul_rn, which is never fused.

@@ -10,10 +10,11 @@ import torch
 
 from tests.train.helpers import refused, train
 from twins_fast.checkpoints import load_checkpoint
-from twins_fast.train import cli
+from twins_fast.train import cli, commands
 from twins_fast.train.config_file import read_recipe
 from twins_fast.train.recipes import RECIPES
 from twins_fast.train.run_folder import RunFolder
+from twins_fast.verdicts import Verdict
 
 
 def test_names_are_checked(capsys):
@@ -145,3 +146,51 @@ def test_convert_checkpoint_and_info(capsys, tmp_path):
     assert load_checkpoint(tmp_path / "b.safetensors")[0].keys() == {"conv1.weight"}
     assert cli.main(["info"]) == 0
     assert "twin_batch_norm on cpu:" in capsys.readouterr().out
+
+
+class TestQualify:
+    """Before a network is trained or evaluated on a GPU; the device itself is never asked here."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(commands, "_check_device", lambda name: None)
+        monkeypatch.setattr(commands, "qualify", lambda *arguments, **options: calls.append((arguments, options)) or {})
+        monkeypatch.setattr(commands, "run_with_baselines", lambda *_, **__: [])
+        monkeypatch.setattr(commands, "result_table", lambda results: "")
+        return calls
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [("--device cuda:0", [(("cuda:0",), {})]), ("--device cuda --no-qualify", []), ("--device cpu", [])],
+    )
+    def test_train_does_it_first(self, calls, words, expected, tmp_path):
+        assert cli.main(["train", "--recipe", "mini", "--run", str(tmp_path / "run"), *words.split()]) == 0
+        assert calls == expected
+
+    @pytest.mark.parametrize(("words", "times"), [("--device cuda", 1), ("--device cuda --no-qualify", 0)])
+    def test_eval_does_it_first(self, calls, words, times, capsys):
+        refused(capsys, "eval", "no-such-file", *words.split())
+        assert len(calls) == times
+
+    def test_whatever_becomes_of_it_the_command_goes_on(self, calls, monkeypatch, tmp_path, capsys):
+        def fails(device):
+            raise ValueError("the driver is too old")
+
+        monkeypatch.setattr(commands, "qualify", fails)
+        assert cli.main(["train", "--recipe", "mini", "--run", str(tmp_path / "run"), "--device", "cuda"]) == 0
+        said = "the device could not be checked, so that plain PyTorch runs: the driver is too old"
+        assert said in capsys.readouterr().out
+
+    def test_the_command(self, calls, monkeypatch, capsys):
+        found = {"plan bfloat16": Verdict("slower", "1.01 times the speed of plain PyTorch")}
+        monkeypatch.setattr(
+            commands, "qualify", lambda *arguments, **options: calls.append((arguments, options)) or found
+        )
+        assert cli.main(["qualify", "--again"]) == 0 and calls == [(("cuda",), {"again": True})]
+        assert "plan bfloat16: slower 1.01 times" in capsys.readouterr().out
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+    def test_without_a_gpu(self, capsys):
+        assert "no device 'cuda' here" in refused(capsys, "qualify")
+        assert "cpu is no CUDA device that PyTorch can use" in refused(capsys, "qualify", "--device", "cpu")

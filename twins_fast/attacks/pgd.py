@@ -25,6 +25,7 @@ from twins_fast.devices import capturing
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import check_running_statistics, in_mode
+from twins_fast.ops.native import dtype_name
 from twins_fast.options import fraction_of_255
 from twins_fast.validation import (
     check_choice,
@@ -36,6 +37,7 @@ from twins_fast.validation import (
     check_radius,
     checked_logits,
 )
+from twins_fast.verdicts import PASSED, tell_once, verdict
 
 NORMS = ("linf", "l2", "l2-sign")
 LOSSES = ("ce", "kl", "dlr")
@@ -66,10 +68,10 @@ class PGD:
             images' device.
         targeted: labels are targets, and the loss towards them is minimised.
         engine: ``"plan"`` runs the model's evaluation forward as an explicit program, batch norms folded into the
-            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan on a
-            CPU if the model can be planned, and goes on in eager mode, with a warning, if an error occurs in the
-            engine. :meth:`explain` reports which one runs, and why. Every call sees the current state of the model
-            (but see :meth:`forget`).
+            convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan if
+            the model can be planned, on a CPU and on a GPU that has qualified for it (``twins-fast qualify``), and goes
+            on in eager mode, with a warning, if an error occurs in the engine. :meth:`explain` reports which one runs,
+            and why. Every call sees the current state of the model (but see :meth:`forget`).
         chunk_size: how many images go through all steps of the plan at once, from the first to the last attack step;
             memory grows with it. None: as many as fit into the last cache of a CPU, all on a GPU.
 
@@ -269,13 +271,15 @@ class PGD:
             return "engine='eager'"
         if self.bn_mode == "train":
             return "bn_mode='train' needs batch statistics"
-        if self.engine == "auto" and images.device.type != "cpu":
-            return f"the plan has not yet run on {images.device.type}; engine='plan' asks for it"
         kind = images.device.type
         ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         insist = self.engine == "plan"
-        model, dtype = unwrapped(self.model), self.amp_dtype or ambient
-        program = self._cache.program(model, images, dtype, self.chunk_size, insist)
+        dtype = self.amp_dtype or ambient
+        if not insist and kind != "cpu":
+            reason = _reservation(images.device, dtype)
+            if reason:
+                return reason
+        program = self._cache.program(unwrapped(self.model), images, dtype, self.chunk_size, insist)
         if insist and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
         return program
@@ -425,6 +429,18 @@ def named_attack(name: str, model: nn.Module, **options: Any) -> PGD:
 
 Adversary = Literal["ce", "trades"]
 ADVERSARIES: dict[str, dict[str, Any]] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
+
+
+def _reservation(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the plan does not run on a device that is not a CPU unless it is asked for; "" if it does."""
+    if device.type != "cuda":
+        return f"the plan does not run on {device.type}"
+    subject = f"plan {dtype_name(dtype)}"
+    found = verdict(device, subject)
+    if found.outcome == PASSED:
+        return ""
+    tell_once(device, subject)
+    return f"the plan is {found.outcome} on this device: {found.reason}"
 
 
 def _l2_norm(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class TrainingStep:
 
     On a GPU a step of a new kind (another shape, mode or option) runs as it is and is then captured as a CUDA graph,
     which later ones replay: the batch, the attack's random start and the learning rates are its inputs, and nothing
-    waits for the device. Not yet run on a GPU. Where a step cannot be captured it is the same function without a graph.
+    waits for the device. Where a step cannot be captured it is the same function without a graph.
 
     A loss that is not finite changes neither parameters nor the optimiser's state: read it before you save anything.
     After a step the gradients are None.

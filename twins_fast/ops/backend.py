@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import native, phases
+from twins_fast.verdicts import PASSED, verdict
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # best first; torch runs everywhere
 KERNELS = {"twin_batch_norm": ("cuda", "triton", "cpp")}  # op -> backends that have a kernel for it
@@ -41,7 +43,8 @@ def choose(op: str, x: Tensor) -> str:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {op}: {why}")
         return _forced
     for backend in BACKENDS:
-        if not (_reservation(backend, x.device.type) or _mismatch(backend, x) or _obstacle(backend, op, x.device.type)):
+        why = _obstacle(backend, op, x.device.type) or _mismatch(backend, x)
+        if not (why or _reservation(backend, op, x.device, x.dtype, x.numel())):
             return backend
     raise AssertionError("the torch backend always runs")
 
@@ -90,7 +93,9 @@ def report() -> list[dict[str, Any]]:
             reasons = {}
             for backend in BACKENDS:
                 if _forced is None:
-                    why = _obstacle(backend, op, device) or _reservation(backend, device)
+                    values = sys.maxsize
+                    why = _obstacle(backend, op, device)
+                    why = why or _reservation(backend, op, torch.device(device), torch.float32, values)
                 else:
                     why = _obstacle(backend, op, device) if backend == _forced else f"{_forced} was asked for"
                 if not why:
@@ -125,11 +130,16 @@ def _obstacle(backend: str, op: str, device: str) -> str:
     return ""
 
 
-def _reservation(backend: str, device: str) -> str:
+def _reservation(backend: str, op: str, device: torch.device, dtype: torch.dtype, values: int) -> str:
     """Why a backend that could run is not chosen unless it is asked for by name."""
-    if backend == "triton" and device == "cpu":
+    if backend not in ("cuda", "triton"):
+        return ""
+    if device.type != "cuda":
         return "Triton's interpreter is for tests"
-    return "not yet run on a GPU" if backend in ("cuda", "triton") else ""
+    found = verdict(device, f"{op} {backend} {native.dtype_name(dtype)}")
+    if found.outcome != PASSED:
+        return f"{found.outcome} on this device: {found.reason}"
+    return "" if values >= found.smallest else f"slower than plain PyTorch below {found.smallest} values"
 
 
 def _mismatch(backend: str, x: Tensor) -> str:

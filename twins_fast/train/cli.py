@@ -20,6 +20,7 @@ COMMANDS = {
     "recipes": "list the recipes, or print one as TOML, to be changed and given to train --config",
     "pretrain": "make the network and the images that come with the package from CIFAR-10",
     "convert-checkpoint": "turn any supported checkpoint into safetensors",
+    "qualify": "find out whether the kernels are right and faster on a GPU, so that they run there",
     "info": "versions, devices, and which backend runs what",
 }
 
@@ -73,11 +74,11 @@ def _parse(argv: list[str]):
     import tyro
     from tyro.conf import subcommand
 
-    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Train
+    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Qualify, Train
 
     recipe = _base_recipe(argv if argv[0] == "train" else ())
     train = Train[type(recipe.method)]
-    kinds = (train, Eval, PrintRecipe, Pretrain, Convert, Info)
+    kinds = (train, Eval, PrintRecipe, Pretrain, Convert, Qualify, Info)
     commands = tuple(
         Annotated[
             kind,

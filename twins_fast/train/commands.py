@@ -26,6 +26,7 @@ from twins_fast.evaluation import evaluate
 from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES
 from twins_fast.nn import convert_twin_bn
+from twins_fast.qualify import qualify
 from twins_fast.train import assets
 from twins_fast.train.build import autocast, evaluation_attack, make_network
 from twins_fast.train.config_file import read_recipe, recipe_as_toml
@@ -69,6 +70,8 @@ class Train(Generic[M]):
     """Folder or .npz file of the data set."""
     device: Annotated[str, _own("DEVICE")] = _DEVICE
     """Where to compute; the first GPU, or else the CPU."""
+    qualify: bool = True
+    """First find out whether our kernels are right and faster on a GPU that has no verdict yet."""
 
     def __call__(self) -> None:
         _check_device(self.device)
@@ -80,6 +83,7 @@ class Train(Generic[M]):
             data_root = data_root or own_root
         elif not (self.recipe or self.config):
             raise RecipeError(f"--recipe or --config is needed; choose from {', '.join(RECIPES)}")
+        _qualify_first(self.device, self.qualify)
         folder = Path(folder or f"runs/{recipe.name}-{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             results = run_with_baselines(recipe, folder, data_root, self.device, resume=bool(self.resume))
@@ -103,6 +107,8 @@ class Eval:
     """Folder or .npz file of the data set (default: where the run found it)."""
     device: Annotated[str, _own("DEVICE")] = _DEVICE
     """Where to compute; the first GPU, or else the CPU."""
+    qualify: bool = True
+    """First find out whether our kernels are right and faster on a GPU that has no verdict yet."""
     json: Annotated[str | None, _own("FILE")] = None
     """Also write what was measured into this file."""
     wing: Annotated[Literal["adaptive", "frozen"] | None, _own("{adaptive,frozen}")] = None
@@ -128,6 +134,7 @@ class Eval:
 
     def __call__(self) -> None:
         _check_device(self.device)
+        _qualify_first(self.device, self.qualify)
         path = self._checkpoint()
         state, meta = read_state_dict(path), _meta(path)
         own = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
@@ -243,6 +250,19 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Qualify:
+    device: Annotated[str, _own("DEVICE")] = "cuda"
+    """The GPU."""
+    again: bool = False
+    """Even if there is a verdict."""
+
+    def __call__(self) -> None:
+        _check_device(self.device)
+        for subject, found in qualify(self.device, again=self.again).items():
+            print(f"{subject}: {found.outcome} {found.reason}".rstrip())
+
+
+@dataclass(frozen=True)
 class Info:
     def __call__(self) -> None:
         print_info()
@@ -260,6 +280,16 @@ def recipe_of(name: str | None, config: str | None) -> Recipe | None:
     if name:
         return get_recipe(name)
     return read_recipe(config) if config else None
+
+
+def _qualify_first(device: str, wanted: bool) -> None:
+    """Whatever becomes of it, the command goes on: without a verdict, by plain PyTorch."""
+    if not wanted or torch.device(device).type != "cuda":
+        return
+    try:
+        qualify(device)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"the device could not be checked, so that plain PyTorch runs: {error}")
 
 
 def _check_device(name: str) -> None:

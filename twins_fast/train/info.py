@@ -9,6 +9,8 @@ import torchvision
 
 import twins_fast
 from twins_fast.ops import backend
+from twins_fast.qualify.run import subjects
+from twins_fast.verdicts import verdict
 
 
 def print_info() -> None:
@@ -27,6 +29,9 @@ def print_info() -> None:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}")
+        for subject in subjects():
+            found = verdict(torch.device("cuda", index), subject)
+            print(f"    {subject}: {found.outcome} {found.reason}".rstrip())
     if not torch.cuda.is_available():
         print("cuda: no device")
     for row in backend.report():

@@ -1,7 +1,4 @@
-"""A function as a CUDA graph: run as it is and captured, then replayed on new inputs.
-
-Not yet run on a GPU.
-"""
+"""A function as a CUDA graph: run as it is and captured, then replayed on new inputs."""
 
 from __future__ import annotations
 

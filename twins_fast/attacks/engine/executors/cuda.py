@@ -1,4 +1,4 @@
-"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or by Triton. Not yet run on a GPU.
+"""The executor of the Triton and CUDA kernels, convolutions by cuDNN or by Triton.
 
 In Triton's interpreter they also run on CPU tensors, for tests.
 """

@@ -274,3 +274,15 @@ def test_without_a_driver_it_says_so():
 def test_other_devices_stay_as_they_were():
     assert pgd._reservation(torch.device("mps"), torch.float32) == "the plan does not run on mps"
     assert os.environ.get(verdicts.QUALIFYING) is None
+
+
+def test_info_shows_what_is_known(gpu, capsys):
+    from twins_fast.train.info import print_info
+
+    made(gpu, "report(subject=subject, outcome='passed' if 'plan' in check else 'failed', reason='because')")
+    capsys.readouterr()
+    print_info()
+    said = capsys.readouterr().out
+    assert "cuda:0: Fake GPU, sm_90\n    twin_batch_norm cuda bfloat16: failed because\n" in said
+    assert "    plan float32: passed because\n" in said
+    assert "twin_batch_norm on cuda: torch runs" in said and "triton does not: failed on this device: because" in said

@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint install clean
+.PHONY: train test test-all lint install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# With the long proofs, which take some minutes more.
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def first_session(device: str) -> list[Stage]:
     own_allocations = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that memcheck sees where a tensor ends
     return [
         _own("device", 40, device),
-        replace(_own("build", 100, device), environment={"TWINS_FAST_CUDA": "native"}),
+        _own("build", 100, device),
         _own("smoke", 140, device),
         _own("twin_bn", 70, device),
         _own("attack", 140, device),

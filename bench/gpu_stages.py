@@ -76,7 +76,9 @@ def device(kind: str) -> None:
 def build(kind: str) -> None:
     """The compiled module, for this device alone."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True)
+    major, minor = torch.cuda.get_device_capability() if kind == "cuda" else (9, 0)
+    environment = {**os.environ, "TWINS_FAST_CUDA": f"{major}{minor}"}
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True, env=environment)
     said = "from twins_fast.ops import native; print(native.missing or ('' if native._C.has_cuda else 'without CUDA'))"
     missing = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     report(f"built in {time.perf_counter() - started:.0f} s {missing}", missing=missing)
@@ -204,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args(arguments)
-    if args.device == "cuda" and args.stage != "build" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device that PyTorch can use")
         return 1
     os.environ.setdefault("TWINS_FAST_CACHE", str(ROOT / "runs" / "gpu_check" / "cache"))

@@ -59,6 +59,21 @@ def test_finding_nvcc(description, monkeypatch, tmp_path):
     assert description.find_nvcc() is None
 
 
+def test_the_architectures_of_a_build(description, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_80\necho sm_90\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("TWINS_FAST_CUDA", raising=False)
+    for wanted, codes in ((None, "80,90,90"), ("90", "90,90"), ("80,90", "80,90,90")):
+        if wanted:
+            monkeypatch.setenv("TWINS_FAST_CUDA", wanted)
+        flags = description.cuda_architecture_flags(str(nvcc))
+        assert re.findall(r"compute_(\d+),code", flags) == codes.split(",")
+    monkeypatch.setenv("TWINS_FAST_CUDA", "120")
+    with pytest.raises(RuntimeError, match="knows none of sm_120"):
+        description.cuda_architecture_flags(str(nvcc))
+
+
 @pytest.mark.skipif(native._C is None, reason="no compiled module")
 def test_the_module_needs_no_cuda_library():
     assert not re.search(rb"libcudart\.so", Path(native._C.__file__).read_bytes())

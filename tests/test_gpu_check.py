@@ -147,6 +147,8 @@ def test_a_build_without_cuda_is_said(monkeypatch, capsys):
         stdout = "without CUDA\n"
 
     monkeypatch.setattr(gpu_stages.subprocess, "run", lambda *a, **b: Done())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu_stages.main(["build", "--device", "cuda"]) == 1
     assert "the CUDA kernels are missing: without CUDA; is nvcc on the PATH" in capsys.readouterr().out
     assert gpu_stages.main(["build", "--device", "cpu"]) == 0

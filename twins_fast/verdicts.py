@@ -101,7 +101,7 @@ def key_of(device: torch.device) -> dict[str, Any]:
 def sources() -> str:
     """A hash of the compiled module and of the sources that are compiled at run time."""
     digest = hashlib.sha256()
-    for path in sorted([*PACKAGE.glob("_C*.so"), *Path(cache_folder.__code__.co_filename).parent.glob("*.py")]):
+    for path in sorted([*PACKAGE.glob("_C*.so"), *(PACKAGE / "kernels").glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -6,7 +6,8 @@ import datetime
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +67,45 @@ def qualify(
         raise ValueError(f"{device} is no CUDA device that PyTorch can use; only those need a verdict")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     key = key_of(device)
-    lock = _lock_of(file_of(key), say)
+    known: dict[str, Verdict] = {}
     try:
-        if lock is not None:
-            lock.acquire(timeout=sum(LIMITS.values()) + 60)
-        known = load(device)
-        missing = [check for check in LIMITS if again or not set(subjects(check)) <= set(known)]
-        if missing:
-            say(f"{key['device']} has no verdict yet; {len(missing)} checks follow, which take {EXPECTED}")
-        for check in missing:
-            known |= _check(check, device, say, command)
-        if missing:
-            _save(key, known, say)
+        with _alone(file_of(key), say):
+            known = load(device)
+            missing = [check for check in LIMITS if again or not set(subjects(check)) <= set(known)]
+            if missing:
+                say(f"{key['device']} has no verdict yet; {len(missing)} checks follow, which take {EXPECTED}")
+            for check in missing:
+                known |= _check(check, device, say, command)
+            if missing:
+                _save(key, known, say)
     except Timeout:
         say("another process has been qualifying this device for too long; plain PyTorch runs in this one")
-        known = {}
-    finally:
-        if lock is not None and lock.is_locked:
-            lock.release()
     remember(device, known)
     return known
+
+
+@contextmanager
+def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One process of the machine at a time, where files can be locked.
+
+    Raises:
+        Timeout: another one takes longer than it may.
+    """
+    lock = FileLock(path.with_suffix(".lock"))
+    locked = True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is qualifying this device")
+        lock.acquire(timeout=sum(LIMITS.values()) + 60)
+    except (OSError, RuntimeError):
+        locked = False  # _save says why
+    try:
+        yield
+    finally:
+        if locked:
+            lock.release()
 
 
 def subjects(check: str | None = None) -> list[str]:
@@ -112,19 +132,6 @@ def _check(check: str, device: torch.device, say: Callable[[str], None], command
     for subject, verdict in found.items():
         say(f"  {subject}: {verdict.outcome} {verdict.reason}".rstrip())
     return found
-
-
-def _lock_of(path: Path, say: Callable[[str], None]) -> FileLock | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire(timeout=0)
-        lock.release()
-    except Timeout:
-        say("another process is qualifying this device")
-    except (OSError, RuntimeError):
-        return None  # _save says why
-    return lock
 
 
 def _save(key: dict[str, Any], known: dict[str, Verdict], say: Callable[[str], None]) -> None:

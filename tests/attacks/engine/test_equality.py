@@ -57,7 +57,12 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+LARGE = {"wrn_28_10", "densenet121", "vit_b_16", "wide_resnet50_2", "vgg16_bn"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in ARCHITECTURES]
+)
 def test_architecture_takes_the_plan_and_equals_eager(name):
     build, size, left = ARCHITECTURES[name]
     torch.manual_seed(0)

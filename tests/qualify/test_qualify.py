@@ -84,7 +84,7 @@ def test_a_device_that_passes_runs_the_kernels(gpu):
     found = made(gpu)
     assert list(found) == ALL and {v.outcome for v in found.values()} == {PASSED}
     assert reservations() == ["", "", ""] and gpu.ran == list(run.LIMITS)
-    assert "3 checks follow, which take" in gpu.lines[0] and gpu.lines[-1].startswith("kept in")
+    assert "3 checks of Fake GPU follow, which take" in gpu.lines[0] and gpu.lines[-1].startswith("kept in")
     assert another_process() == found and made(gpu) == found and gpu.ran == list(run.LIMITS)
     made(gpu, again=True)
     assert gpu.ran == 2 * list(run.LIMITS)

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from twins_fast.qualify import process
-from twins_fast.verdicts import FAILED, QUALIFYING, UNKNOWN, Verdict, file_of, key_of, load, remember, save
+from twins_fast.verdicts import FAILED, PACKAGE, QUALIFYING, UNKNOWN, Verdict, file_of, key_of, load, remember, save
 
 # A check and the most seconds that it may take; most of that is Triton's compiler.
 LIMITS = {"twin_batch_norm cuda": 120.0, "twin_batch_norm triton": 240.0, "plan": 420.0}
@@ -73,7 +73,7 @@ def qualify(
             known = load(device)
             missing = [check for check in LIMITS if again or not set(subjects(check)) <= set(known)]
             if missing:
-                say(f"{key['device']} has no verdict yet; {len(missing)} checks follow, which take {EXPECTED}")
+                say(f"{len(missing)} checks of {key['device']} follow, which take {EXPECTED}")
             for check in missing:
                 known |= _check(check, device, say, command)
             if missing:
@@ -118,7 +118,7 @@ def _check(check: str, device: torch.device, say: Callable[[str], None], command
     """One check's verdicts; a subject without one is unknown, but failed if the process crashed at it."""
     say(f"{check}, at most {LIMITS[check]:.0f} s")
     environment = {QUALIFYING: "1", **dict.fromkeys(SCRUBBED)}
-    outcome = process.run(command(check, device), LIMITS[check], Path.cwd(), environment)
+    outcome = process.run(command(check, device), LIMITS[check], PACKAGE.parent, environment)
     found = {
         result["subject"]: Verdict(result["outcome"], result.get("reason", ""), result.get("smallest", 0))
         for result in outcome.results

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attacks import objectives
-from twins_fast.attacks.engine.cache import PlanCache
+from twins_fast.attacks.engine.cache import PlanCache, plans_of
 from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.memory import out_of_memory
@@ -71,7 +71,8 @@ class PGD:
             convolutions, without autograd (docs/attack.md); ``"eager"`` calls the model; ``"auto"`` takes the plan if
             the model can be planned, on a CPU and on a GPU that has qualified for it (``twins-fast qualify``), and goes
             on in eager mode, with a warning, if an error occurs in the engine. :meth:`explain` reports which one runs,
-            and why. Every call sees the current state of the model (but see :meth:`forget`).
+            and why. Every call sees the current state of the model (but see :meth:`forget`). Attacks on the same model
+            share its plans and take turns.
         chunk_size: how many images go through all steps of the plan at once, from the first to the last attack step;
             memory grows with it. None: as many as fit into the last cache of a CPU, all on a GPU.
 
@@ -129,7 +130,6 @@ class PGD:
         self.targeted = targeted
         self.engine = engine
         self.chunk_size = chunk_size
-        self._cache = PlanCache()
         self._nan_gradients: Tensor | int = 0
         self._clamp_is_known = False  # once it is, the user has been told of it
 
@@ -145,11 +145,9 @@ class PGD:
         shown = [f"{name}={text}" for name, text in options.items()]
         return f"{type(self).__name__}({', '.join([type(self.model).__name__, *shown])})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _cache=PlanCache())
+    @property
+    def _cache(self) -> PlanCache:
+        return plans_of(unwrapped(self.model))
 
     def __call__(self, images: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Tensor:
         """Attack ``images``.
@@ -258,7 +256,7 @@ class PGD:
         return mode.blocks
 
     def forget(self) -> None:
-        """Drop the captured model and its memory, and the reasons why it could not be planned.
+        """Drop the captured model and its memory, and the reasons why it could not be planned, for all attacks on it.
 
         Only needed if a forward reads globals or closures, whose changes go unnoticed, or to try again after an error.
         """

@@ -51,6 +51,13 @@ def small(**options) -> nn.Module:
     return lively(CifarResNet(10, width=8, blocks=(1, 1), **options))
 
 
+def anew(model, **options) -> PGD:
+    """An attack that shares no plan with those before it."""
+    attack = PGD(model, **options)
+    attack.forget()
+    return attack
+
+
 def program_of(attack: PGD, images) -> Program:
     program = attack._program(images)
     assert isinstance(program, Program), program

@@ -13,6 +13,7 @@ from tests.attacks.engine.helpers import (
     STEP,
     Doubled,
     Net,
+    anew,
     assert_same_step,
     data,
     lively,
@@ -20,7 +21,7 @@ from tests.attacks.engine.helpers import (
     program_of,
     small,
 )
-from twins_fast import PGD, convert_twin_bn, fuse_twin_bn, wings
+from twins_fast import PGD, adversarial_loss, convert_twin_bn, fuse_twin_bn, wings
 from twins_fast.attacks.engine import cache, program
 from twins_fast.models import CifarResNet
 
@@ -90,7 +91,7 @@ def test_changes_are_seen_at_the_next_call(change):
     before = attack(x, y)
     change(model)
     after = attack(x, y)
-    assert torch.equal(after, PGD(model, engine="plan", **STEP)(x, y))
+    assert torch.equal(after, anew(model, engine="plan", **STEP)(x, y))
     assert not torch.equal(after, before)
     assert_same_step(model.eval(), x, y)
 
@@ -116,7 +117,7 @@ def test_other_shapes_and_precisions_get_their_own_plan():
     attack = PGD(model, engine="plan", **STEP)
     for size in (32, 16, 32, 20):
         x, y = data(3, size)
-        assert torch.equal(attack(x, y), PGD(model, engine="plan", **STEP)(x, y))
+        assert torch.equal(attack(x, y), anew(model, engine="plan", **STEP)(x, y))
     with torch.autocast("cpu", torch.bfloat16):
         half = attack(x, y)
     attack.amp_dtype = torch.bfloat16
@@ -195,7 +196,7 @@ def test_changes_of_structure_are_seen(change):
     attack = PGD(model, **STEP)
     attack(x, y)
     change(model)
-    assert torch.equal(attack(x, y), PGD(model, **STEP)(x, y))
+    assert torch.equal(attack(x, y), anew(model, **STEP)(x, y))
 
 
 def test_a_model_that_merges_weights_in_eval_mode():
@@ -221,7 +222,7 @@ def test_another_model_of_the_same_attack():
     attack = PGD(small(), engine="plan", **STEP)
     attack(x, y)
     attack.model = lively(CifarResNet(10, width=16, blocks=(1,)), seed=4)
-    assert torch.equal(attack(x, y), PGD(attack.model, engine="plan", **STEP)(x, y))
+    assert torch.equal(attack(x, y), anew(attack.model, engine="plan", **STEP)(x, y))
 
 
 def test_forgetting_frees_the_plans():
@@ -230,3 +231,40 @@ def test_forgetting_frees_the_plans():
     attack.forget()
     gc.collect()
     assert reference() is None
+
+
+def test_attacks_on_a_model_share_its_plans(monkeypatch):
+    captures = []
+    real = cache.capture
+    monkeypatch.setattr(cache, "capture", lambda *a: captures.append(1) or real(*a))
+    model = small()
+    x, y = data(4)
+    for steps in (1, 2, 1):
+        PGD(model, engine="plan", steps=steps, random_start=False)(x, y)
+    PGD(nn.DataParallel(model, [0]) if torch.cuda.is_available() else torch.compile(model), engine="plan", **STEP)(x, y)
+    for _ in range(2):
+        adversarial_loss(model.train(), x, y, method="at", attack="ce")
+    assert len(captures) == 1
+    PGD(copy.deepcopy(model), engine="plan", **STEP)(x, y)
+    assert len(captures) == 2
+
+
+def test_plans_go_with_their_model():
+    model = small()
+    attack = PGD(model, engine="plan", **STEP)
+    x, y = data(2)
+    attack(x, y)
+    program, owner = weakref.ref(program_of(attack, x)), weakref.ref(model)
+    del attack
+    gc.collect()
+    assert program() is not None  # the model is still there
+    del model
+    gc.collect()
+    assert owner() is None and program() is None
+
+
+def test_the_plans_of_few_models_are_kept():
+    models = [nn.Identity() for _ in range(cache.KEPT_MODELS + 3)]
+    caches = [cache.plans_of(model) for model in models]
+    assert len(cache._caches) <= cache.KEPT_MODELS and cache.plans_of(models[-1]) is caches[-1]
+    assert cache.plans_of(models[0]) is not caches[0]

@@ -13,6 +13,7 @@ from bench import networks
 from tests.attacks.engine.helpers import (
     STEP,
     Doubled,
+    anew,
     assert_same_step,
     data,
     lively,
@@ -258,7 +259,7 @@ def test_kernels_equal_the_pytorch_executor(amp_dtype, monkeypatch):
     adversarial = []
     for executor in (cache.executor_for, TorchExecutor):
         monkeypatch.setattr(cache, "executor_for", executor)
-        adversarial.append(PGD(model, engine="plan", amp_dtype=amp_dtype, **STEP)(x, y))
+        adversarial.append(anew(model, engine="plan", amp_dtype=amp_dtype, **STEP)(x, y))
     # In bfloat16 roundoff flips the signs of small gradients.
     assert (adversarial[0] == adversarial[1]).float().mean() > (0.999 if amp_dtype is None else 0.9)
 

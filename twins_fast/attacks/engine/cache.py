@@ -6,7 +6,6 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,26 @@ from twins_fast.attacks.engine.watch import Watch, obstacle
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device]  # shape of an image, precision, device
 
 KEPT_PLANS = 4
+KEPT_MODELS = 16  # of one that is kept alive by itself, such as by a method of its own, nothing else would ever go
 RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
+
+
+_caches: OrderedDict[int, tuple[weakref.ref[nn.Module], PlanCache]] = OrderedDict()  # by id(model)
+_caches_lock = threading.Lock()
+
+
+def plans_of(model: nn.Module) -> PlanCache:
+    """The plans of ``model``, which all attacks on it share, and which go when it goes."""
+    with _caches_lock:
+        owner, cache = _caches.get(id(model), (None, None))
+        if cache is None or owner() is not model:
+            key = id(model)
+            cache = PlanCache()
+            _caches[key] = weakref.ref(model, lambda _: _caches.pop(key, None)), cache
+        _caches.move_to_end(id(model))
+        while len(_caches) > KEPT_MODELS:
+            _caches.popitem(last=False)
+    return cache
 
 
 class PlanCache:
@@ -31,7 +49,6 @@ class PlanCache:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.watch = Watch()
-        self._model: Callable[[], nn.Module | None] = lambda: None
         self.forget()
 
     def forget(self) -> None:
@@ -55,9 +72,6 @@ class PlanCache:
             insist: whether an error in the engine itself is raised. Without, it is a reason that is remembered, and
                 a warning.
         """
-        if model is not self._model():
-            self.forget()
-            self._model = weakref.ref(model)
         kind = (tuple(images.shape[1:]), dtype, images.device)
         try:
             if self.watch.look(model):

@@ -6,7 +6,7 @@ import itertools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy
 import torch
@@ -19,7 +19,8 @@ from twins_fast.nn.modes import modules_of
 DEEPEST, LARGEST = 4, 1 << 16  # attributes are compared by value down to this depth, arrays up to these bytes
 
 _STORES = ("_parameters", "_buffers", "_modules")
-_KNOWN = frozenset(vars(nn.Module()))  # attributes that every module has
+# Attributes that every module has, and one that torch.compile gives to what it wraps.
+_KNOWN = frozenset({*vars(nn.Module()), "_is_torch_compile"})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
@@ -101,34 +102,36 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module):
-        self._modules = modules_of(model)
-        self._types = [type(module) for module in self._modules]
+        modules = modules_of(model)
+        self._model = weakref.ref(model)  # whoever owns this snapshot must not keep the model
+        self._below = modules[1:]
+        self._types = [type(module) for module in modules]
         self._classes = list(dict.fromkeys(own for kind in self._types for own in _own_classes(kind)))
-        self._contents = [(list(d), list(d.values())) for d in self._dictionaries()]
-        self._hooks = [vars(module)[name] for module in self._modules for name in HOOKS if name in vars(module)]
+        self._contents = [(list(d), list(d.values())) for d in self._dictionaries(modules)]
+        self._hooks = [vars(module)[name] for module in modules for name in HOOKS if name in vars(module)]
         self._held = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
         self.tensors = self._facts()
-        own = [pair for d in map(vars, (*self._modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
+        own = [pair for d in map(vars, (*modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
         self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether all that a fingerprint, an obstacle or the tensors' addresses depend on is surely as it was."""
         if (
-            model is not self._modules[0]
+            model is not self._model()
             or any(self._hooks)
             or has_global_hooks()
-            or [type(module) for module in self._modules] != self._types
+            or [type(module) for module in (model, *self._below)] != self._types
         ):
             return False
-        for now, (names, values) in zip(self._dictionaries(), self._contents, strict=True):
+        for now, (names, values) in zip(self._dictionaries((model, *self._below)), self._contents, strict=True):
             if list(now) != names or not all(map(operator.is_, now.values(), values)):
                 return False
         if self._facts() != self.tensors:
             return False
         return all(_frozen(value) == frozen for value, frozen in self._mutable)
 
-    def _dictionaries(self) -> Iterator[Mapping[str, object]]:
-        for module in self._modules:
+    def _dictionaries(self, modules: Iterable[nn.Module]) -> Iterator[Mapping[str, object]]:
+        for module in modules:
             attributes = vars(module)
             yield attributes
             yield from (attributes[name] for name in _STORES)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gpu_faults import pytest_runtest_logfinish, pytest_runtest_makereport  # noqa: F401
 from twins_fast.models import CifarResNet
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -174,3 +176,30 @@ def test_unknown_stages_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "smoke,nonsense"])
     assert "no stage nonsense; there are device, build" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_device_fails_one_test_alone(tmp_path):
+    """The worker that saw it is replaced."""
+    (tmp_path / "conftest.py").write_text(
+        "from tests.gpu_faults import pytest_runtest_logfinish, pytest_runtest_makereport\n"
+    )
+    (tmp_path / "test_faults.py").write_text(
+        "poisoned = []\n"
+        "def fault():\n"
+        "    poisoned.append(1)\n"
+        "    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_before(): pass\n"
+        "def test_fault(): fault()\n"
+        "def test_after(): assert not poisoned\n"
+        "def test_last(): assert not poisoned\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "--max-worker-restart", "4", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=gpu_check.ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert "3 passed" in run.stdout and "illegal memory access" in run.stdout, run.stdout
+    assert "assert not poisoned" not in run.stdout

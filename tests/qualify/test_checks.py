@@ -116,6 +116,12 @@ def test_errors_are_outcomes(found, monkeypatch, error, outcome, reason):
     assert {result["reason"] for result in found.values()} == {reason}
 
 
+def test_what_is_not_installed_does_not_pass(found, monkeypatch):
+    monkeypatch.setattr(checks.backend, "_obstacle", lambda *_: "Triton is not installed")
+    assert look(found, "twin_batch_norm triton") == [FAILED, FAILED]
+    assert all("Triton is not installed" in result["reason"] for result in found.values())
+
+
 def test_after_an_error_of_cuda_nothing_more_is_tried(found, monkeypatch):
     def fails(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

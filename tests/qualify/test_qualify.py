@@ -286,3 +286,13 @@ def test_info_shows_what_is_known(gpu, capsys):
     assert "cuda:0: Fake GPU, sm_90\n    twin_batch_norm cuda bfloat16: failed because\n" in said
     assert "    plan float32: passed because\n" in said
     assert "twin_batch_norm on cuda: torch runs" in said and "triton does not: failed on this device: because" in said
+
+
+def test_an_op_says_once_that_there_is_no_verdict(gpu):
+    x = SimpleNamespace(device=DEVICE, dtype=torch.bfloat16, is_cuda=True, numel=lambda: 1 << 20)
+    with pytest.warns(UserWarning, match="plain PyTorch runs on Fake GPU") as told:
+        assert backend.choose("twin_batch_norm", x) == "torch" == backend.choose("twin_batch_norm", x)
+    assert len(told) == 1
+    found = made(gpu)
+    expected = "cuda" if getattr(backend.native._C, "has_cuda", False) else "triton"
+    assert found and backend.choose("twin_batch_norm", x) == expected

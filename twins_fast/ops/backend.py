@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import native, phases
-from twins_fast.verdicts import PASSED, verdict
+from twins_fast.verdicts import PASSED, tell_once, verdict
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")  # best first; torch runs everywhere
 KERNELS = {"twin_batch_norm": ("cuda", "triton", "cpp")}  # op -> backends that have a kernel for it
@@ -45,6 +45,8 @@ def choose(op: str, x: Tensor) -> str:
     for backend in BACKENDS:
         why = _obstacle(backend, op, x.device.type) or _mismatch(backend, x)
         if not (why or _reservation(backend, op, x.device, x.dtype, x.numel())):
+            if backend == "torch" and x.is_cuda:
+                tell_once(x.device, f"{op} cuda {native.dtype_name(x.dtype)}")
             return backend
     raise AssertionError("the torch backend always runs")
 

@@ -20,7 +20,7 @@ import torch
 from bench.header import ROOT, header
 from twins_fast.ops import native
 from twins_fast.qualify import process
-from twins_fast.qualify.checks import CHECKS
+from twins_fast.qualify.checks import CHECKS, wall_seconds
 from twins_fast.qualify.run import LIMITS
 from twins_fast.verdicts import PASSED, SLOWER
 
@@ -64,11 +64,11 @@ def device(kind: str) -> None:
     scale = 1 if kind == "cuda" else 16
     x = torch.empty(COPIED // scale, device=kind)
     y = torch.empty_like(x)
-    seconds = _seconds(lambda: y.copy_(x), kind)
+    seconds = wall_seconds(lambda: y.copy_(x), x.device)
     report(f"copy {2 * x.nbytes / seconds / 1e9:.0f} GB/s", bandwidth=2 * x.nbytes / seconds)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a = torch.randn(SIDE // scale, SIDE // scale, device=kind, dtype=dtype)
-        speed = 2 * len(a) ** 3 / _seconds(lambda: a @ a, kind)  # noqa: B023
+        speed = 2 * len(a) ** 3 / wall_seconds(lambda: a @ a, a.device)  # noqa: B023
         report(f"product {native.dtype_name(dtype)} {speed / 1e12:.1f} TFLOP/s", operations=speed)
 
 
@@ -185,20 +185,6 @@ def _kernels(call: Callable[[], object]) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
     rows = [(e.self_device_time_total or e.self_cpu_time_total, e.count, e.key) for e in seen.key_averages()]
     return [{"name": key, "launches": n, "us": round(us, 1)} for us, n, key in sorted(rows, reverse=True)[:SHOWN]]
-
-
-def _seconds(call: Callable[[], object], kind: str) -> float:
-    """The fastest of some calls."""
-    best = float("inf")
-    for _ in range(6):
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def main(arguments: list[str] | None = None) -> int:

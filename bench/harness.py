@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -402,6 +403,14 @@ def spread(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": median, "q1": low, "q3": high, "samples": len(seconds)}
+
+
+def keep(path: Path, benchmark: str, **values: Any) -> dict:
+    """Write and return the record of a benchmark of one piece: where it ran, its command and what was measured."""
+    command = " ".join([f"python -m bench.{benchmark}", *sys.argv[1:]])
+    record = {"header": header(), "command": command, "device": "cpu", **values}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def one_line(error: Exception) -> str:

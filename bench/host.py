@@ -8,16 +8,13 @@ random start.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from bench.harness import RESULTS, spread
-from bench.header import header
+from bench.harness import RESULTS, keep, spread
 from twins_fast import PGD
 from twins_fast.attacks.engine.program import Program
 
@@ -75,9 +72,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500, help="of each (500)")
     calls = parser.parse_args().calls
     torch.set_num_threads(1)
-    command = " ".join(["python -m bench.host", *sys.argv[1:]])
-    record = {"header": header(), "command": command, "device": "cpu", "milliseconds": measure(calls)}
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    record = keep(RESULT, "host", milliseconds=measure(calls))
     print(table(record["milliseconds"]))
 
 

@@ -6,12 +6,11 @@ Every import happens in a process of its own, and the two take turns, so that wh
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 
-from bench.harness import RESULTS, spread
-from bench.header import ROOT, header
+from bench.harness import RESULTS, keep, spread
+from bench.header import ROOT
 
 RESULT = RESULTS / "imports.json"
 # The second one imports the first; a mere "import twins_fast" would put everything off.
@@ -45,9 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="imports of each (15)")
     rounds = parser.parse_args().rounds
-    command = " ".join(["python -m bench.imports", *sys.argv[1:]])
-    record = {"header": header(), "command": command, "device": "cpu", "times": measure(rounds)}
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    record = keep(RESULT, "imports", times=measure(rounds))
     print(table(record["times"]))
 
 

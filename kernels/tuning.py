@@ -25,6 +25,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .capture import abandon
+
 
 class Config(NamedTuple):
     values: int  # of a block
@@ -146,10 +148,6 @@ def _repeated(launch: Callable[..., object], copies: list[Tensors]) -> Callable[
     return _captured(run) or run
 
 
-# Graphs whose capture failed: before PyTorch 2.12 the allocator may still ask them whether it goes on.
-_failed: list[torch.cuda.CUDAGraph] = []
-
-
 def _captured(run: Callable[[], None]) -> Callable[[], None] | None:
     """The replay of a graph of ``run``; None if that cannot be captured."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -162,9 +160,7 @@ def _captured(run: Callable[[], None]) -> Callable[[], None] | None:
             finally:
                 graph.capture_end()
     except Exception:
-        _failed.append(graph)
-        with suppress(RuntimeError):  # it has ended
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        abandon(graph, torch.cuda.current_device(), pool)
         return None
     return graph.replay
 

@@ -14,6 +14,7 @@ from twins_fast.attacks.engine import cuda_graph
 from twins_fast.methods import METHODS
 from twins_fast.models import CifarResNet
 from twins_fast.ops import backend, native, reference
+from twins_fast.qualify.checks import captured
 
 with_cuda = pytest.mark.skipif(not getattr(native._C, "has_cuda", False), reason="built without nvcc")
 pytestmark = [
@@ -39,19 +40,12 @@ def test_graph_capture(name, memory_format):
         return y, *torch.autograd.grad(y, (x, residual), case.dy)
 
     with backend.use_backend(name):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
+        replay, results = captured(step)
         for inputs in (other, case):  # each replay sees new inputs and updates the running statistics once more
             with torch.no_grad():
                 x.copy_(inputs.x), residual.copy_(inputs.residual)
             before = [t.clone() for t in adaptive[:2]]
-            graph.replay()
+            replay()
             want_x, want_residual = inputs.x.clone().requires_grad_(), inputs.residual.clone().requires_grad_()
             wing = [*before, *case.adaptive[2:]]
             y = ops.twin_batch_norm(want_x, 8, case.frozen, wing, MOMENTUM, EPS, want_residual, True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from twins_fast.kernels import tuning
+from twins_fast.kernels import capture, tuning
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ class Device:
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: device.events.append(("end", *a)))
-        monkeypatch.setattr(tuning, "_failed", [])
+        monkeypatch.setattr(capture, "_abandoned", [])
         return Graph
 
 
@@ -306,7 +306,7 @@ def test_without_a_graph_queued_launches_are_timed(device, fails):
     if fails == "begin":
         device.Graph.capture_begin = None
     assert tuning.fastest(CANDIDATES, launch) == "fast"
-    assert device.graph is None and device.stream == "current" and len(tuning._failed) == 3
+    assert device.graph is None and device.stream == "current" and len(capture._abandoned) == 3
     ended = [] if fails == "begin" else ["end of the capture"]
     assert device.events == ["synchronize", *ended, ("end", 0, (0, 7))] * 3 + ["sleep"] * 15
     assert len(device.work) == 3 * (2 + 5 * 16)

@@ -95,9 +95,8 @@ def report() -> list[dict[str, Any]]:
             reasons = {}
             for backend in BACKENDS:
                 if _forced is None:
-                    values = sys.maxsize
                     why = _obstacle(backend, op, device)
-                    why = why or _reservation(backend, op, torch.device(device), torch.float32, values)
+                    why = why or _reservation(backend, op, torch.device(device), torch.float32)
                 else:
                     why = _obstacle(backend, op, device) if backend == _forced else f"{_forced} was asked for"
                 if not why:
@@ -132,8 +131,8 @@ def _obstacle(backend: str, op: str, device: str) -> str:
     return ""
 
 
-def _reservation(backend: str, op: str, device: torch.device, dtype: torch.dtype, values: int) -> str:
-    """Why a backend that could run is not chosen unless it is asked for by name."""
+def _reservation(backend: str, op: str, device: torch.device, dtype: torch.dtype, values: int = sys.maxsize) -> str:
+    """Why a backend that could run is not chosen, for a tensor of so many values, unless it is asked for by name."""
     if backend not in ("cuda", "triton"):
         return ""
     if device.type != "cuda":

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 import torch
@@ -211,11 +211,11 @@ def _check_nan(how: str, device: torch.device, dtype: torch.dtype) -> None:
 
 def _check_graph(case: TwinCase) -> None:
     """Two replays of a captured call, on new values."""
-    replay, results = _captured(case.run)
+    replay, results = captured(case.run)
     for seed in (1, 2):
         case.x.copy_(torch.randn(case.x.shape, generator=torch.Generator().manual_seed(seed)))
         replay()
-        if not _same(results(), case.run()):
+        if not _same(results, case.run()):
             raise Wrong("a replayed graph gives other results than a call")
 
 
@@ -234,8 +234,8 @@ def _check_streams(case: TwinCase) -> None:
         raise Wrong("results differ on several streams")
 
 
-def _captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Callable[[], Any]]:
-    """The replay of a graph of ``run``, and its results."""
+def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """The replay of a graph of ``run``, which is called once before that, and the results that it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -244,21 +244,16 @@ def _captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run()
-    return graph.replay, lambda: results
+    return graph.replay, results
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """The least time of a call; on a GPU of its replays, as Python would take longer than most kernels."""
     if device.type != "cuda":
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-        return min(times)
+        return wall_seconds(run, device)
     replay: Callable[[], Any] = run
     with suppress(RuntimeError):  # what cannot be captured is timed as it is
-        replay, _ = _captured(run)
+        replay, _ = captured(run)
     times = []
     for _ in range(10):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -272,7 +267,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 def _faster(how: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """From how many values on it is faster than the torch backend."""
-    smallest, gains = 0, {}
+    gains: dict[int, float] = {}
     for shape in TIMED if device.type == "cuda" else TIMED[:2]:
         case = TwinCase(shape, dtype, torch.channels_last, shape[0] // 2, True, True, device, 0)
         times = {}
@@ -280,11 +275,11 @@ def _faster(how: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any
             with backend.use_backend(name):
                 case.run()
                 times[name] = seconds(case.run, device)
-        gain = gains[case.x.numel()] = times["torch"] / times[how]
-        smallest = case.x.numel() if gain >= FASTER and not smallest else smallest if gain >= FASTER else 0
-    if not smallest:
-        raise Slower(f"{gain:.2f} times the speed of plain PyTorch")
-    return {"smallest": smallest if smallest > min(gains) else 0, "gains": gains}
+        gains[case.x.numel()] = times["torch"] / times[how]
+    fast = list(takewhile(lambda values: gains[values] >= FASTER, reversed(gains)))  # from the largest size down
+    if not fast:
+        raise Slower(f"{gains[max(gains)]:.2f} times the speed of plain PyTorch")
+    return {"smallest": 0 if len(fast) == len(gains) else fast[-1], "gains": gains}
 
 
 def network() -> nn.Module:
@@ -330,14 +325,15 @@ def _attack_speed(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         with context:
             attack(images, labels)
             attack(images, labels)  # replays what the first has captured
-            times[engine] = _wall_seconds(partial(attack, images, labels), device)
+            times[engine] = wall_seconds(partial(attack, images, labels), device)
     gain = times["eager"] / times["plan"]
     if gain < FASTER:
         raise Slower(f"{gain:.2f} times the speed of plain PyTorch")
     return {"gain": gain}
 
 
-def _wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The least time of a call and what it has launched."""
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from twins_fast.ops.native import dtype_name
 from twins_fast.qualify import process
+from twins_fast.qualify.checks import DTYPES
 from twins_fast.verdicts import FAILED, PACKAGE, QUALIFYING, UNKNOWN, Verdict, file_of, key_of, load, remember, save
 
 # A check and the most seconds that it may take; most of that is Triton's compiler.
@@ -111,7 +113,7 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 def subjects(check: str | None = None) -> list[str]:
     """What a check has verdicts about, or all of them."""
     checks = LIMITS if check is None else (check,)
-    return [f"{check} {dtype}" for check in checks for dtype in ("bfloat16", "float16", "float32")]
+    return [f"{check} {dtype_name(dtype)}" for check in checks for dtype in DTYPES]
 
 
 def _check(check: str, device: torch.device, say: Callable[[str], None], command: Command) -> dict[str, Verdict]:

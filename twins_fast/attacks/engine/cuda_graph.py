@@ -16,6 +16,7 @@ from torch import Tensor
 from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.devices import capturing, has_graphs
+from twins_fast.kernels.capture import abandon
 from twins_fast.nn.guards import random_numbers_restored
 
 KEPT = 4  # graphs
@@ -164,11 +165,10 @@ class Graphs:
         if self._unused > RESTLESS:
             return self._stop("what it depends on changes from call to call")
         stream = torch.cuda.current_stream()
-        failure, lacks_memory = "", False
+        failure, lacks_memory, graph = "", False, torch.cuda.CUDAGraph()
         try:
             ours = tuple(t.clone() for t in inputs)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
             # Other threads, such as those that load data, may keep calling CUDA.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local")
             with random_numbers_restored() as drawn, capture:
@@ -183,8 +183,7 @@ class Graphs:
                 failure = "a result of it is not a tensor"
         except Exception as error:  # of any type; without a graph the function is the same, only slower
             failure, lacks_memory = failure or in_one_line(error), lacks_memory or out_of_memory(error)
-            with contextlib.suppress(Exception):  # or the allocator takes the capture for unfinished
-                torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+            abandon(graph, stream.device_index, self._pool)
         finally:
             torch.cuda.set_stream(stream)  # a failed capture may not have put it back
         if lacks_memory:

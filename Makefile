@@ -22,9 +22,10 @@ lint: install
 install: .venv/installed
 
 # pip install -e compiles csrc/; it is run again whenever what it builds from is newer.
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/* kernels/*.py)
+.venv/installed: pyproject.toml setup.py tests/libraries.txt $(wildcard csrc/* csrc/*/* kernels/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/libraries.txt
 	$(BIN)/twins-fast info
 	touch $@
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from bench.harness import Runner, Unavailable, peer
+from bench.third_party import library
 from bench.twin_bn import as_published
 from bench.workloads import ALPHA, EPS, Attack, Inputs, own_copy
 from twins_fast import PGD, adversarial_loss, convert_twin_bn, fuse_twin_bn
@@ -71,7 +72,7 @@ def published(attack, problem):
 @peer(ATTACK, "torchattacks")
 def with_torchattacks(attack, problem):
     try:
-        import torchattacks
+        torchattacks = library("torchattacks")
     except ImportError as error:
         raise Unavailable(f"torchattacks cannot be imported: {error}") from error
 

@@ -1,0 +1,364 @@
+"""Attack libraries on an accelerated network: ``python -m bench.libraries``; AutoAttack as a whole: ``--autoattack``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from bench.attack import embedded
+from bench.harness import PARTIAL, RESULTS, Record, Runner, fails, interleave, one_line
+from bench.third_party import library
+from bench.workloads import ALPHA, EPS, inputs, own_copy, workload
+from twins_fast import PGD, accelerate
+from twins_fast.evaluation import judged
+
+NAME, AUTOATTACK = "libraries", "libraries_autoattack"
+EMBEDDED = "embedded"
+NETWORKS = {EMBEDDED: (5, 20), "resnet18-32": (2, 6)}  # iterations of the two runs whose difference is timed
+ROWS = {  # name -> accelerated, dtype
+    "eager": (False, None),
+    "autocast": (False, torch.bfloat16),
+    "accelerate-float32": (True, None),
+    "accelerate-bf16": (True, torch.bfloat16),
+}
+BATCH, ROUNDS = 128, 3
+UNSEEN = 1e-6  # radius at which Square fools nobody, so that every query has all images
+TOLERANCE = {None: (1e-3, 0.01), torch.bfloat16: (2e-2, 0.05)}  # of the loss, relative, and of robust accuracy
+ON_THE_BORDER = ("FAB-T",)  # its images lie between two classes, and half precision sees that border elsewhere
+
+AUTO_ROWS = ("eager", "accelerate-float32", "accelerate-bf16")
+AUTO_IMAGES = {EMBEDDED: 250, "resnet18-32": 64}
+AUTO_BATCH, MINUTES = 250, 60
+SURVIVE, SEARCH = 0.5, 8  # share of the images that PGD leaves; bisections for the radius at which it does
+
+
+@dataclass
+class Problem:
+    """A network in eval mode, images and labels, and where attacks start that can be told so."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    start: Tensor
+
+    @functools.cached_property
+    def second(self) -> Tensor:
+        """The target of targeted attacks: the class that the network holds for the second likeliest."""
+        with torch.no_grad():
+            return self.model(self.images).argsort(1)[:, -2]
+
+    def judge(self, x: Tensor) -> tuple[float, float]:
+        """Loss and accuracy of the float32 network."""
+        with torch.no_grad():
+            logits = self.model(x)
+        right = (logits.argmax(1) == self.labels).float().mean().item()
+        return F.cross_entropy(logits, self.labels).item(), right
+
+
+def problem_of(network: str, batch: int, device: str) -> Problem:
+    """The images that the network is surest of, labelled by it, so that none falls out of an attack's batch.
+
+    They are contiguous, as AutoAttack asks for; a channels-last network computes in channels-last all the same.
+    """
+    if network == EMBEDDED:
+        model, images, _ = embedded(device)
+    else:
+        attack = replace(workload(network, device), batch=2 * batch)
+        made = inputs(attack, device)
+        model, images = own_copy(made.model), made.images
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in images.split(BATCH)])
+    best, second = logits.topk(2).values.T
+    chosen = (best - second).argsort(descending=True)[:batch]
+    images = images[chosen].contiguous()
+    noise = torch.empty(images.shape).uniform_(-EPS, EPS, generator=torch.Generator().manual_seed(0))
+    return Problem(model, images, logits.argmax(1)[chosen], (images + noise.to(device)).clamp(0, 1))
+
+
+class Autocast(nn.Module):
+    """A network under autocast, with float32 logits."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.dtype):
+            return self.model(images).float()
+
+
+def victim(model: nn.Module, row: str) -> nn.Module:
+    """What the libraries are given: a channels-last network without gradients of parameters, as the row says."""
+    accelerated, dtype = ROWS[row]
+    model = own_copy(model, torch.channels_last)
+    if accelerated:
+        return accelerate(model, dtype)
+    return (model if dtype is None else Autocast(model, dtype)).eval()
+
+
+Run = Callable[[nn.Module, Problem, int], Tensor]  # (what victim gives, problem, iterations) -> adversarial images
+
+
+def apgd(model: nn.Module, problem: Problem, iterations: int, targeted: bool = False) -> Tensor:
+    """One run of APGD from a seeded start; ``targeted``, on the targeted DLR loss."""
+    kind = APGDAttack_targeted if targeted else APGDAttack
+    attack = kind(model, iterations, eps=EPS, seed=0, device=problem.images.device)
+    attack.init_hyperparam(problem.images)
+    attack.y_target = problem.second if targeted else None
+    torch.manual_seed(0)
+    return attack.attack_single_run(problem.images, problem.labels)[0]
+
+
+def fab(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
+    attack = FABAttack_PT(model, n_iter=iterations, eps=EPS, seed=0, device=problem.images.device)
+    attack.target_class = 2
+    with torch.no_grad():
+        return attack.attack_single_run(problem.images, problem.labels, is_targeted=True)
+
+
+def square(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
+    attack = SquareAttack(model, eps=UNSEEN, n_queries=iterations, device=problem.images.device, resc_schedule=False)
+    attack.init_hyperparam(problem.images)
+    torch.manual_seed(0)
+    return attack.attack_single_run(problem.images, problem.labels)[1]
+
+
+def torchattack(model: nn.Module, problem: Problem, iterations: int, name: str) -> Tensor:
+    torch.manual_seed(0)
+    attack = getattr(library("torchattacks"), name)(model, eps=EPS, alpha=ALPHA, steps=iterations)
+    return attack(problem.images, problem.labels)
+
+
+def foolbox_pgd(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
+    foolbox = library("foolbox")
+    network = foolbox.PyTorchModel(model, bounds=(0, 1), device=problem.images.device)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=iterations, random_start=False)
+    return attack.run(network, problem.images, foolbox.Misclassification(problem.labels), epsilon=EPS)
+
+
+ATTACKS: dict[str, Run] = {
+    "APGD-CE": apgd,
+    "APGD-T": functools.partial(apgd, targeted=True),
+    "FAB-T": fab,
+    "Square": square,
+    "torchattacks PGD": functools.partial(torchattack, name="PGD"),
+    "torchattacks MI-FGSM": functools.partial(torchattack, name="MIFGSM"),
+    "foolbox LinfPGD": foolbox_pgd,
+}
+STEP = "our PGD"  # its step in the same precision is what the others are compared with
+
+
+def own_pgd(row: str) -> Run:
+    """This package's attack, in the row's precision; of the network itself for rows that are not accelerated."""
+    accelerated, dtype = ROWS[row]
+
+    def run(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
+        engine = "plan" if accelerated else "eager"
+        network = model.module if accelerated else getattr(model, "model", model)
+        attack = PGD(network, EPS, ALPHA, iterations, amp_dtype=dtype, engine=engine)
+        return attack(problem.images, problem.labels, x_init=problem.start)
+
+    return run
+
+
+def iterations(networks: list[str], rows: list[str], batch: int, rounds: int, record: Record) -> list[str]:
+    """Seconds that one iteration of each attack takes, from the difference of a longer and a shorter run."""
+    for network in networks:
+        problem, (few, many) = problem_of(network, batch, record.device), NETWORKS[network]
+        victims = {row: victim(problem.model, row) for row in rows}
+        for name in (STEP, *ATTACKS):
+            line = {"name": network, "attack": name, "batch": batch, "iterations": [few, many], "peers": {}}
+            runners, expected = {}, None
+            for row, model in victims.items():
+                run = own_pgd(row) if name == STEP else ATTACKS[name]
+                outcome = line["peers"][row] = {"status": "ok"}
+                try:
+                    loss, robust = problem.judge(run(model, problem, many))
+                except Exception as error:
+                    outcome.update(status="error", reason=one_line(error))
+                    continue
+                expected = expected or (loss, robust)
+                loose, accuracy = TOLERANCE[ROWS[row][1]]
+                accuracy = 1 if name in ON_THE_BORDER else accuracy
+                outcome |= {"loss": loss, "robust": robust}
+                if not (abs(loss / expected[0] - 1) <= loose and abs(robust - expected[1]) <= accuracy):
+                    reason = f"loss {loss:.5g}, robust {robust:.1%}; {rows[0]}: {expected[0]:.5g}, {expected[1]:.1%}"
+                    outcome.update(status="wrong", reason=reason)
+                    continue
+                runners[row] = runner(run, model, problem, few, many)
+            samples, failures = interleave(runners, {"": [()]}, rounds, record.device, long=True)
+            for row, seconds in samples.items():
+                taken = (min(seconds["many"]) - min(seconds["few"])) / (many - few)
+                line["peers"][row] |= {"seconds": taken, "samples": seconds}
+            for row, reason in failures.items():
+                line["peers"][row].update(status="error", reason=reason)
+            record.add(line)
+            print(f"{network}, {name}: {', '.join(f'{r} {cell(line, r)}' for r in line['peers'])}", flush=True)
+    return [f"{line['attack']}: {text}" for line in record.rows for text in fails([line])]
+
+
+def runner(run: Run, model: nn.Module, problem: Problem, few: int, many: int) -> Runner:
+    chains = [{"few": lambda _: run(model, problem, few)}, {"many": lambda _: run(model, problem, many)}]
+    return Runner(tuple, chains, dict, "")
+
+
+def cell(line: dict, row: str) -> str:
+    outcome = line["peers"][row]
+    return f"{1e3 * outcome['seconds']:.1f} ms" if "seconds" in outcome else outcome["status"]
+
+
+def table(lines: list[dict]) -> list[list[str]]:
+    """A network's attacks: milliseconds of an iteration, times faster than eager, and as a multiple of our step."""
+    rows = list(lines[0]["peers"])
+    step = next((line["peers"] for line in lines if line["attack"] == STEP), {})
+    result = [[f"{lines[0]['name']}, batch {lines[0]['batch']}", *rows]]
+    for line in lines:
+        result.append([line["attack"]])
+        for row in rows:
+            text, outcome = cell(line, row), line["peers"][row]
+            own, first, ours = (o.get("seconds") for o in (outcome, line["peers"][rows[0]], step.get(row, {})))
+            text += f", {first / own:.1f} x" if own and first and row != rows[0] else ""
+            text += f", {own / ours:.2f} steps" if own and ours and line["attack"] != STEP else ""
+            result[-1].append(text)
+    return result
+
+
+def auto_problem(network: str, images: int, device: str) -> tuple[nn.Module, Tensor, Tensor, float]:
+    """Network, images, labels and radius.
+
+    The embedded network is robust, and attacked on real images at 8/255. The other has random weights and would fall
+    at once: it is attacked on random images, labelled by itself, at the radius at which PGD leaves half of them.
+    """
+    if network == EMBEDDED:
+        model, x, labels = embedded(device)
+        return model, x[:images], labels[:images], EPS
+    made = inputs(replace(workload(network, device), batch=images), device)
+    low, high = 0.0, EPS
+    for _ in range(SEARCH):
+        eps = (low + high) / 2
+        generator = torch.Generator().manual_seed(0)
+        x = PGD(made.model, eps, eps / 4, 10, generator=generator)(made.images, made.labels)
+        with torch.no_grad():
+            robust = (made.model(x).argmax(1) == made.labels).float().mean().item()
+        low, high = (eps, high) if robust > SURVIVE else (low, eps)
+    return made.model, made.images, made.labels, (low + high) / 2
+
+
+def auto_attack(model: nn.Module, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The standard version: APGD-CE, APGD-T, FAB-T and Square."""
+
+    def attack(images: Tensor, labels: Tensor) -> Tensor:
+        made = AutoAttack(model, eps=eps, norm="Linf", seed=0, device=images.device)
+        return made.run_standard_evaluation(images, labels, batch_size=AUTO_BATCH)[0]
+
+    return attack
+
+
+def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, eps: float, minutes: float) -> dict:
+    """One row: seconds and robust images of each batch, as far as they begin within the time."""
+    network = victim(model, row)
+    half = ROWS[row][1] is not None
+    exact = victim(model, row.replace("bf16", "float32").replace("autocast", "eager")) if half else network
+    seconds, robust, again = [], [], 0
+    for x, y in zip(images.split(AUTO_BATCH), labels.split(AUTO_BATCH), strict=True):
+        if sum(seconds) > 60 * minutes:
+            break
+        started = time.perf_counter()
+        if half:
+            adversarial, more = judged(exact, network, x, y, auto_attack(network, eps), auto_attack(exact, eps))
+            again += more
+        else:
+            adversarial = auto_attack(network, eps)(x, y)
+        seconds.append(time.perf_counter() - started)
+        with torch.no_grad():
+            robust.append(int((model(adversarial).argmax(1) == y).sum()))
+    return {"status": "ok", "seconds": seconds, "robust": robust, "again": again}
+
+
+def autoattack(networks: list[str], rows: list[str], images: int | None, minutes: float, record: Record) -> list[str]:
+    """Seconds of AutoAttack's standard version, and the robust accuracy that it finds, judged in float32."""
+    for network in networks:
+        model, x, labels, eps = auto_problem(network, images or AUTO_IMAGES[network], record.device)
+        with torch.no_grad():
+            clean = int((model(x).argmax(1) == labels).sum())
+        line = {"name": network, "images": len(x), "batch": AUTO_BATCH, "eps": eps, "clean": clean, "peers": {}}
+        for row in rows:
+            try:
+                outcome = whole(model, row, x, labels, eps, minutes)
+            except Exception as error:
+                outcome = {"status": "error", "reason": one_line(error)}
+            line["peers"][row] = outcome
+            print(f"{network}, {row}: {outcome}", flush=True)
+        record.add(line)
+    return fails(record.rows)
+
+
+def auto_table(lines: list[dict]) -> list[list[str]]:
+    """A line per network and row: time, and its share of the first row's on the same batches; robust accuracy."""
+    result = [["AutoAttack, standard", "images", "time", "share of eager", "robust accuracy", "attacked again"]]
+    for line in lines:
+        first = next(iter(line["peers"].values()))
+        for row, outcome in line["peers"].items():
+            name = f"{line['name']}, eps {255 * line['eps']:.2g}/255: {row}"
+            if "seconds" not in outcome:
+                result.append([name, outcome["status"], "", "", "", ""])
+                continue
+            done, seconds = len(outcome["seconds"]), outcome["seconds"]
+            images = min(done * line["batch"], line["images"])
+            both = min(done, len(first.get("seconds", [])))
+            share = f"{100 * sum(seconds[:both]) / sum(first['seconds'][:both]):.0f} %" if both else ""
+            robust = f"{100 * sum(outcome['robust']) / images:.1f} %"
+            result.append([name, str(images), f"{sum(seconds):.0f} s", share, robust, str(outcome["again"])])
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.libraries", description=__doc__)
+    parser.add_argument("--autoattack", action="store_true", help="the standard version, from beginning to end")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--networks", help=f"comma-separated, of {', '.join(NETWORKS)}")
+    parser.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}; others are compared with the first")
+    parser.add_argument("--batch", type=int, default=BATCH, help="of an iteration")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each row")
+    parser.add_argument("--images", type=int, help=f"of --autoattack (by network: {AUTO_IMAGES})")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of --autoattack, after which a row begins no "
+                        f"batch of {AUTO_BATCH} images ({MINUTES})")  # fmt: skip
+    parser.add_argument("--json", type=Path, help=f"default: a file in {RESULTS.name}, or of runs/bench for a part")
+    args = parser.parse_args(arguments)
+    networks = args.networks.split(",") if args.networks else list(NETWORKS)
+    rows = args.rows.split(",") if args.rows else list(AUTO_ROWS if args.autoattack else ROWS)
+    if unknown := ({*networks} - {*NETWORKS}) | ({*rows} - {*ROWS}):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here")
+    all_of_it = not (args.networks or args.rows or args.images) and args.rounds >= ROUNDS and args.batch == BATCH
+    name = AUTOATTACK if args.autoattack else NAME
+    command = " ".join(["python -m bench.libraries", *(sys.argv[1:] if arguments is None else arguments)])
+    options = {"rounds": args.rounds, "eps": EPS, "alpha": ALPHA, "survive": SURVIVE}
+    record = Record(name, args.device, command, options, RESULTS if all_of_it else PARTIAL, args.json)
+    torch.backends.cudnn.benchmark = True  # for all rows
+    if args.autoattack:
+        problems = autoattack(networks, rows, args.images, args.minutes, record)
+    else:
+        problems = iterations(networks, rows, args.batch, args.rounds, record)
+    record.finish()
+    print(f"\n{record.path}")
+    print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twins_fast.attacks import PGD
+    from twins_fast.attacks import PGD, accelerate
     from twins_fast.methods import TrainingStep, adversarial_loss
     from twins_fast.nn import TwinBatchNorm2d, convert_sync_twin_bn, convert_twin_bn, revert_twin_bn, wings
     from twins_fast.nn.fuse import fuse_twin_bn, fusion_report
@@ -15,6 +15,7 @@ __all__ = [
     "PGD",
     "TrainingStep",
     "TwinBatchNorm2d",
+    "accelerate",
     "adversarial_loss",
     "convert_sync_twin_bn",
     "convert_twin_bn",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 _HOMES = {
     "PGD": "attacks",
+    "accelerate": "attacks",
     "TrainingStep": "methods",
     "adversarial_loss": "methods",
     "fuse_twin_bn": "nn.fuse",

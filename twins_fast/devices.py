@@ -7,6 +7,12 @@ import torch
 GRAPH_DEVICES = ("cuda",)
 
 
+def compute_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """``amp_dtype`` or, for None, what the surrounding autocast state says."""
+    ambient = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    return amp_dtype or ambient
+
+
 def has_graphs(device: torch.device) -> bool:
     """Whether what runs on ``device`` can be captured as a CUDA graph."""
     return device.type in GRAPH_DEVICES

@@ -107,6 +107,11 @@ def check_integer(**values: object) -> None:
             raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
+def check_amp_dtype(amp_dtype: object) -> None:
+    """Require a type of half precision, or None."""
+    check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Require ``value`` to be one of ``choices``."""
     if value not in list(choices):  # a list compares what cannot be hashed, too

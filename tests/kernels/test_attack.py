@@ -12,7 +12,6 @@ from torchvision.models import resnet50
 from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache
-from twins_fast.attacks.engine import program as programs
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.executors.cuda import CudaConvolution, CudaExecutor
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
@@ -167,12 +166,13 @@ def test_max_pool(kernel, stride, padding, dtype):
         x[0, 4] = -torch.inf  # on a GPU PyTorch gives the image's first pixel then
     state = stage_of(kernel=kernel, stride=stride, padding=padding)
     small = (2, 9, *(((n + 2 * p - k) // s + 1) for n, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True)))
-    want, want_index = torch.empty_like(memory.empty(small)), torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    want = torch.empty_like(memory.empty(small))
+    want_index = torch.empty(want.numel() * reference.argmax_bytes, dtype=torch.uint8, device=DEVICE)
     got, index = memory.empty(small), memory.guarded(want.numel(), torch.uint8)
     reference.max_pool(state, {"x": x, "y": want, "argmax": want_index})()
     ours.max_pool(state, {"x": x, "y": got, "argmax": index})()
     close(got, want, dtype)
-    want_place = want_index.index.permute(0, 2, 3, 1)  # in the image; ours is in the window
+    want_place = want_index.view(torch.int64).view(2, *small[2:], 9)  # in the image; ours is in the window
     rows, columns = (torch.arange(n, device=DEVICE) * s - p for n, s, p in zip(small[2:], stride, padding, strict=True))
     place = index.view(want_place.shape).long()
     row, column = rows[:, None, None] + place // kernel[1], columns[:, None] + place % kernel[1]
@@ -506,13 +506,9 @@ def test_whole_plans(number, dtype, monkeypatch):
         program = cache.PlanCache().program(model, images, precision)
         program.fold(model)
         with torch.no_grad():
-            logits, bound = program.logits(images), program.bound(2)
-            program.input.prepare(images, bound.image)
-            programs._run(bound.forward)
-            bound.logits_gradient.copy_(torch.linspace(-1, 1, 8).view(2, 4))
-            programs._run(bound.backward)
-            gradient = program.input.gradient(images, bound.image_gradient)
-            program._release()
+            logits, kept = program.forward(images, None, differentiable=True)
+            program.logits(images.flip(0))
+            gradient = program.backward(images, torch.linspace(-1, 1, 8, device=DEVICE).view(2, 4), kept, None)
         outputs.append((logits, gradient))
     for want, got in zip(*outputs, strict=True):
         assert (got - want).norm() <= (16 * TOLERANCE[dtype] + 1e-5) * want.norm()

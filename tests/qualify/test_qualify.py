@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from twins_fast import verdicts
-from twins_fast.attacks import pgd
+from twins_fast.attacks.engine import cache
 from twins_fast.ops import backend
 from twins_fast.qualify import process, qualify, run
 from twins_fast.verdicts import FAILED, PASSED, SLOWER, UNKNOWN
@@ -71,7 +71,7 @@ def another_process():
 def reservations(values=1 << 30):
     """Why the kernels do not run: CUDA, Triton, the plan."""
     norms = [backend._reservation(b, "twin_batch_norm", DEVICE, torch.bfloat16, values) for b in ("cuda", "triton")]
-    return [*norms, pgd._reservation(DEVICE, torch.bfloat16)]
+    return [*norms, cache._reservation(DEVICE, torch.bfloat16)]
 
 
 def test_a_device_that_passes_runs_the_kernels(gpu):
@@ -272,7 +272,7 @@ def test_without_a_driver_it_says_so():
 
 
 def test_other_devices_stay_as_they_were():
-    assert pgd._reservation(torch.device("mps"), torch.float32) == "the plan does not run on mps"
+    assert cache._reservation(torch.device("mps"), torch.float32) == "the plan does not run on mps"
     assert os.environ.get(verdicts.QUALIFYING) is None
 
 

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from twins_fast.attacks import objectives
 from twins_fast.attacks.engine.cache import PlanCache, plans_of
-from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
+from twins_fast.attacks.engine.passes import Pass
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.watch import is_compiled, unwrapped
 from twins_fast.deferred import check_values, raise_found
-from twins_fast.devices import capturing
+from twins_fast.devices import capturing, compute_dtype
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import check_running_statistics, in_mode
-from twins_fast.ops.native import dtype_name
 from twins_fast.options import fraction_of_255
 from twins_fast.validation import (
+    check_amp_dtype,
     check_choice,
     check_classes,
     check_images,
@@ -37,7 +37,6 @@ from twins_fast.validation import (
     check_radius,
     checked_logits,
 )
-from twins_fast.verdicts import PASSED, tell_once, verdict
 
 NORMS = ("linf", "l2", "l2-sign")
 LOSSES = ("ce", "kl", "dlr")
@@ -107,7 +106,7 @@ class PGD:
         check_choice("loss", loss, LOSSES)
         check_choice("bn_mode", bn_mode, BN_MODES)
         check_choice("random_start", random_start, STARTS)
-        check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+        check_amp_dtype(amp_dtype)
         check_choice("engine", engine, ENGINES)
         if chunk_size is not None:
             check_integer(chunk_size=chunk_size)
@@ -269,14 +268,8 @@ class PGD:
             return "engine='eager'"
         if self.bn_mode == "train":
             return "bn_mode='train' needs batch statistics"
-        kind = images.device.type
-        ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         insist = self.engine == "plan"
-        dtype = self.amp_dtype or ambient
-        if not insist and kind != "cpu":
-            reason = _reservation(images.device, dtype)
-            if reason:
-                return reason
+        dtype = compute_dtype(self.amp_dtype, images.device)
         program = self._cache.program(unwrapped(self.model), images, dtype, self.chunk_size, insist)
         if insist and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
@@ -293,17 +286,23 @@ class PGD:
                 towards_higher_loss = gradient(logits, reference[rows])
                 return towards_higher_loss.neg_() if self.targeted else towards_higher_loss
 
-            def sign_step(prepare: Input, x: Tensor, clean: Tensor, gradient: Tensor, nan: Tensor, out: Tensor) -> None:
-                prepare.sign_step(x, clean, gradient, self.alpha, self.eps, nan, out)
+            result = x.clone(memory_format=torch.contiguous_format)
+            nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            clean = images.contiguous()
 
-            def any_step(prepare: Input, x: Tensor, clean: Tensor, gradient: Tensor, nan: Tensor, out: Tensor) -> None:
-                moved, bad = self._moved(clean, x, prepare.gradient(x, gradient))
-                nan += bad.flatten(1).sum(1)
-                x.copy_(moved)
-                prepare.prepare(x, out)
+            def work(network: Pass, rows: slice) -> None:
+                result[rows], nan[rows] = x[rows], 0
+                for _ in range(self.steps):
+                    direction = gradient_of(network.logits(result[rows]), rows)
+                    if self.norm == "linf":
+                        network.sign_step(result[rows], clean[rows], direction, self.alpha, self.eps, nan[rows])
+                        continue
+                    moved, bad = self._moved(clean[rows], result[rows], network.gradient(result[rows], direction))
+                    nan[rows] += bad.flatten(1).sum(1)
+                    result[rows] = moved
 
-            step = sign_step if self.norm == "linf" else any_step
-            return program.attack(x, images, self.steps, gradient_of, step), program.nan_gradients
+            program.in_parts(len(x), work)
+            return result, nan
 
         options = (self._cache.watch.changes, self.steps, self.alpha, self.eps, self.norm, self.loss, self.targeted)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -427,18 +426,6 @@ def named_attack(name: str, model: nn.Module, **options: Any) -> PGD:
 
 Adversary = Literal["ce", "trades"]
 ADVERSARIES: dict[str, dict[str, Any]] = {"ce": {}, "trades": {"loss": "kl", "random_start": "normal"}}
-
-
-def _reservation(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the plan does not run on a device that is not a CPU unless it is asked for; "" if it does."""
-    if device.type != "cuda":
-        return f"the plan does not run on {device.type}"
-    subject = f"plan {dtype_name(dtype)}"
-    found = verdict(device, subject)
-    if found.outcome == PASSED:
-        return ""
-    tell_once(device, subject)
-    return f"the plan is {found.outcome} on this device: {found.reason}"
 
 
 def _l2_norm(x: Tensor) -> Tensor:

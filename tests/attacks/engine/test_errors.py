@@ -9,7 +9,7 @@ import torch
 
 from tests.attacks.engine.helpers import Doubled, assert_untouched, data, net, program_of, state_of
 from twins_fast import PGD
-from twins_fast.attacks.engine import cache, patterns, program, schedule, watch
+from twins_fast.attacks.engine import cache, passes, patterns, program, schedule, watch
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
 
 STAGES = {
@@ -106,7 +106,7 @@ def test_an_error_in_the_middle_of_a_run_starts_anew(norm, monkeypatch):
     options = {"norm": norm, "steps": 3, "random_start": False}
     attack = PGD(model, **options)
     attack(x, y)
-    real, calls = program._run, []
+    real, calls = passes._run, []
 
     def sometimes(steps):
         calls.append(1)
@@ -114,7 +114,7 @@ def test_an_error_in_the_middle_of_a_run_starts_anew(norm, monkeypatch):
             raise RuntimeError("boom")
         real(steps)
 
-    monkeypatch.setattr(program, "_run", sometimes)
+    monkeypatch.setattr(passes, "_run", sometimes)
     before, clean = state_of(model), x.clone()
     with pytest.warns(UserWarning, match="the plan failed: RuntimeError: boom; the model was attacked in eager mode"):
         adversarial = attack(x, y)

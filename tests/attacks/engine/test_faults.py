@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.attacks.engine.helpers import STEP, assert_untouched, data, small, state_of
 from twins_fast import PGD
-from twins_fast.attacks.engine import program
+from twins_fast.attacks.engine import passes
 from twins_fast.attacks.engine.program import Program
 
 
@@ -35,7 +35,7 @@ def test_a_fault_in_the_middle_leaves_the_model_and_the_engine_usable(fault, mon
     good = attack(x, y)
     before = state_of(model)
     calls = []
-    real = program._run
+    real = passes._run
 
     def failing(steps):
         calls.append(1)
@@ -43,7 +43,7 @@ def test_a_fault_in_the_middle_leaves_the_model_and_the_engine_usable(fault, mon
             raise fault
         real(steps)
 
-    monkeypatch.setattr(program, "_run", failing)
+    monkeypatch.setattr(passes, "_run", failing)
     with pytest.raises(fault if isinstance(fault, type) else type(fault)):
         attack(x, y)
     monkeypatch.undo()

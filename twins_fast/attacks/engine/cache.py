@@ -17,6 +17,8 @@ from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
 from twins_fast.attacks.engine.watch import Watch, obstacle
+from twins_fast.ops.native import dtype_name
+from twins_fast.verdicts import PASSED, tell_once, verdict
 
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device]  # shape of an image, precision, device
 
@@ -64,14 +66,19 @@ class PlanCache:
         dtype: torch.dtype,
         chunk_size: int | None = None,
         insist: bool = False,
+        rounded: bool = False,
     ) -> Program | str:
         """The program of ``model`` in eval mode for images like these in this precision, or why there is none.
 
         Args:
             chunk_size: how many images it is to take at once.
-            insist: whether an error in the engine itself is raised. Without, it is a reason that is remembered, and
-                a warning.
+            insist: whether a device without a verdict will do, and an error in the engine itself is raised. Without,
+                it is a reason that is remembered, and a warning.
+            rounded: whether it is for batches of many sizes.
         """
+        reason = "" if insist else _reservation(images.device, dtype)
+        if reason:
+            return reason
         kind = (tuple(images.shape[1:]), dtype, images.device)
         try:
             if self.watch.look(model):
@@ -94,7 +101,7 @@ class PlanCache:
             self._keep(kind, program)
             if isinstance(program, Program):
                 program.chunk_size = chunk_size
-                wrong = difference(program, model, images)
+                wrong = difference(program, model, images, rounded)
                 if wrong:
                     raise NotCaptured(wrong)
             return program
@@ -134,3 +141,17 @@ class PlanCache:
         shape = tuple(images.shape[1:])
         nodes = capture(model, shape, images.device)
         return Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
+
+
+def _reservation(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the plan does not run on a device unless it is asked for; "" if it does."""
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return f"the plan does not run on {device.type}"
+    subject = f"plan {dtype_name(dtype)}"
+    found = verdict(device, subject)
+    if found.outcome == PASSED:
+        return ""
+    tell_once(device, subject)
+    return f"the plan is {found.outcome} on this device: {found.reason}"

@@ -21,6 +21,7 @@ class Fold:
         self._states = states
         self._shape = shape
         self._executor = executor
+        self._input: Input | None = None
         self._vectors = _Vectors(states, model, executor.device)
 
     @torch.no_grad()
@@ -38,7 +39,11 @@ class Fold:
             (kind, *(_float32(tensor_of(model, a.name)) if isinstance(a, Param) else a for a in arguments))
             for kind, *arguments in self._plan.program
         ]
-        return self._executor.input(steps, self._shape, self._plan.resized)
+        if self._input is None:
+            self._input = self._executor.input(steps, self._shape, self._plan.resized)
+        else:
+            self._input.fill(steps)
+        return self._input
 
 
 class _Vectors:

@@ -7,15 +7,15 @@ import torch
 from twins_fast.attacks.engine.plan import Slot
 
 
-def place(sizes: list[int], slots: list[Slot]) -> tuple[list[int], int]:
+def place(sizes: list[int], slots: list[Slot], first: list[bool]) -> tuple[list[int], int]:
     """Offsets for slots of ``sizes`` bytes per image, such that no two that are live at once overlap; and the total.
 
     All sizes are proportional to the batch, so that one placement serves every batch. Greedy: largest slot first, into
-    the lowest gap.
+    the lowest gap; but those that are ``first``, all live at once, lie side by side in front.
     """
     offsets = [0] * len(slots)
     placed: list[int] = []
-    for index in sorted(range(len(slots)), key=lambda i: -sizes[i]):
+    for index in sorted(range(len(slots)), key=lambda i: (not first[i], -sizes[i])):
         slot = slots[index]
         taken = sorted(
             (offsets[i], offsets[i] + sizes[i])

@@ -94,6 +94,7 @@ class Plan:
     Attributes:
         program: steps of the input's program, see :class:`~twins_fast.attacks.engine.executors.pixels.Input`.
         resized: (height, width) that the image is upsampled to, or None.
+        loss: the time between the passes.
         per_sample: whether the batch may be cut into chunks.
     """
 
@@ -108,4 +109,5 @@ class Plan:
     image_gradient: int
     logits: int
     logits_gradient: int
+    loss: int
     per_sample: bool

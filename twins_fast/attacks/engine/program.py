@@ -5,40 +5,26 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from twins_fast.attacks.engine.cuda_graph import Function, Graphs
+from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.executors.segment import Segment
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
 from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
+from twins_fast.attacks.engine.passes import Bound, Kept, Pass
 from twins_fast.attacks.engine.plan import Plan
 from twins_fast.devices import capturing
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
-LARGEST_EXPONENT = 126  # of a power of two in float32, or nearly
-KEPT_SIZES = 8  # chunk sizes with bound tensors
-
-
-@dataclass
-class Bound:
-    """The steps of both passes over ``rows`` images, with their tensors."""
-
-    rows: int
-    forward: list[Callable[[], None]]
-    backward: list[Callable[[], None]]
-    tensors: list[Tensor]  # by slot
-    image: Tensor
-    image_gradient: Tensor
-    logits: Tensor
-    logits_gradient: Tensor
+KEPT_SIZES = 16  # chunk sizes with bound tensors
 
 
 class Program:
@@ -47,7 +33,7 @@ class Program:
     Attributes:
         chunk_size: how many images go through all steps at once; None: what a CPU's cache holds, all on a GPU.
         largest_chunk: the most that do; halved when memory runs out, None: no limit.
-        nan_gradients: pixel values whose gradient was NaN, in the last :meth:`attack`.
+        folded: the state of the parameters that were folded last, see :meth:`Watch.state`; None if it is not known.
     """
 
     def __init__(
@@ -67,14 +53,17 @@ class Program:
                 shapes = {index: nodes[index].shape for index in stage.options["takes"]}
                 state.segment = Segment(stage, executor.dtype, executor.device, shapes, carried)
         self._fold = Fold(plan, self.states, model, shape, executor)
+        self._segments = [state.segment for state in self.states if state.segment is not None]
         sizes = [-(-self.slot_bytes(i) // ALIGN) * ALIGN for i in range(len(plan.slots))]
-        self._offsets, self.bytes_per_image = place(sizes, plan.slots)
+        first = [slot.first < plan.loss < slot.last and i != plan.image for i, slot in enumerate(plan.slots)]
+        self._offsets, self.bytes_per_image = place(sizes, plan.slots, first)
+        self._saved_bytes = sum(size for size, saved in zip(sizes, first, strict=True) if saved)
         self._arena: Tensor | None = None
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         self.chunk_size: int | None = None
         self.largest_chunk: int | None = None
-        self.input = None
-        self.nan_gradients = torch.zeros(0, dtype=torch.int64)
+        self.input: Input | None = None
+        self.folded: Hashable = None
         self.verified: set[int] = set()  # numbers of images at once
         self._graphs = Graphs(executor.device, "attack")
 
@@ -92,42 +81,24 @@ class Program:
         """Fold in the parameters as they are now."""
         self.input = self._fold(model)
 
-    def attack(
-        self,
-        x: Tensor,
-        clean: Tensor,
-        steps: int,
-        gradient_of: Callable[[Tensor, slice], Tensor],
-        step: Callable[..., None],
-    ) -> Tensor:
-        """Take ``steps`` steps from ``x``.
-
-        Args:
-            x, clean: [N, C, H, W] float32: where to start, and the centre of the ball.
-            gradient_of: (float32 logits [n, classes], rows) -> gradient of the objective, alike. In float16 that of
-                the images is larger than the true one, by a factor of each image's own (:func:`magnified`).
-            step: (input, x, clean, gradient, nan, out): one step on x in place, and what the next pass reads into out.
-        """
-        result = x.clone(memory_format=torch.contiguous_format)
-        clean = clean.contiguous()
-        nan = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        half = self.executor.dtype == torch.float16
-
-        def run(bound: Bound, rows: slice) -> None:
-            result[rows] = x[rows]
-            nan[rows] = 0
-            self.input.prepare(result[rows], bound.image)
-            for _ in range(steps):
-                _run(bound.forward)
-                gradient = gradient_of(bound.logits.float(), rows)
-                bound.logits_gradient.copy_(magnified(gradient) if half else gradient)
-                _run(bound.backward)
-                step(self.input, result[rows], clean[rows], bound.image_gradient, nan[rows], bound.image)
-
-        for rows in self._chunks(len(x)):
-            self.with_memory(rows, run)
-        self.nan_gradients = nan
-        return result
+    def in_parts(self, images: int, work: Callable[[Pass, slice], None], rounded: bool = False) -> None:
+        """``work(network, rows)`` on all rows, a chunk at a time; where memory runs out anew, on smaller ones."""
+        begin = 0
+        while begin < images:
+            size = self.chunk(images, rounded)
+            rows = slice(begin, min(images, begin + size))
+            taken = rows.stop - begin
+            try:
+                bound = self.bound(round_up(taken) if rounded and self.plan.per_sample else taken)
+                work(Pass(bound, self.input, self._segments), rows)
+                begin = rows.stop
+            except (RuntimeError, MemoryError) as error:
+                # A capture ends with the error: only after it can memory be freed.
+                if not out_of_memory(error) or capturing(self.executor.device) or not self._halve(taken):
+                    raise
+            finally:
+                for segment in self._segments:
+                    segment.release()
 
     def graphed(self, options: tuple, attack: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``attack(*inputs)``; on a GPU as a graph for these ``options``: all that it depends on besides values."""
@@ -147,17 +118,57 @@ class Program:
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [N, classes] of images ``x``."""
+        return self._forward(x, None)
+
+    def forward(self, x: Tensor, about: Hashable, differentiable: bool) -> tuple[Tensor, list[Kept]]:
+        """The logits, and what :meth:`backward` needs; on a GPU as a graph for ``about`` (see :meth:`graphed`)."""
+        kept: list[Kept] = []
+
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            kept.clear()
+            logits = self._forward(x, kept if differentiable else None, rounded=True)
+            return logits, *(part.saved for part in kept)
+
+        logits, *saved = self._as_one(("forward", differentiable, about), run, (x,))
+        return logits, kept if self._segments else [Kept(part) for part in saved]
+
+    def backward(self, x: Tensor, gradient: Tensor, kept: list[Kept], about: Hashable) -> Tensor:
+        """The gradient of the images ``x``, from that of their logits; any number of times after a :meth:`forward`."""
+
+        def run(x: Tensor, gradient: Tensor, *saved: Tensor) -> tuple[Tensor]:
+            result, begin = torch.empty_like(x), 0
+            try:
+                for part, data in zip(kept, saved, strict=True):
+                    rows = slice(begin, begin := min(len(x), begin + len(data)))
+                    network = Pass(part.bound or self.bound(len(data)), self.input, self._segments)
+                    network.restore(data, part.segments)
+                    result[rows] = network.gradient(x[rows], gradient[rows])
+            finally:
+                for segment in self._segments:
+                    segment.release()
+            return (result,)
+
+        inputs = (x.contiguous(), gradient.float(), *(part.saved for part in kept))
+        return self._as_one(("backward", about), run, inputs)[0]
+
+    def _forward(self, x: Tensor, kept: list[Kept] | None, rounded: bool = False) -> Tensor:
         x = x.contiguous()
         logits = torch.empty(len(x), self.classes, device=x.device)
 
-        def run(bound: Bound, rows: slice) -> None:
-            self.input.prepare(x[rows], bound.image)
-            _run(bound.forward)
-            logits[rows] = bound.logits
+        def work(network: Pass, rows: slice) -> None:
+            logits[rows] = network.logits(x[rows])
+            if kept is not None:
+                kept.append(network.keep())
 
-        for rows in self._chunks(len(x)):
-            self.with_memory(rows, run)
+        self.in_parts(len(x), work, rounded)
         return logits
+
+    def _as_one(self, options: tuple, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As a graph, unless PyTorch's own graphs of segments, which are no tensors, have to outlive it."""
+        if self._segments:
+            with self.in_turn():
+                return function(*inputs)
+        return self.graphed(options, function, inputs)
 
     def free(self) -> None:
         """Free the arena; the next call allocates a new one."""
@@ -165,38 +176,24 @@ class Program:
         self._bound.clear()
         self._arena = None
 
-    def chunk(self, images: int) -> int:
-        """How many of a batch's images go through all steps at once."""
-        if not self.plan.per_sample:
+    def chunk(self, images: int, rounded: bool = False) -> int:
+        """How many of a batch's images go through all steps at once.
+
+        Args:
+            rounded: for batches of many sizes: the steps take one of few numbers of images, some of them perhaps empty.
+        """
+        most = self.chunk_size
+        if most is None and self.executor.device.type == "cpu":
+            most = max(1, CACHED // self.bytes_per_image)
+        most = min(most or images, self.largest_chunk or images)
+        if not self.plan.per_sample or most >= images:
             return images
-        fit = max(1, CACHED // self.bytes_per_image) if self.executor.device.type == "cpu" else images
-        most = self.chunk_size or fit
-        most = min(most, self.largest_chunk or most)
-        return -(-images // -(-images // most))
+        return round_down(most) if rounded else -(-images // -(-images // most))
 
-    def _chunks(self, images: int):
-        begin = 0
-        while begin < images:  # the chunk may shrink on the way
-            end = min(images, begin + self.chunk(images))
-            yield slice(begin, end)
-            begin = end
-
-    def with_memory(self, rows: slice, run: Callable[[Bound, slice], None]) -> None:
-        """``run`` on the rows, in smaller and smaller parts while memory runs out."""
-        todo = [rows]
-        while todo:
-            part = todo.pop(0)
-            size = part.stop - part.start
-            try:
-                run(self.bound(size), part)
-            except (RuntimeError, MemoryError) as error:
-                # A capture ends with the error: only after it can memory be freed.
-                if not out_of_memory(error) or capturing(self.executor.device) or not self._halve(size):
-                    raise
-                middle = part.start + self.largest_chunk
-                todo = [slice(part.start, middle), slice(middle, part.stop), *todo]
-            finally:
-                self._release()
+    def sizes(self, images: int, rounded: bool) -> set[int]:
+        """The numbers of images at once that a batch is checked for."""
+        size = self.chunk(images, rounded)
+        return {round_up(n) for n in (size, images % size) if n} if rounded and self.plan.per_sample else {size}
 
     def _halve(self, size: int) -> bool:
         """Free the memory of chunks of ``size`` images, and have them smaller; False if they cannot be."""
@@ -207,11 +204,6 @@ class Program:
         text = f"memory ran out with {size} images at once; continuing with {self.largest_chunk}"
         warnings.warn(text, stacklevel=5)
         return True
-
-    def _release(self) -> None:
-        for state in self.states:
-            if state.segment is not None:
-                state.segment.release()
 
     def bound(self, rows: int) -> Bound:
         """The steps for ``rows`` images."""
@@ -249,7 +241,7 @@ class Program:
         flat = (len(logits), -1)
         return Bound(
             rows, runs(plan.forward), runs(plan.backward), tensors, image, image_gradient,
-            logits.view(flat), logits_gradient.view(flat),
+            logits.view(flat), logits_gradient.view(flat), self._memory(0, self._saved_bytes, rows).view(rows, -1),
         )  # fmt: skip
 
     def slot_bytes(self, index: int) -> int:
@@ -259,13 +251,17 @@ class Program:
         count = value.pixels * value.channels
         if slot.kind == "mask":
             return self.executor.mask_bytes(value)
-        return count if slot.kind == "argmax" else count * self.executor.dtype.itemsize
+        return count * (self.executor.argmax_bytes if slot.kind == "argmax" else self.executor.dtype.itemsize)
+
+    def _memory(self, offset: int, size: int, rows: int) -> Tensor:
+        """Of the arena, for ``rows`` images; offset and size are per image."""
+        first = -self._arena.data_ptr() % ALIGN + offset * rows
+        return self._arena[first : first + size * rows]
 
     def _tensor(self, index: int, rows: int) -> Tensor:
         slot = self.plan.slots[index]
         value = self.plan.values[slot.value]
-        first = -self._arena.data_ptr() % ALIGN + self._offsets[index] * rows
-        memory = self._arena[first : first + self.slot_bytes(index) * rows]
+        memory = self._memory(self._offsets[index], self.slot_bytes(index), rows)
         if slot.kind in ("mask", "argmax"):
             return memory
         flat = memory.view(self.executor.dtype)
@@ -275,20 +271,20 @@ class Program:
         return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
-def magnified(gradient: Tensor) -> Tensor:
-    """Each row of [n, classes] times the power of two that brings its largest entry to [128, 256).
-
-    Float16 has no numbers below 6e-8, so that the gradient of an image that the network is sure of would vanish in it.
-    """
-    _, exponent = torch.frexp(gradient.abs().amax(1, keepdim=True))
-    return torch.ldexp(gradient, (8 - exponent).clamp_(max=LARGEST_EXPONENT))
-
-
 def _as_image(tensor: Tensor) -> Tensor:
     """[N, C] as [N, C, 1, 1]."""
     return tensor[:, :, None, None] if tensor.dim() == 2 else tensor
 
 
-def _run(steps: list[Callable[[], None]]) -> None:
-    for step in steps:
-        step()
+def round_up(images: int) -> int:
+    """To one of four numbers in every octave."""
+    step = _step(images)
+    return -(-images // step) * step
+
+
+def round_down(images: int) -> int:
+    return images - images % _step(images)
+
+
+def _step(images: int) -> int:
+    return 1 << max(0, images.bit_length() - 3)

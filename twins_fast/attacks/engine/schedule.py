@@ -25,7 +25,8 @@ class _Scheduler:
         self.saved: dict[tuple[str, int], int] = {}  # (mask of a value | arg-max of a stage) -> slot
         self.value_slot = {0: self._slot("value", 0)}
         forward = [self._forward(i, stage) for i, stage in enumerate(self.stages)]
-        self.time += 1  # the loss
+        self.time += 1
+        loss = self.time
         logits = self._logits(fused)
         self._touch(self.value_slot[logits])
         gradient = self._slot("gradient", logits)
@@ -39,6 +40,7 @@ class _Scheduler:
         self.time += 1  # the step of the pixels
         image_gradient = self.pending[0]
         self._touch(image_gradient)
+        self._touch(self.value_slot[0])  # what the next pass reads, written while the gradient is read
         self.plan = Plan(
             fused.program,
             fused.resized,
@@ -51,6 +53,7 @@ class _Scheduler:
             image_gradient,
             self.value_slot[logits],
             gradient,
+            loss,
             all(node.per_sample for stage in self.stages for _, node in stage.nodes),
         )
 

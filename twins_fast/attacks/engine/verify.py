@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from twins_fast.attacks.engine.executors.torch import TorchExecutor, mask_like
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
+from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
 from twins_fast.attacks.engine.plan import Step
-from twins_fast.attacks.engine.program import Bound, Program, magnified
+from twins_fast.attacks.engine.program import Program
 from twins_fast.nn.guards import random_numbers_restored
 
 DIFFERENT = 0.05  # relative L2 distance beyond which results are not the same
@@ -21,7 +22,7 @@ _SEGMENTS = ("segment", "segment_backward")  # run by PyTorch, whatever the exec
 _RESULTS = {"forward": ("y", "mask", "argmax"), "backward": ("y", "dx")}  # roles of what a step writes
 
 
-def difference(program: Program, model: nn.Module, images: Tensor) -> str:
+def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool) -> str:
     """What is wrong with a plan, checked once for each number of images that its steps take at once; "" if nothing is.
 
     Two of the images go through the plan in float32 by PyTorch, which has to give the model's logits and gradients: a
@@ -32,33 +33,34 @@ def difference(program: Program, model: nn.Module, images: Tensor) -> str:
 
     Args:
         images: [N, C, H, W] float32.
+        rounded: whether the program runs so, see :meth:`Program.chunk`.
 
     Raises:
         NotCaptured: the model itself fails on so few images.
     """
-    rows = program.chunk(len(images)) if len(images) else 0
-    if rows in program.verified or rows == 0:
+    unknown = program.sizes(len(images), rounded) - program.verified if len(images) else ()
+    if not unknown:
         return ""
-    x = images[:rows].detach().contiguous()
     device = program.executor.device
     plain = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
-    with random_numbers_restored(), torch.autocast(device.type, enabled=False):
+    with random_numbers_restored(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         with torch.no_grad():
             plain.fold(model)
-        if not _computes_model(plain, model, x[_ends(rows)]):
+        images = images.detach().clone(memory_format=torch.contiguous_format)
+        if not program.verified and not _computes_model(plain, model, images[_ends(len(images))]):
             return "the plan's logits or gradients are not the model's"
-        if type(program.executor) is not TorchExecutor:
-            wrong: list[str] = []
+        for rows in sorted(unknown) if type(program.executor) is not TorchExecutor else ():
+            x, wrong = images[torch.arange(rows, device=device) % len(images)], []
 
-            def check(bound: Bound, rows: slice) -> None:
-                wrong.append(_wrong_step(program, plain, bound, x[rows]))
+            def check(network: Pass, rows: slice, x: Tensor = x, wrong: list[str] = wrong) -> None:
+                wrong.append(_wrong_step(program, plain, network.bound, x[rows]))
 
             with torch.no_grad():
                 program.fold(model)
-                program.with_memory(slice(0, rows), check)
+                program.in_parts(rows, check)
             if any(wrong):
                 return f"{max(wrong)} by {program.executor.name} gives other results than PyTorch"
-    program.verified.add(program.chunk(len(images)))  # fewer than rows if memory ran out
+    program.verified |= program.sizes(len(images), rounded)  # others than were asked for if memory ran out
     return ""
 
 
@@ -73,18 +75,15 @@ def _direction(like: Tensor) -> Tensor:
 
 def _computes_model(plain: Program, model: nn.Module, x: Tensor) -> bool:
     plain.largest_chunk = 1  # images must not see each other
-    planned_logits: list[Tensor] = []
     direction = _direction(x.new_empty(len(x), plain.classes))
+    planned_logits, gradient = torch.empty_like(direction), torch.empty_like(x)
 
-    def gradient_of(logits: Tensor, rows: slice) -> Tensor:
-        planned_logits.append(logits.clone())
-        return direction[rows]
-
-    def step(prepare, x, clean, gradient, nan, out):
-        x.copy_(prepare.gradient(x, gradient))
+    def work(network: Pass, rows: slice) -> None:
+        planned_logits[rows] = network.logits(x[rows])
+        gradient[rows] = network.gradient(x[rows], direction[rows])
 
     with torch.no_grad():
-        gradient = plain.attack(x, x, 1, gradient_of, step)
+        plain.in_parts(len(x), work)
     try:
         with torch.enable_grad():
             pixels = x.clone().requires_grad_()
@@ -94,7 +93,7 @@ def _computes_model(plain: Program, model: nn.Module, x: Tensor) -> bool:
             (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)
     except Exception as error:  # no fault of the plan
         raise NotCaptured(f"the model fails on {len(x)} of the images: {in_one_line(error)}") from error
-    return _close(torch.cat(planned_logits), logits.detach()) and _close(gradient, expected)
+    return _close(planned_logits, logits.detach()) and _close(gradient, expected)
 
 
 def _wrong_step(program: Program, plain: Program, own: Bound, images: Tensor) -> str:
@@ -105,7 +104,8 @@ def _wrong_step(program: Program, plain: Program, own: Bound, images: Tensor) ->
     plain.input.prepare(images[ends], reference.image)
     if not _close(own.image[ends], reference.image):
         return "normalisation of the images"
-    own.logits_gradient.copy_(magnified(_direction(own.logits_gradient)))
+    direction = _direction(own.logits_gradient)
+    own.logits_gradient.copy_(torch.ldexp(direction, magnifying(direction)))
     for name, results in _RESULTS.items():
         runs = zip(getattr(program.plan, name), getattr(own, name), getattr(reference, name), strict=True)
         for step, run, run_plain in runs:

@@ -6,7 +6,7 @@ import itertools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 import numpy
 import torch
@@ -24,10 +24,16 @@ _KNOWN = frozenset({*vars(nn.Module()), "_is_torch_compile"})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
+class Wrapper(nn.Module):
+    """Calls its ``module``, and an attack may as well do that."""
+
+    module: nn.Module
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside wrappers that, on one device, do nothing but call it."""
     while not has_hooks(model):
-        if type(model) is nn.DataParallel and len(model.device_ids) <= 1:
+        if isinstance(model, Wrapper) or (type(model) is nn.DataParallel and len(model.device_ids) <= 1):
             model = model.module
         elif is_compiled(model):
             model = model._orig_mod
@@ -74,6 +80,14 @@ class Watch:
         self.fingerprint: tuple | None = None
         self.changes = 0
         self._snapshot: Snapshot | None = None
+
+    def state(self) -> Hashable:
+        """Another one after every look at changed parameters; but what writes to ``.data`` is not seen in it.
+
+        None if the parameters do not say when they change.
+        """
+        versions = self._snapshot.versions()
+        return None if versions is None else (self.changes, versions)
 
     def look(self, model: nn.Module) -> bool:
         """Whether anything but values may have changed since the last look.
@@ -129,6 +143,12 @@ class Snapshot:
         if self._facts() != self.tensors:
             return False
         return all(_frozen(value) == frozen for value, frozen in self._mutable)
+
+    def versions(self) -> tuple[int, ...] | None:
+        """How often each tensor has been written to; None if one of them does not count."""
+        if any(t.is_inference() for t in self._held):
+            return None
+        return tuple([t._version for t in self._held])
 
     def _dictionaries(self, modules: Iterable[nn.Module]) -> Iterator[Mapping[str, object]]:
         for module in modules:

@@ -231,6 +231,7 @@ class CpuExecutor(TorchExecutor):
     """Every step in C++; convolutions in groups, and most others on a CPU with a matrix unit, by oneDNN."""
 
     name = "C++"
+    argmax_bytes = 1
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
@@ -246,8 +247,8 @@ class CpuExecutor(TorchExecutor):
             return LibraryConvolution(geometry, self.dtype, self.device)
         return KernelConvolution(geometry, self.dtype, self._workspace, algorithm)
 
-    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
-        return (Input if shape[0] > _C.most_pixel_channels else KernelInput)(program, shape, resized)
+    def input(self, steps: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        return (Input if shape[0] > _C.most_pixel_channels else KernelInput)(steps, shape, resized)
 
     def conv(self, state: State, t: Tensors) -> Run:
         if isinstance(state.convolution, TorchConvolution):
@@ -321,11 +322,11 @@ def _bind(name: str, *arguments) -> Run:
 class KernelInput(Input):
     """The input's steps in one pass."""
 
-    def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
-        super().__init__(program, shape, resized)
-        self._channels, size = shape[0], shape[1:]
-        rows, cols = (sources_of(small, big) for small, big in zip(size, resized or size, strict=True))
-        self._kernel = _C.InputProgram([self._listed(step) for step in program], shape[0], tuple(size), rows, cols)
+    def fill(self, steps: list[tuple]) -> None:
+        super().fill(steps)
+        self._channels, size = self.shape[0], self.shape[1:]
+        rows, cols = (sources_of(small, big) for small, big in zip(size, self.resized or size, strict=True))
+        self._kernel = _C.InputProgram([self._listed(step) for step in steps], self.shape[0], tuple(size), rows, cols)
 
     def _listed(self, step: tuple) -> tuple:
         """(kind, values, derivative of a clamp at its bounds), as the kernel takes it."""

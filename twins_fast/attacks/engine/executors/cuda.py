@@ -80,6 +80,7 @@ class CudaExecutor(TorchExecutor):
     """Every step but convolutions in Triton or CUDA, ReLU masks of one bit."""
 
     name = "Triton"
+    argmax_bytes = 1
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__(dtype, device)
@@ -91,9 +92,9 @@ class CudaExecutor(TorchExecutor):
     def convolution(self, geometry: Convolution) -> CudaConvolution:
         return CudaConvolution(geometry, self.dtype, self.device)
 
-    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
-        if len(program) > attack.MOST_STEPS or shape[0] > attack.MOST_CHANNELS:
-            return Input(program, shape, resized)
+    def input(self, steps: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        if len(steps) > attack.MOST_STEPS or shape[0] > attack.MOST_CHANNELS:
+            return Input(steps, shape, resized)
         tables = None
         if resized is not None:
             key = (shape, resized)
@@ -101,7 +102,7 @@ class CudaExecutor(TorchExecutor):
                 sources = (sources_of(small, big) for small, big in zip(shape[1:], resized, strict=True))
                 self._tables[key] = attack.Tables.of(*sources, shape[1:], self.device)
             tables = self._tables[key]
-        return KernelInput(program, shape, resized, tables, self.device)
+        return KernelInput(steps, shape, resized, tables, self.device)
 
     def conv(self, state: State, t: Tensors) -> Run:
         def library(x: Tensor, y: Tensor, other: Tensor | None, mask: Tensor | None) -> None:
@@ -178,27 +179,27 @@ class KernelInput(Input):
 
     def __init__(
         self,
-        program: list[tuple],
+        steps: list[tuple],
         shape: tuple[int, ...],
         resized: tuple[int, int] | None,
         tables: attack.Tables | None,
         device: torch.device,
     ):
-        super().__init__(program, shape, resized)
         self._tables = tables
         self._values = torch.zeros(attack.MOST_STEPS, attack.MOST_CHANNELS, device=device)
-        self._codes = []
-        for row, (kind, *arguments) in zip(self._values, program, strict=False):
-            self._codes.append(attack.KINDS.index(kind))
+        self._codes = [attack.KINDS.index(kind) + 8 * (kind == "clamp" and bool(other[2])) for kind, *other in steps]
+        super().__init__(steps, shape, resized)
+        self.bind(device.type == "cuda" and getattr(native._C, "has_cuda", False))
+
+    def fill(self, steps: list[tuple]) -> None:
+        super().fill(steps)
+        for row, (kind, *arguments) in zip(self._values, steps, strict=False):
             if kind == "clamp":
-                low, high, at_bounds = arguments
-                row[0].fill_(low), row[1].fill_(high)
-                self._codes[-1] += 8 * bool(at_bounds)
+                row[0].fill_(arguments[0]), row[1].fill_(arguments[1])
             elif isinstance(arguments[0], Tensor):
-                row[: shape[0]].copy_(arguments[0].flatten())
+                row[: self.shape[0]].copy_(arguments[0].flatten())
             else:
                 row.fill_(arguments[0])
-        self.bind(device.type == "cuda" and getattr(native._C, "has_cuda", False))
 
     def bind(self, compiled: bool) -> None:
         """Use the CUDA kernel, or Triton's."""

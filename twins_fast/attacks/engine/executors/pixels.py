@@ -13,7 +13,7 @@ class Input:
     """What happens to the images before the first layer: steps per channel, upsampling, cast to the plan's dtype.
 
     Args:
-        program: steps ``("clamp", low, high, derivative at the bounds: 0 or 1)`` and
+        steps: ``("clamp", low, high, derivative at the bounds: 0 or 1)`` and
             ``("add" | "sub" | "mul" | "div", number or float32 [C])``.
         shape: (C, H, W) of an image.
         resized: (H, W) after nearest-neighbour upsampling, or None.
@@ -22,10 +22,14 @@ class Input:
         images float32 [N, C, H, W] contiguous -> [N, C, *resized] in half precision or float32, channels-last.
     """
 
-    def __init__(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
-        self.steps = program
+    def __init__(self, steps: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None):
         self.shape = shape
         self.resized = resized
+        self.fill(steps)
+
+    def fill(self, steps: list[tuple]) -> None:
+        """Take over the numbers of these ``steps``, otherwise the same ones."""
+        self.steps = steps
 
     def prepare(self, x: Tensor, out: Tensor) -> None:
         """Write what the first layer reads for float32 images ``x`` in [0, 1] into ``out``."""

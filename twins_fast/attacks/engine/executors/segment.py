@@ -31,6 +31,7 @@ class Segment:
     rows: int = 0
     _results: list[Tensor] = field(default_factory=list)
     _operands: list[Tensor] = field(default_factory=list)
+    _again: bool = False  # whether another backward pass may follow
 
     def names(self) -> Iterable[str]:
         """Names of the parameters that it reads."""
@@ -67,14 +68,24 @@ class Segment:
         pairs = [(t, g) for t, g in zip(self._results, gradients, strict=True) if g is not None and t.requires_grad]
         results = [t for t, _ in pairs]
         cast = [g.view(t.shape).to(t.dtype) for t, g in pairs]
-        computed = torch.autograd.grad(results, self._operands, cast, allow_unused=True)
+        computed = torch.autograd.grad(results, self._operands, cast, retain_graph=self._again, allow_unused=True)
         for slot, gradient in zip(input_gradients, computed, strict=True):
             slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
         self.release()
 
     def release(self) -> None:
         """Forget PyTorch's graph."""
-        self._results, self._operands = [], []
+        self._results, self._operands, self._again = [], [], False
+
+    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+        """PyTorch's graph, which is forgotten here."""
+        taken = self._results, self._operands
+        self.release()
+        return taken
+
+    def put(self, taken: tuple[list[Tensor], list[Tensor]]) -> None:
+        """For one more backward pass."""
+        (self._results, self._operands), self._again = taken, True
 
     def _call(self, node, values: dict):
         if node.op == "rows":

@@ -75,6 +75,7 @@ class TorchExecutor:
     """Plain PyTorch: masks of one byte per value."""
 
     name = "PyTorch"
+    argmax_bytes = 8  # PyTorch's own form
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype = dtype
@@ -87,8 +88,8 @@ class TorchExecutor:
     def convolution(self, geometry: Convolution) -> TorchConvolution:
         return TorchConvolution(geometry, self.dtype, self.device)
 
-    def input(self, program: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
-        return Input(program, shape, resized)
+    def input(self, steps: list[tuple], shape: tuple[int, ...], resized: tuple[int, int] | None) -> Input:
+        return Input(steps, shape, resized)
 
     def conv(self, state: State, t: Tensors) -> Run:
         convolution = state.convolution
@@ -121,22 +122,22 @@ class TorchExecutor:
 
     def max_pool(self, state: State, t: Tensors) -> Run:
         o = state.stage.options
-        index = torch.empty(t["y"].shape, dtype=torch.int64, device=self.device, memory_format=torch.channels_last)
+        index = _index_like(t["argmax"], t["y"])
 
         def run():
             y, argmax = F.max_pool2d(t["x"], o["kernel"], o["stride"], o["padding"], return_indices=True)
             t["y"].copy_(y)
             index.copy_(argmax)
 
-        t["argmax"].index = index  # PyTorch's own form, which needs eight bytes
         return run
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
         o = state.stage.options
+        index = _index_like(t["argmax"], t["g"])
 
         def run():
             x = torch.empty_like(t["dx"])
-            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), False, t["argmax"].index)
+            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), False, index)
             dx = torch.ops.aten.max_pool2d_with_indices_backward(t["g"], x, *sizes)
             self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
 
@@ -191,6 +192,10 @@ class TorchExecutor:
 def mask_like(mask: Tensor, y: Tensor) -> Tensor:
     """A mask of one byte per value as booleans of the shape of ``y``."""
     return mask.view(torch.bool).as_strided(y.shape, y.stride())
+
+
+def _index_like(argmax: Tensor, y: Tensor) -> Tensor:
+    return argmax.view(torch.int64).as_strided(y.shape, y.stride())
 
 
 def bytes_of_bits(value: Value) -> int:

@@ -1,4 +1,4 @@
-"""Attack libraries on an accelerated network: ``python -m bench.libraries``; AutoAttack as a whole: ``--autoattack``."""
+"""Attack libraries on an accelerated network: ``python -m bench.libraries``; ``--autoattack``: AutoAttack whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROWS = {  # name -> accelerated, dtype
 }
 BATCH, ROUNDS = 128, 3
 UNSEEN = 1e-6  # radius at which Square fools nobody, so that every query has all images
-TOLERANCE = {None: (1e-3, 0.01), torch.bfloat16: (2e-2, 0.05)}  # of the loss, relative, and of robust accuracy
+TOLERANCE = {None: (5e-3, 0.01), torch.bfloat16: (5e-2, 0.05)}  # of the loss, relative, and of robust accuracy
 ON_THE_BORDER = ("FAB-T",)  # its images lie between two classes, and half precision sees that border elsewhere
 
 AUTO_ROWS = ("eager", "accelerate-float32", "accelerate-bf16")

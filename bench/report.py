@@ -11,6 +11,7 @@ from bench import attack as bench_attack
 from bench import host as bench_host
 from bench import imports as bench_imports
 from bench import kernels as bench_kernels
+from bench import libraries as bench_libraries
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
 from bench.header import ROOT
@@ -234,6 +235,25 @@ def attack_scaling() -> str:
     return parts(bench_attack.SCALING, table)
 
 
+def libraries() -> str:
+    """An iteration of each library's attacks, one table per network."""
+
+    def tables(record: dict) -> str:
+        networks = dict.fromkeys(line["name"] for line in record["workloads"])
+        lines = [[line for line in record["workloads"] if line["name"] == name] for name in networks]
+        return "\n\n".join([*(markdown(bench_libraries.table(part)) for part in lines), source(record)])
+
+    return parts(bench_libraries.NAME, tables)
+
+
+def libraries_autoattack() -> str:
+    """AutoAttack from beginning to end."""
+    return parts(
+        bench_libraries.AUTOATTACK,
+        lambda record: f"{markdown(bench_libraries.auto_table(record['workloads']))}\n\n{source(record)}",
+    )
+
+
 def draw_scaling(target: Path = SCALING_PLOT) -> None:
     """A column for each size: milliseconds per step above, memory below."""
     import matplotlib  # slow to import, and only needed here
@@ -305,6 +325,7 @@ TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "ker
 TABLES |= {"imports": imports, "host": host, "devices": devices}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
+TABLES |= {"libraries": libraries, "libraries_autoattack": libraries_autoattack}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
-from bench import attack, harness, header, networks, peers, report, twin_bn, workloads
+from bench import attack, harness, header, libraries, networks, peers, report, third_party, twin_bn, workloads
 from bench.twin_bn import Layer
 from twins_fast import PGD
 from twins_fast.ops import native, oracle
@@ -491,3 +491,101 @@ def test_a_part_of_the_attack_does_not_replace_the_whole(monkeypatch):
     for arguments in (*whole, *part):
         assert attack.main(["--device", "cpu", *arguments]) == 0
     assert folders == [harness.RESULTS] * len(whole) + [harness.PARTIAL] * len(part)
+
+
+TINY_ROWS = "eager,autocast,accelerate-float32,accelerate-bf16"
+
+
+@pytest.fixture
+def tiny_libraries(monkeypatch, tmp_path):
+    """A tiny network, one iteration against two, and no AutoAttack, which takes 5000 steps whatever the network."""
+
+    class Standard:
+        def __init__(self, model, eps, **options):
+            self.attack = PGD(model, eps, eps / 2, 2, engine="eager")
+
+        def run_standard_evaluation(self, images, labels, batch_size):
+            return self.attack(images, labels), None
+
+    monkeypatch.setattr(libraries, "AutoAttack", Standard)
+    monkeypatch.setattr(libraries, "AUTO_BATCH", 4)
+    monkeypatch.setattr(libraries, "NETWORKS", {TINY: (1, 2)})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_libraries(tiny_libraries):
+    file = tiny_libraries / "libraries-cpu.json"
+    arguments = ["--device", "cpu", "--batch", "4", "--rounds", "2", "--json", str(file)]
+    assert libraries.main(arguments) == 0
+    lines = json.loads(file.read_text())["workloads"]
+    assert [line["attack"] for line in lines] == [libraries.STEP, *libraries.ATTACKS]
+    for line in lines:
+        assert list(line["peers"]) == TINY_ROWS.split(",")
+        for outcome in line["peers"].values():
+            few, many = (min(outcome["samples"][part]) for part in ("few", "many"))
+            assert outcome["status"] == "ok" and outcome["seconds"] == pytest.approx(many - few)
+    text = report.libraries()
+    assert f"| {TINY}, batch 4 | {' | '.join(TINY_ROWS.split(','))} |" in text and "| FAB-T | " in text
+
+
+def test_an_attack_that_finds_something_else_is_not_timed(tiny_libraries, monkeypatch, capsys):
+    def lazy(model, problem, iterations):
+        own = libraries.own_pgd("eager")(model, problem, iterations)
+        return problem.images if isinstance(model, libraries.Autocast) else own
+
+    def failing(model, problem, iterations):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(libraries, "ATTACKS", {"lazy": lazy, "failing": failing})
+    monkeypatch.setattr(libraries, "TOLERANCE", {None: (1e-3, 0.1), torch.bfloat16: (1e-3, 0.1)})
+    file = tiny_libraries / "libraries-cpu.json"
+    rows = ["--rows", "eager,autocast", "--rounds", "1", "--batch", "4"]
+    assert libraries.main(["--device", "cpu", *rows, "--json", str(file)]) == 1
+    _, lazy_line, failing_line = json.loads(file.read_text())["workloads"]
+    assert lazy_line["peers"]["eager"]["status"] == "ok"
+    assert lazy_line["peers"]["autocast"]["status"] == "wrong" and "seconds" not in lazy_line["peers"]["autocast"]
+    assert failing_line["peers"]["eager"] == {"status": "error", "reason": "RuntimeError: no"}
+    assert "lazy: " in capsys.readouterr().err and "| error | error |" in report.libraries()
+
+
+def test_autoattack_row_by_row(tiny_libraries):
+    file = tiny_libraries / "libraries_autoattack-cpu.json"
+    arguments = ["--device", "cpu", "--autoattack", "--images", "10", "--json", str(file)]
+    assert libraries.main(arguments) == 0
+    (line,) = json.loads(file.read_text())["workloads"]
+    assert line["images"] == line["clean"] == 10 and 0 < line["eps"] < libraries.EPS
+    for outcome in line["peers"].values():
+        assert len(outcome["seconds"]) == 3 and 0 <= sum(outcome["robust"]) <= 10
+    assert line["peers"]["eager"]["robust"] == line["peers"]["accelerate-float32"]["robust"]
+    assert f"/255: accelerate-bf16 | 10 | {sum(line['peers']['accelerate-bf16']['seconds']):.0f} s" in (
+        report.libraries_autoattack()
+    )
+    assert libraries.main([*arguments, "--minutes", "0"]) == 0  # the first batch is begun all the same
+    (line,) = json.loads(file.read_text())["workloads"]
+    assert all(len(outcome["seconds"]) == 1 for outcome in line["peers"].values())
+    assert ": eager | 4 | " in report.libraries_autoattack()
+
+
+def test_a_part_of_the_libraries_does_not_replace_the_whole(monkeypatch):
+    folders = []
+    monkeypatch.setattr(libraries, "Record", lambda *args: folders.append(args[4]) or SimpleNamespace(
+        device="cpu", finish=lambda: None, path=""))  # fmt: skip
+    for name in ("iterations", "autoattack"):
+        monkeypatch.setattr(libraries, name, lambda *args: [])
+    whole = [[], ["--autoattack"], ["--autoattack", "--minutes", "5"]]
+    part = [["--rows", "eager"], ["--networks", "embedded"], ["--images", "5"], ["--batch", "4"], ["--rounds", "1"]]
+    for arguments in (*whole, *part):
+        assert libraries.main(["--device", "cpu", *arguments]) == 0
+    assert folders == [harness.RESULTS] * len(whole) + [harness.PARTIAL] * len(part)
+
+
+def test_what_a_library_does_not_need_has_a_stand_in_while_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text("import absent.part\nfrom absent import Base\nclass Own(Base): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="absent"):
+        third_party.library("picky")
+    monkeypatch.setitem(third_party.ABSENT, "picky", ("absent",))
+    monkeypatch.delitem(sys.modules, "picky", raising=False)
+    assert third_party.library("picky").Own(1, two=2)
+    assert not [name for name in sys.modules if name.startswith("absent")]

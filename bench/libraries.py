@@ -112,6 +112,14 @@ def victim(model: nn.Module, row: str) -> nn.Module:
 Run = Callable[[nn.Module, Problem, int], Tensor]  # (what victim gives, problem, iterations) -> adversarial images
 
 
+def gradient_alone(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
+    """A forward and a backward pass, of which an attack makes nothing: what is left is the network's part."""
+    for _ in range(iterations):
+        x = problem.start.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), problem.labels, reduction="sum"), x)
+    return (problem.start + ALPHA * gradient.sign()).clamp(0, 1)
+
+
 def apgd(model: nn.Module, problem: Problem, iterations: int, targeted: bool = False) -> Tensor:
     """One run of APGD from a seeded start; ``targeted``, on the targeted DLR loss."""
     kind = APGDAttack_targeted if targeted else APGDAttack
@@ -150,6 +158,7 @@ def foolbox_pgd(model: nn.Module, problem: Problem, iterations: int) -> Tensor:
 
 
 ATTACKS: dict[str, Run] = {
+    "gradient alone": gradient_alone,
     "APGD-CE": apgd,
     "APGD-T": functools.partial(apgd, targeted=True),
     "FAB-T": fab,
@@ -258,10 +267,13 @@ def auto_problem(network: str, images: int, device: str) -> tuple[nn.Module, Ten
 
 
 def auto_attack(model: nn.Module, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The standard version: APGD-CE, APGD-T, FAB-T and Square."""
+    """The standard version: APGD-CE, APGD-T, FAB-T and Square; with fewer than 10 classes all others are targets."""
 
     def attack(images: Tensor, labels: Tensor) -> Tensor:
         made = AutoAttack(model, eps=eps, norm="Linf", seed=0, device=images.device)
+        with torch.no_grad():
+            targets = min(made.fab.n_target_classes, model(images).shape[1] - 1)
+        made.apgd_targeted.n_target_classes = made.fab.n_target_classes = targets
         return made.run_standard_evaluation(images, labels, batch_size=AUTO_BATCH)[0]
 
     return attack

@@ -503,6 +503,7 @@ def tiny_libraries(monkeypatch, tmp_path):
     class Standard:
         def __init__(self, model, eps, **options):
             self.attack = PGD(model, eps, eps / 2, 2, engine="eager")
+            self.fab = self.apgd_targeted = SimpleNamespace(n_target_classes=9)
 
         def run_standard_evaluation(self, images, labels, batch_size):
             return self.attack(images, labels), None

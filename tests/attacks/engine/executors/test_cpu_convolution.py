@@ -17,7 +17,11 @@ from twins_fast.ops import native
 if native._C is None:
     pytest.skip(f"no compiled kernels: {native.missing}", allow_module_level=True)
 
-from twins_fast.attacks.engine.executors.cpu import KernelConvolution, Workspace  # noqa: E402  it needs the compiled kernels
+from twins_fast.attacks.engine.executors.cpu import (  # noqa: E402  they need the compiled kernels
+    KernelConvolution,
+    LibraryConvolution,
+    Workspace,
+)
 
 ALGORITHMS = ["gemm", "winograd", "winograd4"]
 TILES = {"winograd": 2, "winograd4": 4}  # F(2x2, 3x3) and F(4x4, 3x3)
@@ -511,3 +515,23 @@ def test_gradient_of_an_image(channels, size, kernel, stride, padding, dilation,
         want, mask = (want + other) * passes, bits.flatten()
     convolution.bind_backward(g, other, mask, dx)()
     torch.testing.assert_close(dx, want.float(), rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (1, 2), (2, 1)])
+def test_weights_for_onednn(stride, groups):
+    """Each direction has its own in oneDNN's layout, and only a gradient by PyTorch needs them in another."""
+    size = (8 // stride, 6 // stride)
+    geometry = Convolution(8, (8, 6), 12, size, (3, 3), (stride, stride), (1, 1), (1, 1), groups)
+    convolution = LibraryConvolution(geometry, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = torch.randn(12, 8 // groups, 3, 3, generator=generator), torch.rand(12, generator=generator)
+    x, g = torch.randn(2, 8, 8, 6, generator=generator), torch.randn(2, 12, *size, generator=generator)
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (x, g))
+    for factor in (1.0, 0.5):  # packed again, both see it
+        convolution.fold(weight * factor, scale)
+        folded = weight * factor * scale.view(-1, 1, 1, 1)
+        leaf = x.clone().requires_grad_()
+        want = F.conv2d(leaf, folded, None, stride, 1, 1, groups)
+        torch.testing.assert_close(convolution.forward(x), want.detach())
+        torch.testing.assert_close(convolution.backward(g), torch.autograd.grad(want, leaf, g)[0])
+    assert (convolution.weight is None) == (stride == 1)

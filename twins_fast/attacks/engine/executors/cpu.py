@@ -19,6 +19,7 @@ from twins_fast.attacks.engine.executors.torch import (
     bytes_of_bits,
     dense,
     rows_of,
+    scaled,
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
@@ -211,12 +212,14 @@ class LibraryConvolution(TorchConvolution):
         self._plain = g.stride == (1, 1) and min(self._flipped_padding) >= 0
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
-        super().fold(weight, scale)
         g = self.geometry
-        self._forward = self._reordered(self.weight, g.padding, (4, g.in_channels, *g.in_size))
-        if self._plain:
+        folded = scaled(weight, scale).to(self.dtype)  # in its own layout: to another one and back takes very long
+        self._forward = self._reordered(folded, g.padding, (4, g.in_channels, *g.in_size))
+        if not self._plain:
+            super().fold(weight, scale)
+        else:
             # The input gradient is a convolution with the weights flipped and transposed within each group.
-            grouped = self.weight.view(g.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flip(3, 4)
+            grouped = folded.view(g.groups, -1, *folded.shape[1:]).transpose(1, 2).flip(3, 4)
             self._backward = self._reordered(
                 grouped.reshape(g.in_channels, -1, *g.kernel),
                 self._flipped_padding,

@@ -246,7 +246,7 @@ class PGD:
             program = self._program(images.detach())
             blocks = program.blocks_bounds if isinstance(program, Program) else self._clamp_blocks(images)
             notes = (NOTE,) if blocks else ()
-            return explain(program, unwrapped(self.model), images.detach() if timed else None, notes)
+            return explain(program, unwrapped(self.model), images.detach(), timed, notes)
 
     def _clamp_blocks(self, images: Tensor) -> bool:
         """Whether a clamp of the images, in a forward of one of them, passes no gradient at 0 and 1."""

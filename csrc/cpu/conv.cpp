@@ -36,8 +36,8 @@ int64_t workspace_bytes(const ConvPlan& plan, int threads) {
   return with_kernel(plan, [=](const auto& kernel) { return 64 + 4 * threads * kernel.floats_per_thread(); });
 }
 
-int64_t pack_floats(const ConvPack& args, int threads) {
-  return kLine + threads * std::max(kPackedColumns, 2 * args.slices()) * kLanes;
+int64_t pack_floats(const ConvPlan& plan, const ConvPack& args, int threads) {
+  return kLine + threads * vectors_at_once(plan, args) * kLanes;
 }
 
 void pack(const ConvPlan& plan, const ConvPack& args, float* scratch, int threads) {

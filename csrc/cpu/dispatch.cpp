@@ -203,19 +203,20 @@ Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::strin
   plan_.taps = taps_.data();
   plan_.sources = sources_.data();
   if (plan_.winograd) check_winograd(plan_);
+  else require(!plan_.adjoint, "only winograd has an adjoint");
 }
 
 Status Conv::pack(const ConvPack& args, int threads) const {
   const int64_t inputs = args.transposed ? args.outputs : args.inputs;
   const int64_t outputs = args.transposed ? args.inputs : args.outputs;
-  if (!args.weight || !args.packed || threads < 1 || inputs != plan_.in_channels || outputs != plan_.out_channels)
+  if (plan_.adjoint || !args.weight || !args.packed || threads < 1 || inputs != plan_.in_channels || outputs != plan_.out_channels)
     return Status::kBadArgument;
   constexpr int64_t kMost = 4096;
   if (args.kernel_h < 1 || args.kernel_w < 1 || args.kernel_h > kMost || args.kernel_w > kMost)
     return Status::kBadArgument;
   for (const ConvSource& source : sources_)
     if (source.ky >= args.kernel_h || source.kx >= args.kernel_w) return Status::kBadArgument;
-  std::unique_ptr<float[]> scratch(new (std::nothrow) float[unit_->pack_floats(args, threads)]);
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[unit_->pack_floats(plan_, args, threads)]);
   if (!scratch) return Status::kOutOfMemory;
   unit_->pack(plan_, args, scratch.get(), threads);
   return Status::kOk;

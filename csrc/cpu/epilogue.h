@@ -24,7 +24,14 @@ struct Epilogue {
 
   Epilogue(const ConvPlan& plan, const ConvRun& run)
       : bias(run.bias), other(static_cast<const T*>(run.other)), mask(run.mask), y(static_cast<T*>(run.y)),
-        bits(run.bits), relu(run.relu), channels(plan.out_channels), bytes_of_bits(plan.bytes_of_bits()) {}
+        bits(run.bits), relu(run.relu), channels(plan.out_channels), bytes_of_bits(plan.bytes_of_bits()) {
+    if (!plan.adjoint) return;
+    const int64_t last = run.images * plan.out_h * plan.out_w - 1;  // pixels count backwards from there
+    y += last * channels;
+    if (other) other += last * channels;
+    if (mask) mask += last * bytes_of_bits;
+    if (bits) bits += last * bytes_of_bits;
+  }
 
   // Calls f(count, bias) for the vector at channel c; a whole one's count is a constant of the type.
   template <class F>
@@ -62,6 +69,7 @@ template <class T>
 Ahead inputs_ahead(const ConvPlan& plan, const ConvRun& args, Range next, int64_t all, int64_t parts) {
   const char* x = static_cast<const char*>(args.x);
   const int64_t size = args.images * plan.in_h * plan.in_w * plan.in_channels * sizeof(T);
+  if (plan.adjoint) next = {all - next.end, all - next.begin};
   return {x + size * next.begin / all, x + size * next.end / all, parts};
 }
 

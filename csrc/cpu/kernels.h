@@ -42,7 +42,7 @@ struct Scratch {
 struct ConvUnit {
   int64_t (*packed_bytes)(const ConvPlan&);
   int64_t (*workspace_bytes)(const ConvPlan&, int threads);
-  int64_t (*pack_floats)(const ConvPack&, int threads);  // working memory
+  int64_t (*pack_floats)(const ConvPlan&, const ConvPack&, int threads);  // working memory
   void (*pack)(const ConvPlan&, const ConvPack&, float* scratch, int threads);
   void (*run)(const ConvPlan&, const ConvRun&, int threads);
 };

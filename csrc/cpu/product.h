@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "cpu/parallel.h"
+#include "cpu/transpose.h"
 #include "simd.h"
 
 namespace twins_fast {
@@ -46,6 +47,10 @@ struct Singles {
 
   static Floats add(Floats sum, const float* a, Floats b) { return sum + *a * b; }
   static Floats step(Floats v, Floats) { return v; }
+  // `rows` steps of `columns` packed columns, as columns and steps.
+  static void exchange(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t to_stride) {
+    transpose(from, stride, rows, columns, to, to_stride);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -59,7 +64,11 @@ struct Pairs {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
   }
   static Floats step(Floats first, Floats second) {
-    return (Floats)(extend(narrow(BFloat16{}, first)) | extend(narrow(BFloat16{}, second)) << 16);
+    const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, order = lane | (lane + kLanes) << 16;
+    return (Floats)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
+  static void exchange(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t to_stride) {
+    transpose_pairs(from, stride, rows, columns, to, to_stride);
   }
 };
 template <class T>
@@ -72,17 +81,27 @@ using ComputeOf = Singles;
 // Fetches memory that is read soon, in equal parts, while something else is computed.
 class Ahead {
  public:
-  Ahead(const void* begin, const void* end, int64_t parts)
-      : at_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)),
-        step_((end_ - at_) / (64 * std::max<int64_t>(parts, 1)) + 1) {}
+  // `pieces` pieces of the same size, `stride` bytes apart.
+  Ahead(const void* begin, const void* end, int64_t parts, int64_t pieces = 1, int64_t stride = 0)
+      : at_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)), pieces_(pieces),
+        gap_(stride - (end_ - at_)), size_(end_ - at_),
+        step_(pieces * size_ / (64 * std::max<int64_t>(parts, 1)) + 1) {}
 
   void fetch() {
-    for (int64_t i = 0; i < step_ && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
+    for (int64_t i = 0; i < step_ && (at_ < end_ || next()); ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
   }
 
  private:
   const char *at_, *end_;
-  int64_t step_;
+  int64_t pieces_, gap_, size_, step_;
+
+  bool next() {
+    if (pieces_ <= 1) return false;
+    --pieces_;
+    at_ = end_ + gap_;
+    end_ = at_ + size_;
+    return size_ > 0;
+  }
 };
 
 // One tile, whose lines are `stride` apart, times one panel of kVectors vectors: results [rows, kPanel].
@@ -145,14 +164,15 @@ struct Right {
 };
 
 // Rows and panels of a product that are one thread's: rows alone are divided while there are many, since each division
-// of the panels repeats the preparation of the left side.
-std::pair<Range, Range> divide(int64_t rows, int64_t panels, int thread, int team) {
+// of the panels repeats the preparation of the left side. That of a panel takes as long as some rows, if not prepared.
+std::pair<Range, Range> divide(int64_t rows, int64_t panels, int thread, int team, int64_t rows_per_panel = 0) {
   constexpr int64_t kFewRows = 6;     // fewer take as long
   constexpr int64_t kPreparation = 4;  // as long as this part of the product with a panel
   int64_t best = 1, least = INT64_MAX;
   for (int64_t parts = 1; parts <= std::min<int64_t>(team, panels); ++parts) {
     const int64_t most_rows = std::max(ceil_div(rows, team / parts), kFewRows);
-    const int64_t time = most_rows * (kPreparation * ceil_div(panels, parts) + 1);
+    const int64_t own = kPreparation * ceil_div(panels, parts);
+    const int64_t time = most_rows * (own + 1) + rows_per_panel * own;
     if (time < least) best = parts, least = time;
   }
   const int64_t row_parts = team / best, part = thread / best;

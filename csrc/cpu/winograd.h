@@ -77,6 +77,10 @@ struct Transform<4> {
 };
 
 // Each tile of kSize x kSize results is made of kReach x kReach products over channels, of transformed inputs.
+//
+// The input gradient is the convolution with the kernel flipped and its channels exchanged. An adjoint plan reads and
+// writes the pixels backwards instead of flipping, so that the transformed weights of the convolution itself serve both
+// and are stored once; their channels are exchanged before use, for one product of a panel at a time.
 template <class T, int kSize>
 struct Winograd {
   using Compute = ComputeOf<T>;
@@ -86,25 +90,33 @@ struct Winograd {
 
   const ConvPlan& plan;
   const Right matrix{plan.in_channels, plan.out_channels, Compute::kDepth};
+  const Right source{plan.out_channels, plan.in_channels, Compute::kDepth};  // of an adjoint plan, what is packed
+  const int64_t along = plan.adjoint ? -1 : 1;                               // the pixels
   const int64_t across = ceil_div(plan.out_w, kSize), down = ceil_div(plan.out_h, kSize);
   // Transformed inputs are [groups, lines, products, kTile, kLine], and products [groups, products, kTile, kPanel].
   static constexpr int64_t kLineFloats = kProducts * kTile * kLine, kProductFloats = kProducts * kTile * kPanel;
   const int64_t group_floats = matrix.lines() * kLineFloats;
   const int64_t groups = groups_of_block();
-  // A panel of large weights is read once for several groups; else one group's products stay near.
+  // A panel of large weights is read once for several groups, and exchanged once; else one group's products stay near.
   const bool large_panels = matrix.steps * kProducts * kPanel * 4 > kSize / 2 * kBlockBytes;
-  const int64_t groups_at_once = large_panels ? groups : 1;
+  const int64_t groups_at_once = large_panels || plan.adjoint ? groups : 1;
+  const int64_t exchanged_floats = plan.adjoint ? matrix.steps * kPanel : 0;
+  static constexpr int64_t kExchange = 8 / Compute::kDepth;  // as long as this many tiles of a product
 
   int64_t groups_of_block() const {
     // Weights that strain the third-level cache are read seldom, even if the second cannot hold the inputs.
     if (kSize == 4 && packed_floats() * 4 > kStreamedBytes)
       return std::clamp<int64_t>(kStreamedBytes / 4 / (4 * group_floats), 2, 8);
+    // So are those that are exchanged, but for inputs that it should hold.
+    if (plan.adjoint) return std::clamp<int64_t>(4 * kBlockBytes / (4 * group_floats), 2, 8);
     return std::clamp<int64_t>(2 * kBlockBytes / (4 * group_floats), 2, 16 / kSize);
   }
 
-  int64_t packed_floats() const { return kProducts * matrix.floats(); }
+  int64_t packed_floats() const { return kProducts * (plan.adjoint ? source : matrix).floats(); }
 
-  int64_t floats_per_thread() const { return groups * group_floats + groups_at_once * kProductFloats; }
+  int64_t floats_per_thread() const {
+    return groups * group_floats + groups_at_once * kProductFloats + exchanged_floats;
+  }
 
   struct Place {
     int64_t tx, ty, image;
@@ -125,15 +137,15 @@ struct Winograd {
     float* workspace = aligned(args.workspace);
     in_parallel(threads, [&](int thread, int team) {
       const int64_t all = args.images * down * across;
-      const auto [tiles, panels] = divide(all, matrix.panels(), thread, team);
+      const auto [tiles, panels] = divide(all, matrix.panels(), thread, team, plan.adjoint ? kExchange : 0);
       const float* packed = static_cast<const float*>(args.packed);
       float* inputs = workspace + thread * floats_per_thread();
       float* products = inputs + groups * group_floats;
       for (int64_t begin = tiles.begin; begin < tiles.end; begin += groups * kTile) {
         const Range block{begin, std::min(begin + groups * kTile, tiles.end)};
         const int64_t far = begin == tiles.begin ? panels.end : 0;  // later blocks find the weights in a cache
-        matrix.ahead(packed, panels.begin, far, kProducts, 1).fetch();
-        transform_inputs(static_cast<const T*>(args.x), block, inputs);
+        product_ahead(packed, panels.begin, 0, panels.begin < far, 1).fetch();
+        transform_inputs(args, block, inputs);
         const Range next{block.end, std::min(block.end + groups * kTile, tiles.end)};
         Ahead ahead = inputs_ahead<T>(plan, args, next, all,
                                       panels.size() * kProducts * ceil_div(block.size(), groups_at_once * kTile));
@@ -148,20 +160,48 @@ struct Winograd {
     });
   }
 
+  // The weights of one product of a panel, if they are `far`.
+  Ahead product_ahead(const float* packed, int64_t panel, int p, bool far, int64_t parts) const {
+    if (!plan.adjoint) {
+      const float* from = packed + kProducts * matrix.offset(panel) + p * matrix.floats_of(panel);
+      return {from, far ? from + matrix.floats_of(panel) : from, parts};
+    }
+    constexpr int64_t kSteps = kPanel / Compute::kDepth;
+    const int64_t width = source.vectors_of(0) * kLanes, steps = std::min(kSteps, source.steps - panel * kSteps);
+    const float* from = packed + (p * source.steps + panel * kSteps) * width;
+    return {from, far ? from + steps * width : from, parts, source.panels(), 4 * kProducts * source.offset(1)};
+  }
+
+  // The weights of one product of a panel, of which an adjoint plan's channels are to be exchanged.
+  const float* weights(const float* packed, int64_t panel, int p, float* exchanged) const {
+    if (!plan.adjoint) return packed + kProducts * matrix.offset(panel) + p * matrix.floats_of(panel);
+    const int64_t width = matrix.vectors_of(panel) * kLanes;
+    for (int64_t q = 0; q < source.panels(); ++q)
+      for (int v = 0; v < matrix.vectors_of(panel); ++v) {
+        const int64_t first = (panel * kPanel + v * kLanes) / Compute::kDepth;
+        const int64_t stride = source.vectors_of(q) * kLanes;
+        Compute::exchange(packed + kProducts * source.offset(q) + p * source.floats_of(q) + first * stride, stride,
+                          static_cast<int>(std::min<int64_t>(source.steps - first, kLanes / Compute::kDepth)),
+                          std::min<int64_t>(plan.in_channels - q * kPanel, kPanel),
+                          exchanged + q * kPanel / Compute::kDepth * width + v * kLanes, width);
+      }
+    return exchanged;
+  }
+
   void multiply_tiles(const float* inputs, const float* packed, int64_t panel, int64_t far, Range tiles,
                       float* products, const Epilogue<T>& epilogue, Ahead& ahead) const {
-    const float* b = packed + kProducts * matrix.offset(panel);
-    const int64_t size = matrix.floats_of(panel);
+    float* exchanged = products + groups_at_once * kProductFloats;
     const int64_t parts = ceil_div(tiles.size(), kTile) * matrix.lines();
     Place at = place(tiles.begin);
     int64_t fetched = 0, row = 0, pixel = pixel_of(at);  // rows of results, and the next one
-    for (int p = 0; p < kProducts; ++p, b += size) {
+    for (int p = 0; p < kProducts; ++p) {
       ahead.fetch();
-      Ahead weights = p + 1 == kProducts ? matrix.ahead(packed, panel + 1, far, kProducts, parts)
-                                         : Ahead(b + size, b + (panel < far ? 2 : 1) * size, parts);
+      const bool last = p + 1 == kProducts;
+      Ahead next = product_ahead(packed, panel + last, last ? 0 : p + 1, panel + last < far, parts);
+      const float* b = weights(packed, panel, p, exchanged);
       for (const int64_t end = ceil_div(tiles.size() * kSize * (p + 1), kProducts); fetched < end; ++fetched) {
-        for (int j = 0; j < kSize; ++j) epilogue.prefetch(pixel + j, panel * kPanel);
-        pixel += plan.out_w;
+        for (int j = 0; j < kSize; ++j) epilogue.prefetch(pixel + along * j, panel * kPanel);
+        pixel += along * plan.out_w;
         if (++row < kSize) continue;
         row = 0;
         step(at);
@@ -171,18 +211,19 @@ struct Winograd {
         const int count = static_cast<int>(std::min<int64_t>(tiles.size() - t, kTile));
         matrix.template multiply<Compute>(inputs + t / kTile * group_floats + p * (kTile * kLine), kLineFloats, b,
                                           panel, count, products + t / kTile * kProductFloats + p * (kTile * kPanel),
-                                          weights);
+                                          next);
       }
     }
   }
 
   int64_t pixel_of(const Place& at) const {
-    return (at.image * plan.out_h + at.ty * kSize) * plan.out_w + at.tx * kSize;
+    return along * ((at.image * plan.out_h + at.ty * kSize) * plan.out_w + at.tx * kSize);
   }
 
-  void transform_inputs(const T* x, Range tiles, float* inputs) const {
+  void transform_inputs(const ConvRun& args, Range tiles, float* inputs) const {
     static constexpr T kZeros[kLanes] = {};  // rows outside the image stay there, whatever the pixel
-    const int64_t channels = plan.in_channels;
+    const int64_t channels = plan.in_channels, last = args.images * plan.in_h * plan.in_w - 1;
+    const T* x = static_cast<const T*>(args.x) + (plan.adjoint ? last * channels : 0);
     for (int64_t t = tiles.begin; t < tiles.end;) {
       const Place at = place(t);
       const int64_t count = std::min(across - at.tx, tiles.end - t);
@@ -191,8 +232,8 @@ struct Winograd {
       for (int i = 0; i < kReach; ++i) {
         const int64_t y = at.ty * kSize - 1 + i;
         const bool inside = 0 <= y && y < plan.in_h;
-        rows[i] = inside ? x + (at.image * plan.in_h + y) * plan.in_w * channels : kZeros;
-        steps[i] = inside ? channels : 0;
+        rows[i] = inside ? x + along * (at.image * plan.in_h + y) * plan.in_w * channels : kZeros;
+        steps[i] = inside ? along * channels : 0;
       }
       const int64_t first = t - tiles.begin;
       float* to = inputs + first / kTile * group_floats + first % kTile * kLine;
@@ -241,7 +282,7 @@ struct Winograd {
   void transform_products(Range tiles, int64_t panel, const float* products, const Epilogue<T>& epilogue) const {
     for (int v = 0; v < matrix.vectors_of(panel); ++v) {
       const int64_t c = panel * kPanel + v * kLanes, width = plan.out_w, height = plan.out_h;
-      epilogue.with_vector(c, [&, epilogue, c, width, height, v](auto n, Floats bias) {
+      epilogue.with_vector(c, [&, epilogue, c, width, height, v, along = along](auto n, Floats bias) {
         Place at = place(tiles.begin);
         for (int64_t t = 0; t < tiles.size(); ++t, step(at)) {
           const float* from = products + t / kTile * kProductFloats + (t % kTile * 2 + v) * kLanes;
@@ -261,7 +302,7 @@ struct Winograd {
             Floats y[kSize];
             Transform<kSize>::results(columns[i], y);
             for_each<kSize>([&](int j) __attribute__((always_inline)) {
-              if (j < right) epilogue(y[j] + bias, pixel + i * width + j, c, n);
+              if (j < right) epilogue(y[j] + bias, pixel + along * (i * width + j), c, n);
             });
           });
         }

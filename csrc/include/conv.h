@@ -27,6 +27,7 @@ struct ConvPhase {
 
 struct ConvPlan {
   int winograd;  // 2 or 4: F(2x2, 3x3) or F(4x4, 3x3), of nine taps around each pixel in one phase; 0: not at all
+  bool adjoint;  // Winograd's input gradient by what is packed for the convolution that has it, so without own weights
   DType dtype;
   int64_t in_h, in_w, in_channels;
   int64_t out_h, out_w, out_channels;

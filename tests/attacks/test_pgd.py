@@ -10,30 +10,32 @@ from torch import nn
 
 from tests.attacks.engine.helpers import assert_untouched, loss_of, state_of
 from twins_fast import PGD, convert_twin_bn
-from twins_fast.attacks import named_attack, objectives
+from twins_fast.attacks import named_attack, objectives, pgd
 
 
 def test_repr_shows_all_options():
     attack = PGD(nn.Identity(), alpha=0.01, random_start=0, amp_dtype=torch.bfloat16)
     assert repr(attack) == (
         "PGD(Identity, eps=8/255, alpha=0.01, steps=10, random_start=False, norm='linf', loss='ce', bn_mode='eval', "
-        "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto', chunk_size=None)"
+        "amp_dtype=torch.bfloat16, generator=None, targeted=False, engine='auto', chunk_size=None, restarts=1, "
+        "best=False, early_stop=False, momentum=0.0, step_rule='fixed', bounds=(0.0, 1.0), mean=None, std=None, "
+        "output=None)"
     )
     for eps in (0, 0.0, 1 / 255, 0.3, 8 / 254, 1.0, 64.0):
         (shown,) = re.findall(r"\(Identity, eps=(.*?),", repr(PGD(nn.Identity(), eps=eps, norm="l2")))
         assert eval(shown) == eps and ("/" in shown) == (eps == 1 / 255)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l2-sign"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l2-sign", "l1"])
 @pytest.mark.parametrize("random_start", [True, False, "normal"])
 def test_stays_in_the_ball_and_raises_the_loss(tiny_model, batch, norm, random_start):
     images, labels = batch
-    eps = 0.05 if norm == "linf" else 0.6
+    eps = {"linf": 0.05, "l1": 6.0}.get(norm, 0.6)
     attack = PGD(tiny_model, eps=eps, alpha=eps / 4, norm=norm, random_start=random_start)
     adversarial = attack(images, labels)
     offset = (adversarial - images).flatten(1)
-    length = offset.abs().amax(1) if norm == "linf" else offset.norm(dim=1)
-    assert (length <= eps + 1e-6).all() and (length > 0).all()
+    length = {"linf": offset.abs().amax(1), "l1": offset.abs().sum(1)}.get(norm, offset.norm(dim=1))
+    assert (length <= eps + 1e-5).all() and (length > 0).all()
     assert adversarial.min() >= 0 and adversarial.max() <= 1 and not adversarial.requires_grad
     assert loss_of(tiny_model, adversarial, labels) > loss_of(tiny_model, images, labels)
 
@@ -79,8 +81,8 @@ def test_dlr_by_hand():
 
 
 @pytest.mark.parametrize("classes", [3, 4, 10])
-@pytest.mark.parametrize("loss", ["ce", "kl", "dlr"])
-def test_gradients_in_closed_form(tiny_model, loss, classes):
+@pytest.mark.parametrize("loss", ["ce", "kl", "dlr", "margin"])
+def test_gradients_in_closed_form(loss, classes):
     """Against autograd in float64: labels of every rank, ties, saturated and NaN logits."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, classes, dtype=torch.float64, generator=generator) * 3
@@ -89,15 +91,17 @@ def test_gradients_in_closed_form(tiny_model, loss, classes):
     labels = torch.arange(64) % classes
     labels[12:20] = logits[12:20].argmax(1)
     clean = F.softmax(torch.randn(64, classes, dtype=torch.float64, generator=generator), 1)
-    attack = PGD(tiny_model, loss=loss)
-    per_sample, reference = attack._per_sample(labels, lambda: clean.log())
-    gradient, own_reference = attack._logits_gradient(labels, classes, lambda: clean.log())
+    values, slope = pgd._LOSSES[loss]
+    reference = clean if loss == "kl" else labels
+    own_reference = objectives.one_hot(labels, classes).double() if loss == "ce" else reference
     leaf = logits.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(per_sample(leaf, reference).sum(), leaf)
-    torch.testing.assert_close(gradient(logits, own_reference), expected, rtol=1e-12, atol=1e-12)
+    (expected,) = torch.autograd.grad(values(leaf, reference).sum(), leaf)
+    torch.testing.assert_close(slope(logits, own_reference), expected, rtol=1e-12, atol=1e-12)
+    if loss == "ce":
+        torch.testing.assert_close(values(logits, own_reference), values(logits, labels), rtol=1e-12, atol=1e-12)
     logits[0, 1] = torch.nan
-    assert gradient(logits, own_reference)[0].isnan().any()
-    assert gradient(logits, own_reference)[1:].isfinite().all()
+    assert loss == "margin" or slope(logits, own_reference)[0].isnan().any()
+    assert slope(logits, own_reference)[1:].isfinite().all()
 
 
 def test_generator_and_x_init_decide_the_start(tiny_model, batch):
@@ -172,6 +176,9 @@ BAD_BATCHES = {
     "three dimensions": (lambda x, y: (x[0], y), ValueError, r"images.*\[N, C, H, W\]"),
     "labels too few": (lambda x, y: (x, y[:5]), ValueError, r"labels.*\[8\].*\[5\]"),
     "label dtype": (lambda x, y: (x, y.float()), TypeError, "labels.*float32"),
+    "no probabilities": (lambda x, y: (x, torch.ones(8, 3)), ValueError, "probabilities, not negative and 1 in sum"),
+    "probabilities of others": (lambda x, y: (x, torch.ones(8, 4) / 4), ValueError, "class|size"),
+    "too few probabilities": (lambda x, y: (x, torch.ones(5, 3) / 3), ValueError, r"labels.*\[8, classes\].*\[5, 3\]"),
     "label range": (lambda x, y: (x, y + 2), ValueError, "labels hold class 4.*3 classes"),
     "negative label": (lambda x, y: (x, y - 1), ValueError, "negative.*-1"),
     "another device": (lambda x, y: (x.to("meta"), y.to("meta")), ValueError, "images are on meta.*model is on cpu"),
@@ -197,7 +204,21 @@ def test_bad_batches_are_refused(tiny_model, batch, name):
         ({"steps": -2}, "steps.*-2"),
         ({"steps": 1.5}, "steps.*1.5"),
         ({"eps": float("nan")}, "eps.*nan"),
-        ({"norm": "l1"}, "norm.*'l1'"),
+        ({"norm": "l0"}, "norm.*'l0'"),
+        ({"norm": 3}, "norm.*3"),
+        ({"norm": []}, "norm.*\\[\\]"),
+        ({"eps": 2.0}, "eps must be at most 1.*did you mean 2/255"),
+        ({"eps": 256, "bounds": (0, 255)}, "eps must be at most 255"),
+        ({"eps": torch.tensor(-1.0)}, "eps must hold finite"),
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"restarts": 2, "random_start": False}, "restarts need a random start"),
+        ({"step_rule": "adam"}, "step_rule.*'adam'"),
+        ({"step_rule": "apgd", "momentum": 0.5}, "momentum of its own"),
+        ({"step_rule": "apgd", "norm": "l1"}, "norms linf and l2"),
+        ({"momentum": -1}, "momentum.*-1"),
+        ({"bounds": (1, 0)}, "bounds.*lower one first"),
+        ({"bounds": (0, float("inf"))}, "bounds.*finite"),
+        ({"mean": (0.5,)}, "mean and std"),
         ({"loss": "mse"}, "loss.*'mse'"),
         ({"bn_mode": "off"}, "bn_mode.*'off'"),
         ({"amp_dtype": torch.float64}, "amp_dtype"),

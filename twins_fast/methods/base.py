@@ -135,4 +135,5 @@ def total(terms: Iterable[Tensor]) -> Tensor:
 
 def correct(logits: Logits, labels: Tensor) -> Tensor:
     """[B] float: 1 where the logits that were trained on are right."""
+    labels = labels.argmax(1) if labels.is_floating_point() else labels
     return (logits.adversarial.detach().argmax(1) == labels).float()

@@ -21,7 +21,7 @@ from twins_fast.nn.guards import has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
 from twins_fast.nn.wings import twin_layers
 from twins_fast.ops.group import world_size
-from twins_fast.validation import check_choice, checked_logits
+from twins_fast.validation import check_amp_dtype, check_choice, checked_logits
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -64,7 +64,7 @@ class TrainingStep:
         if isinstance(method, str):
             check_choice("method", method, METHODS)
             method = METHODS[method]()
-        check_choice("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
+        check_amp_dtype(amp_dtype)
         self.model = model
         self.optimizer = optimizer
         self.method = method
@@ -184,6 +184,8 @@ class TrainingStep:
             return f"the images are on a {images.device.type}"
         if self.attack is not None and self._own_attack() is None:
             return f"the attack is a {type(self.attack).__name__}, not a PGD of this model for a usual method"
+        if self.attack is not None and self.attack.looks_between_passes:
+            return f"the attack's {self.attack.looks_between_passes}"
         if torch.is_autocast_enabled(images.device.type):
             return "it runs inside of autocast, which may hold old weights; use amp_dtype"
         try:

@@ -245,6 +245,9 @@ def test_the_chunk_size_is_a_setting():
     for attack.chunk_size, at_once in ((5, 5), (1, 1), (100, 13), (6, 5)):  # chunks alike: 13 as 5, 5 and 3
         assert torch.equal(attack(x, y), whole)
         assert program_of(attack, x).chunk(13) == at_once
+        report = attack.explain(x)
+        assert report.images == at_once
+        assert str(report).startswith(f"plan: {at_once} image{'s' if at_once > 1 else ''} at once")
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         PGD(model, chunk_size=0)
     with pytest.raises(ValueError, match="chunk_size must be an integer"):

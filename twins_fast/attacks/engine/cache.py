@@ -17,10 +17,11 @@ from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
 from twins_fast.attacks.engine.watch import Watch, obstacle
+from twins_fast.models.output import Output
 from twins_fast.ops.native import dtype_name
 from twins_fast.verdicts import PASSED, tell_once, verdict
 
-Kind = tuple[tuple[int, ...], torch.dtype, torch.device]  # shape of an image, precision, device
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device, Output]  # shape of an image, precision, device, result
 
 KEPT_PLANS = 4
 KEPT_MODELS = 16  # of one that is kept alive by itself, such as by a method of its own, nothing else would ever go
@@ -67,6 +68,7 @@ class PlanCache:
         chunk_size: int | None = None,
         insist: bool = False,
         rounded: bool = False,
+        output: Output = None,
     ) -> Program | str:
         """The program of ``model`` in eval mode for images like these in this precision, or why there is none.
 
@@ -75,11 +77,12 @@ class PlanCache:
             insist: whether a device without a verdict will do, and an error in the engine itself is raised. Without,
                 it is a reason that is remembered, and a warning.
             rounded: whether it is for batches of many sizes.
+            output: which of the model's results the logits are.
         """
         reason = "" if insist else _reservation(images.device, dtype)
         if reason:
             return reason
-        kind = (tuple(images.shape[1:]), dtype, images.device)
+        kind = (tuple(images.shape[1:]), dtype, images.device, output)
         try:
             if self.watch.look(model):
                 self._obstacles.clear()
@@ -95,7 +98,7 @@ class PlanCache:
                 if changes > RESTLESS:
                     return "the model's attributes change from call to call"
                 self._plans.pop(kind, None)  # frees its memory before the new one takes some
-                program = self._build(model, images, dtype)
+                program = self._build(model, images, dtype, output)
             else:
                 self._changes[kind] = 0
             self._keep(kind, program)
@@ -137,10 +140,12 @@ class PlanCache:
             self._changes.pop(self._plans.popitem(last=False)[0], None)
 
     @staticmethod
-    def _build(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Program:
+    def _build(model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output) -> Program:
         shape = tuple(images.shape[1:])
-        nodes = capture(model, shape, images.device)
-        return Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
+        nodes = capture(model, shape, images.device, output)
+        program = Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
+        program.output = output
+        return program
 
 
 def _reservation(device: torch.device, dtype: torch.dtype) -> str:

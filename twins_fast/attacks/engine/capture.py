@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from twins_fast.attacks.engine.graph import (
     Reading,
@@ -36,6 +37,7 @@ from twins_fast.attacks.engine.nodes import (
 )
 from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
+from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.nn.modes import in_mode
 
@@ -48,8 +50,11 @@ _ABOUT_MEMORY = {"as_strided", "sym_stride", "stride", "sym_storage_offset", "st
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
 
 
-def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> list[Node]:
+def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output = None) -> list[Node]:
     """The nodes of ``model`` in eval mode for float32 images [N, *shape], N >= 2; the last one gives the logits.
+
+    Args:
+        output: which of its results those are.
 
     Raises:
         NotCaptured: control flow that depends on values or on N, operations that change the model or draw random
@@ -68,7 +73,7 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device)
     for message in messages:
         if "assigned during export" in str(message.message):
             raise NotCaptured(f"the forward changes the model: {str(message.message).splitlines()[0][:150]}")
-    return Reader(model, exported, shape).nodes
+    return Reader(model, exported, shape, output).nodes
 
 
 @contextmanager
@@ -103,7 +108,9 @@ def _watched() -> Iterator[list[warnings.WarningMessage]]:
 class Reader(Reading):
     """Turns an exported graph into nodes."""
 
-    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, ...]):
+    def __init__(
+        self, model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, ...], output: Output = None
+    ):
         super().__init__(model, [Node("input", [], tuple(shape), "")], {})
         self.shared: set[fx.Node] = set()  # nodes whose memory another value may share
         self._bind(exported)
@@ -112,10 +119,10 @@ class Reader(Reading):
             if node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
-                result = node.args[0]
+                result = output_of(pytree.tree_unflatten(node.args[0], exported.call_spec.out_spec), output)
             elif node.op != "placeholder":
                 raise NotCaptured(f"{node.op} {node.target}")
-        last = self.values.get(result[0]) if len(result) == 1 else None
+        last = self.values.get(result) if isinstance(result, fx.Node) else None
         if not isinstance(last, Ref) or last.index == 0:
             raise NotCaptured("the model does not return one tensor that depends on the images")
         if self.nodes[last.index].shape is None or len(self.nodes[last.index].shape) != 1:

@@ -52,15 +52,18 @@ class Explanation:
             rows.append([*row, *([f"{layer['forward_ms']:.2f}", f"{layer['backward_ms']:.2f}"] if timed else [])])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        about = f"plan: {self.images} images at once, {self.bytes_per_image / 1e6:.2f} MB of memory for each"
+        images = f"{self.images} image{'s' * (self.images != 1)}"
+        about = f"plan: {images} at once, {self.bytes_per_image / 1e6:.2f} MB of memory for each"
         return "\n".join([about, *lines, *self.notes])
 
 
-def explain(program: Program | str, model: nn.Module, images: Tensor | None, notes: tuple[str, ...]) -> Explanation:
+def explain(
+    program: Program | str, model: nn.Module, images: Tensor, timed: bool, notes: tuple[str, ...]
+) -> Explanation:
     """The report of a program, or of the reason why there is none.
 
     Args:
-        images: [N, C, H, W] float32 to time the steps on, or None.
+        images: [N, C, H, W] float32; the steps are timed on them if ``timed``, else only their number counts.
         notes: added to the report.
     """
     if isinstance(program, str):
@@ -80,8 +83,8 @@ def explain(program: Program | str, model: nn.Module, images: Tensor | None, not
         for slot in step.tensors.values():
             for one in slot if isinstance(slot, list) else [slot]:
                 layers[step.stage]["bytes"] += 0 if one is None else program.slot_bytes(one)
-    size = program.chunk(1 if images is None else len(images))
-    if images is not None:
+    size = program.chunk(len(images))
+    if timed:
         with torch.no_grad():
             program.fold(model)
             for direction, times in _times(program, images[:size]).items():

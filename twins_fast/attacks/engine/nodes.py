@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +76,8 @@ def map_values(function, value):
 
 def tensor_of(model: nn.Module, name: str) -> Tensor | None:
     """The parameter, buffer or tensor attribute of that dotted name; None if there is none."""
-    owner, _, last = name.rpartition(".")
     try:
-        value = getattr(model.get_submodule(owner), last)
+        value = attrgetter(name)(model)
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) else None

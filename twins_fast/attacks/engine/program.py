@@ -21,6 +21,7 @@ from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.passes import Bound, Kept, Pass
 from twins_fast.attacks.engine.plan import Plan
 from twins_fast.devices import capturing
+from twins_fast.models.output import Output
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
@@ -31,6 +32,7 @@ class Program:
     """A plan with its memory: parameters folded by :meth:`fold`, one arena for all tensors.
 
     Attributes:
+        output: which of the model's results the logits are.
         chunk_size: how many images go through all steps at once; None: what a CPU's cache holds, all on a GPU.
         largest_chunk: the most that do; halved when memory runs out, None: no limit.
         folded: the state of the parameters that were folded last, see :meth:`Watch.state`; None if it is not known.
@@ -60,6 +62,7 @@ class Program:
         self._saved_bytes = sum(size for size, saved in zip(sizes, first, strict=True) if saved)
         self._arena: Tensor | None = None
         self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self.output: Output = None
         self.chunk_size: int | None = None
         self.largest_chunk: int | None = None
         self.input: Input | None = None

@@ -12,6 +12,7 @@ from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
 from twins_fast.attacks.engine.plan import Step
 from twins_fast.attacks.engine.program import Program
+from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
 
 DIFFERENT = 0.05  # relative L2 distance beyond which results are not the same
@@ -47,7 +48,7 @@ def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool
         with torch.no_grad():
             plain.fold(model)
         images = images.detach().clone(memory_format=torch.contiguous_format)
-        if not program.verified and not _computes_model(plain, model, images[_ends(len(images))]):
+        if not program.verified and not _computes_model(plain, model, images[_ends(len(images))], program.output):
             return "the plan's logits or gradients are not the model's"
         for rows in sorted(unknown) if type(program.executor) is not TorchExecutor else ():
             x, wrong = images[torch.arange(rows, device=device) % len(images)], []
@@ -73,7 +74,7 @@ def _direction(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device)
 
 
-def _computes_model(plain: Program, model: nn.Module, x: Tensor) -> bool:
+def _computes_model(plain: Program, model: nn.Module, x: Tensor, output: Output) -> bool:
     plain.largest_chunk = 1  # images must not see each other
     direction = _direction(x.new_empty(len(x), plain.classes))
     planned_logits, gradient = torch.empty_like(direction), torch.empty_like(x)
@@ -87,7 +88,7 @@ def _computes_model(plain: Program, model: nn.Module, x: Tensor) -> bool:
     try:
         with torch.enable_grad():
             pixels = x.clone().requires_grad_()
-            logits = model(pixels)
+            logits = output_of(model(pixels), output)
             if logits.shape != direction.shape:
                 return False
             (expected,) = torch.autograd.grad((logits * direction).sum(), pixels)

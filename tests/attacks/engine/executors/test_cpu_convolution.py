@@ -17,7 +17,11 @@ from twins_fast.ops import native
 if native._C is None:
     pytest.skip(f"no compiled kernels: {native.missing}", allow_module_level=True)
 
-from twins_fast.attacks.engine.executors.cpu import KernelConvolution, Workspace  # noqa: E402  it needs the compiled kernels
+from twins_fast.attacks.engine.executors.cpu import (  # noqa: E402  they need the compiled kernels
+    KernelConvolution,
+    LibraryConvolution,
+    Workspace,
+)
 
 ALGORITHMS = ["gemm", "winograd", "winograd4"]
 TILES = {"winograd": 2, "winograd4": 4}  # F(2x2, 3x3) and F(4x4, 3x3)
@@ -102,13 +106,20 @@ class Layer:
         generator = torch.Generator().manual_seed(self.seed)
         self.weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
         self.scale = torch.randn(outputs, generator=generator) if options.get("scale") else None
+        self.adjoint = options.get("adjoint", False)  # by what is packed for the convolution
         out, *steps_and_phases = self.plan(size)
         ends = (size, channels, out, outputs), (out, outputs, size, channels)
         self.in_size, self.inputs, self.out_size, self.outputs = ends[self.gradient]
         self.x = torch.randn(images, self.inputs, *self.in_size, generator=generator).to(self.dtype)
         self.products = kernel * kernel * self.inputs
         shapes = self.in_size, self.inputs, self.out_size, self.outputs
-        self.conv = native._C.Conv(self.algorithm, native.dtype_name(self.dtype), *shapes, *steps_and_phases, self.isa)
+        kind = self.algorithm, native.dtype_name(self.dtype)
+        self.conv = native._C.Conv(*kind, *shapes, *steps_and_phases, self.isa, self.adjoint)
+        self.packer = self.conv
+        if self.adjoint:
+            phases = forward_phases(kernel, padding, dilation)
+            self.packer = native._C.Conv(*kind, *shapes[2:], *shapes[:2], (1, 1), (1, 1), phases, self.isa)
+            assert self.packer.packed_bytes == self.conv.packed_bytes
         self.prepare(options.get("pack_threads", 2))
 
     def __repr__(self):  # what hypothesis prints of a failing case
@@ -123,9 +134,10 @@ class Layer:
         return out, (stride, stride), (1, 1), forward_phases(kernel, padding, dilation)
 
     def prepare(self, threads):
-        packed = Result((self.conv.packed_bytes,), torch.uint8)
+        packed = Result((self.packer.packed_bytes,), torch.uint8)
         weight, scale, target = pointers(self.weight, self.scale, packed.tensor)
-        assert self.conv.pack(weight, tuple(self.weight.shape), scale, self.gradient, target, threads) == ""
+        transposed = self.gradient and not self.adjoint
+        assert self.packer.pack(weight, tuple(self.weight.shape), scale, transposed, target, threads) == ""
         self.packed = packed.get()
 
     def exact(self, x, weight):
@@ -157,6 +169,8 @@ class Layer:
         if self.algorithm == "gemm":
             return self.exact(x, weight)
         # All of Winograd's transforms, of magnitudes: differences that cancel were rounded nevertheless.
+        if self.adjoint:
+            return winograd(x.flip(2, 3), weight.transpose(0, 1), TILES[self.algorithm], torch.abs).flip(2, 3)
         if self.gradient:
             weight = weight.transpose(0, 1).flip(2, 3)
         return winograd(x, weight, TILES[self.algorithm], torch.abs)
@@ -203,6 +217,7 @@ def layers(draw, algorithm, isa, dtype):
         sizes = SIZES.map(lambda size: max(size, reach - 2 * options["padding"]))
     else:
         sizes = SIZES
+        options["adjoint"] = options["gradient"] and draw(st.booleans())
     return Layer((draw(sizes), draw(sizes)), draw(CHANNELS), draw(CHANNELS), **options)
 
 
@@ -227,6 +242,8 @@ def test_random_layers(algorithm, isa, dtype):
         ("winograd", (4, 4), 520, 100, {}),  # a weight that several groups of tiles share
         ("winograd4", (12, 13), 270, 100, {}),
         ("winograd4", (12, 13), 600, 70, {}),  # inputs larger than the cache
+        ("winograd", (12, 13), 90, 260, dict(gradient=True, adjoint=True)),
+        ("winograd4", (33, 31), 75, 260, dict(gradient=True, adjoint=True)),
         ("gemm", (1, 1), 600, 130, dict(kernel=1, images=7)),  # a linear layer
         ("gemm", (30, 29), 48, 70, dict(kernel=1)),
         ("gemm", (16, 16), 64, 96, dict(stride=2, gradient=True)),
@@ -247,7 +264,9 @@ def test_large_layers(dtype, algorithm, size, channels, outputs, options):
 def test_epilogue(algorithm, isa, dtype):
     # Every combination for a panel and a part of one; a few for less than a vector.
     for outputs, gradient, every in (37, False, 1), (5, True, 7):
-        layer = Layer((3, 4), outputs, outputs, algorithm=algorithm, isa=isa, dtype=dtype, gradient=gradient)
+        adjoint = gradient and algorithm != "gemm"
+        options = dict(algorithm=algorithm, isa=isa, dtype=dtype, gradient=gradient, adjoint=adjoint)
+        layer = Layer((3, 4), outputs, outputs, **options)
         plain, plain_want = layer.run(threads=1), layer.want()
         bias, other = torch.randn(outputs), torch.randn(plain.shape).to(dtype)
         mask = torch.randint(0, 256, (len(plain), *layer.out_size, (outputs + 7) // 8), dtype=torch.uint8)
@@ -308,6 +327,8 @@ def test_bits_and_values_of_nan(algorithm, isa, dtype):
         ("winograd", (4, 4), {}),
         ("winograd4", (9, 9), {}),
         ("winograd4", (4, 4), {}),
+        ("winograd4", (9, 9), dict(gradient=True, adjoint=True)),
+        ("winograd4", (2, 2), dict(gradient=True, adjoint=True)),  # panels are divided
         ("gemm", (9, 9), dict(stride=2)),
         ("gemm", (9, 9), dict(stride=2, gradient=True)),
         ("gemm", (1, 1), dict(kernel=1)),
@@ -389,6 +410,7 @@ def conv(**changes):
         (dict(algorithm="fft"), "no algorithm fft"),
         (dict(dtype="int8"), "int8"),
         (dict(isa="none"), "instruction set"),
+        (dict(adjoint=True), "only winograd"),
         (dict(in_size=(0, 5)), "sizes"),
         (dict(in_channels=0), "sizes"),
         (dict(out_channels=-1), "sizes"),
@@ -433,6 +455,29 @@ def test_bad_arguments_are_refused():
     assert layer.conv.run(1, 0, packed, 0, 0, 0, packed, 0, False, packed, 2) == refused
     assert layer.conv.run(1, packed, packed, 0, 0, 0, packed, 0, False, packed, 0) == refused
     assert layer.conv.run(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 2) == ""  # no images: nothing to do
+    adjoint = conv(algorithm="winograd", adjoint=True)
+    assert adjoint.pack(weight, (2, 3, 3, 3), 0, True, packed, 2) == refused  # it has no weights of its own
+
+
+@pytest.mark.parametrize(("channels", "shared"), [(64, False), (288, True)])
+def test_weights_of_both_directions(channels, shared):
+    geometry = Convolution(channels, (6, 7), channels, (6, 7), (3, 3), (1, 1), (1, 1))
+    convolution = KernelConvolution(geometry, torch.float32, Workspace(), "winograd4")
+    directions = convolution._forward, convolution._backward
+    assert len({direction._packed.data_ptr() for direction in directions}) == 2 - shared
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels, channels, 3, 3, generator=generator)
+    scale = torch.rand(channels, generator=generator) + 0.5
+    x, g = (torch.randn(2, channels, 6, 7, generator=generator) for _ in range(2))
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (x, g))
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    for factor in (1.0, 0.5):  # packed again, both see it
+        convolution.fold(weight * factor, scale)
+        convolution.bind_forward(x, None, None, y, None)()
+        convolution.bind_backward(g, None, None, dx)()
+        folded = weight * factor * scale.view(-1, 1, 1, 1)
+        for got, want in (y, F.conv2d(x, folded, padding=1)), (dx, F.conv_transpose2d(g, folded, padding=1)):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "with sum and mask"])
@@ -470,3 +515,23 @@ def test_gradient_of_an_image(channels, size, kernel, stride, padding, dilation,
         want, mask = (want + other) * passes, bits.flatten()
     convolution.bind_backward(g, other, mask, dx)()
     torch.testing.assert_close(dx, want.float(), rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (1, 2), (2, 1)])
+def test_weights_for_onednn(stride, groups):
+    """Each direction has its own in oneDNN's layout, and only a gradient by PyTorch needs them in another."""
+    size = (8 // stride, 6 // stride)
+    geometry = Convolution(8, (8, 6), 12, size, (3, 3), (stride, stride), (1, 1), (1, 1), groups)
+    convolution = LibraryConvolution(geometry, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = torch.randn(12, 8 // groups, 3, 3, generator=generator), torch.rand(12, generator=generator)
+    x, g = torch.randn(2, 8, 8, 6, generator=generator), torch.randn(2, 12, *size, generator=generator)
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (x, g))
+    for factor in (1.0, 0.5):  # packed again, both see it
+        convolution.fold(weight * factor, scale)
+        folded = weight * factor * scale.view(-1, 1, 1, 1)
+        leaf = x.clone().requires_grad_()
+        want = F.conv2d(leaf, folded, None, stride, 1, 1, groups)
+        torch.testing.assert_close(convolution.forward(x), want.detach())
+        torch.testing.assert_close(convolution.backward(g), torch.autograd.grad(want, leaf, g)[0])
+    assert (convolution.weight is None) == (stride == 1)

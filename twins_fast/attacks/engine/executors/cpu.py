@@ -19,6 +19,7 @@ from twins_fast.attacks.engine.executors.torch import (
     bytes_of_bits,
     dense,
     rows_of,
+    scaled,
     window_of,
 )
 from twins_fast.attacks.engine.plan import Value
@@ -28,6 +29,7 @@ from twins_fast.ops.native import check_status, dtype_name, pointer_of
 FEW_CHANNELS = 4  # of an image, whose gradient is computed block by block
 LANES = 16
 GATHERING = 0.8  # of the time of one vector's products, measured
+SHARED = 80_000  # input times output channels from which on both directions share Winograd's weights
 FEWEST_CHANNELS = 16  # for Winograd's transforms, or a matrix unit, to pay
 
 _C = native._C
@@ -51,14 +53,25 @@ class Workspace:
 
 
 class _Kernel:
-    """One direction of a convolution: packed weights and the call that uses them."""
+    """One direction of a convolution: packed weights, or the ``other`` direction's, and the call that uses them."""
 
-    def __init__(self, algorithm: str, dtype: torch.dtype, ends: tuple, phases: list, workspace: Workspace):
-        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa)
-        self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8)
+    def __init__(
+        self,
+        algorithm: str,
+        dtype: torch.dtype,
+        ends: tuple,
+        phases: list,
+        workspace: Workspace,
+        other: _Kernel | None = None,
+    ):
+        self._adjoint = other is not None
+        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa, self._adjoint)
+        self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8) if other is None else other._packed
         self._workspace = workspace
 
     def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
+        if self._adjoint:  # done by the other direction
+            return
         pointers = (weight.data_ptr(), tuple(weight.shape), pointer_of(scale), transposed, self._packed.data_ptr())
         check_status("pack", self._conv.pack(*pointers, torch.get_num_threads()))
 
@@ -156,7 +169,8 @@ class KernelConvolution:
         if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1):
             self._backward = _ImageGradient(g, dtype, workspace)
         else:
-            self._backward = _phased(axis_backward, axes, (*outer, *inner), algorithm, dtype, workspace)
+            other = self._forward if shares_weights(g, algorithm) else None
+            self._backward = _phased(axis_backward, axes, (*outer, *inner), algorithm, dtype, workspace, other)
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         self._forward.pack(weight, scale, transposed=False)
@@ -170,14 +184,20 @@ class KernelConvolution:
 
 
 def _phased(
-    axis: Callable, axes: list[tuple], ends: tuple, algorithm: str, dtype: torch.dtype, workspace: Workspace
+    axis: Callable,
+    axes: list[tuple],
+    ends: tuple,
+    algorithm: str,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    other: _Kernel | None = None,
 ) -> _Kernel:
     (in_y, out_y, rows), (in_x, out_x, cols) = (axis(*numbers) for numbers in axes)
     phases = [
         (y, x, [(dy, dx, list(product(ky, kx))) for (dy, ky), (dx, kx) in product(rows[y], cols[x])])
         for y, x in product(range(out_y), range(out_x))
     ]
-    return _Kernel(algorithm, dtype, (*ends, (in_y, in_x), (out_y, out_x)), phases, workspace)
+    return _Kernel(algorithm, dtype, (*ends, (in_y, in_x), (out_y, out_x)), phases, workspace, other)
 
 
 class LibraryConvolution(TorchConvolution):
@@ -192,12 +212,14 @@ class LibraryConvolution(TorchConvolution):
         self._plain = g.stride == (1, 1) and min(self._flipped_padding) >= 0
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
-        super().fold(weight, scale)
         g = self.geometry
-        self._forward = self._reordered(self.weight, g.padding, (4, g.in_channels, *g.in_size))
-        if self._plain:
+        folded = scaled(weight, scale).to(self.dtype)  # in its own layout: to another one and back takes very long
+        self._forward = self._reordered(folded, g.padding, (4, g.in_channels, *g.in_size))
+        if not self._plain:
+            super().fold(weight, scale)
+        else:
             # The input gradient is a convolution with the weights flipped and transposed within each group.
-            grouped = self.weight.view(g.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flip(3, 4)
+            grouped = folded.view(g.groups, -1, *folded.shape[1:]).transpose(1, 2).flip(3, 4)
             self._backward = self._reordered(
                 grouped.reshape(g.in_channels, -1, *g.kernel),
                 self._flipped_padding,
@@ -370,6 +392,15 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
         return "gemm"
     products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
     return "winograd4" if products[4] < products[2] else "winograd"
+
+
+def shares_weights(geometry: Convolution, algorithm: str) -> bool:
+    """Whether the input gradient takes the packed weights of the forward pass.
+
+    That makes it 5 to 15 % slower, as channels are exchanged at every use, and packing twice as fast. Small weights are
+    not worth it. The number of images must not count, so that it changes no image's result.
+    """
+    return algorithm != "gemm" and geometry.in_channels * geometry.out_channels >= SHARED
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:

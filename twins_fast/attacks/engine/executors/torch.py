@@ -49,8 +49,7 @@ class TorchConvolution:
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         """Take over ``weight`` [O, I / groups, kh, kw] float32, each output channel times ``scale`` [O]."""
-        folded = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
-        folded = folded.to(self.dtype, memory_format=torch.channels_last)
+        folded = scaled(weight, scale).to(self.dtype, memory_format=torch.channels_last)
         if self.weight is None:
             self.weight = torch.empty_like(folded)
         self.weight.copy_(folded)
@@ -69,6 +68,11 @@ class TorchConvolution:
         if g.upsample != (1, 1):
             dx = F.avg_pool2d(dx.float(), g.upsample) * (g.upsample[0] * g.upsample[1])
         return dx.to(gradient.dtype)
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight with each output channel times its ``scale``."""
+    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
 
 
 class TorchExecutor:

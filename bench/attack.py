@@ -212,19 +212,25 @@ def scaling(axes: dict, names: list[str], rounds: int, record: Record) -> list[s
     return fails(record.rows)
 
 
+def embedded_images(device: str) -> list[tuple[Tensor, Tensor]]:
+    """The embedded training images and their labels, and those for testing."""
+    from twins_fast.train.datasets import load_datasets
+    from twins_fast.train.loaders import eval_transform
+
+    transform = eval_transform("cifar")
+    return [
+        (torch.stack([transform(image) for image, _ in part]).to(device), torch.from_numpy(part.labels).to(device))
+        for part in load_datasets("embedded")[:2]
+    ]
+
+
 def embedded(device: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The embedded robust network with a head fitted to the embedded training images, and the test images."""
     from twins_fast.train.build import make_network
-    from twins_fast.train.datasets import load_datasets
-    from twins_fast.train.loaders import eval_transform
     from twins_fast.train.recipes import get_recipe
 
-    train, test, classes = load_datasets("embedded")
-    model = make_network(get_recipe("mini").network, len(classes)).eval().requires_grad_(False)
-    transform = eval_transform("cifar")
-    (images, labels), (test_images, test_labels) = (
-        (torch.stack([transform(image) for image, _ in part]), torch.from_numpy(part.labels)) for part in (train, test)
-    )
+    (images, labels), (test_images, test_labels) = embedded_images("cpu")
+    model = make_network(get_recipe("mini").network, len(labels.unique())).eval().requires_grad_(False)
     features: list[Tensor] = []
     hook = model.fc_downstream.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     for part in images.split(250):

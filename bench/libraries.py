@@ -1,4 +1,4 @@
-"""Attack libraries on an accelerated network: ``python -m bench.libraries``; ``--autoattack``: AutoAttack whole."""
+"""Attack libraries on an accelerated network: ``python -m bench.libraries``; ``--autoattack`` for AutoAttack itself."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from bench.attack import embedded
+from bench.attack import embedded, embedded_images
 from bench.harness import PARTIAL, RESULTS, Record, Runner, fails, interleave, one_line
 from bench.third_party import library
 from bench.workloads import ALPHA, EPS, inputs, own_copy, workload
-from twins_fast import PGD, accelerate
+from bench.workloads import NETWORKS as WORKLOADS
+from twins_fast import PGD, accelerate, adversarial_loss
 from twins_fast.evaluation import judged
+from twins_fast.nn.guards import random_numbers_restored
 
 NAME, AUTOATTACK = "libraries", "libraries_autoattack"
 EMBEDDED = "embedded"
@@ -42,7 +44,7 @@ ON_THE_BORDER = ("FAB-T",)  # its images lie between two classes, and half preci
 AUTO_ROWS = ("eager", "accelerate-float32", "accelerate-bf16")
 AUTO_IMAGES = {EMBEDDED: 250, "resnet18-32": 64}
 AUTO_BATCH, MINUTES = 250, 60
-SURVIVE, SEARCH = 0.5, 8  # share of the images that PGD leaves; bisections for the radius at which it does
+EPOCHS, RATE, AT_ONCE = 3, 0.1, 50  # of the adversarial training of a network that is not robust
 
 
 @dataclass
@@ -245,32 +247,40 @@ def table(lines: list[dict]) -> list[list[str]]:
     return result
 
 
-def auto_problem(network: str, images: int, device: str) -> tuple[nn.Module, Tensor, Tensor, float]:
-    """Network, images, labels and radius.
+def trained(network: str, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network after :data:`EPOCHS` of adversarial training on the embedded training images; the test images."""
+    (images, labels), test = embedded_images(device)
+    attack = workload(network, device)
+    with random_numbers_restored():
+        torch.manual_seed(0)
+        model = WORKLOADS[attack.network].build(attack.width).to(device, memory_format=torch.channels_last).train()
+    adversary = PGD(model, EPS, EPS / 2, 2, amp_dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4, nesterov=True)
+    order = torch.Generator().manual_seed(0)
+    parts = [rows for _ in range(EPOCHS) for rows in torch.randperm(len(images), generator=order).split(AT_ONCE)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, len(parts))
+    for number, rows in enumerate(parts):
+        x = images[rows].flip(3) if number % 2 else images[rows]
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss, _ = adversarial_loss(model, x, labels[rows], method="at", attack=adversary)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return own_copy(model.eval()), *test
 
-    The embedded network is robust, and attacked on real images at 8/255. The other has random weights and would fall
-    at once: it is attacked on random images, labelled by itself, at the radius at which PGD leaves half of them.
-    """
-    if network == EMBEDDED:
-        model, x, labels = embedded(device)
-        return model, x[:images], labels[:images], EPS
-    made = inputs(replace(workload(network, device), batch=images), device)
-    low, high = 0.0, EPS
-    for _ in range(SEARCH):
-        eps = (low + high) / 2
-        generator = torch.Generator().manual_seed(0)
-        x = PGD(made.model, eps, eps / 4, 10, generator=generator)(made.images, made.labels)
-        with torch.no_grad():
-            robust = (made.model(x).argmax(1) == made.labels).float().mean().item()
-        low, high = (eps, high) if robust > SURVIVE else (low, eps)
-    return made.model, made.images, made.labels, (low + high) / 2
+
+def auto_problem(network: str, images: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Network, images and labels; robust ones and real ones: AutoAttack works longest on images that survive."""
+    model, x, labels = embedded(device) if network == EMBEDDED else trained(network, device)
+    return model, x[:images], labels[:images]
 
 
-def auto_attack(model: nn.Module, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
+def auto_attack(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The standard version: APGD-CE, APGD-T, FAB-T and Square; with fewer than 10 classes all others are targets."""
 
     def attack(images: Tensor, labels: Tensor) -> Tensor:
-        made = AutoAttack(model, eps=eps, norm="Linf", seed=0, device=images.device)
+        made = AutoAttack(model, eps=EPS, norm="Linf", seed=0, device=images.device)
         with torch.no_grad():
             targets = min(made.fab.n_target_classes, model(images).shape[1] - 1)
         made.apgd_targeted.n_target_classes = made.fab.n_target_classes = targets
@@ -279,7 +289,7 @@ def auto_attack(model: nn.Module, eps: float) -> Callable[[Tensor, Tensor], Tens
     return attack
 
 
-def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, eps: float, minutes: float) -> dict:
+def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, minutes: float) -> dict:
     """One row: seconds and robust images of each batch, as far as they begin within the time."""
     network = victim(model, row)
     half = ROWS[row][1] is not None
@@ -290,10 +300,10 @@ def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, eps: float
             break
         started = time.perf_counter()
         if half:
-            adversarial, more = judged(exact, network, x, y, auto_attack(network, eps), auto_attack(exact, eps))
+            adversarial, more = judged(exact, network, x, y, auto_attack(network), auto_attack(exact))
             again += more
         else:
-            adversarial = auto_attack(network, eps)(x, y)
+            adversarial = auto_attack(network)(x, y)
         seconds.append(time.perf_counter() - started)
         with torch.no_grad():
             robust.append(int((model(adversarial).argmax(1) == y).sum()))
@@ -303,13 +313,13 @@ def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, eps: float
 def autoattack(networks: list[str], rows: list[str], images: int | None, minutes: float, record: Record) -> list[str]:
     """Seconds of AutoAttack's standard version, and the robust accuracy that it finds, judged in float32."""
     for network in networks:
-        model, x, labels, eps = auto_problem(network, images or AUTO_IMAGES[network], record.device)
+        model, x, labels = auto_problem(network, images or AUTO_IMAGES[network], record.device)
         with torch.no_grad():
             clean = int((model(x).argmax(1) == labels).sum())
-        line = {"name": network, "images": len(x), "batch": AUTO_BATCH, "eps": eps, "clean": clean, "peers": {}}
+        line = {"name": network, "images": len(x), "batch": AUTO_BATCH, "clean": clean, "peers": {}}
         for row in rows:
             try:
-                outcome = whole(model, row, x, labels, eps, minutes)
+                outcome = whole(model, row, x, labels, minutes)
             except Exception as error:
                 outcome = {"status": "error", "reason": one_line(error)}
             line["peers"][row] = outcome
@@ -324,7 +334,7 @@ def auto_table(lines: list[dict]) -> list[list[str]]:
     for line in lines:
         first = next(iter(line["peers"].values()))
         for row, outcome in line["peers"].items():
-            name = f"{line['name']}, eps {255 * line['eps']:.2g}/255: {row}"
+            name = f"{line['name']}: {row}"
             if "seconds" not in outcome:
                 result.append([name, outcome["status"], "", "", "", ""])
                 continue
@@ -359,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     all_of_it = not (args.networks or args.rows or args.images) and args.rounds >= ROUNDS and args.batch == BATCH
     name = AUTOATTACK if args.autoattack else NAME
     command = " ".join(["python -m bench.libraries", *(sys.argv[1:] if arguments is None else arguments)])
-    options = {"rounds": args.rounds, "eps": EPS, "alpha": ALPHA, "survive": SURVIVE}
+    options = {"rounds": args.rounds, "eps": EPS, "alpha": ALPHA, "epochs": EPOCHS}
     record = Record(name, args.device, command, options, RESULTS if all_of_it else PARTIAL, args.json)
     torch.backends.cudnn.benchmark = True  # for all rows
     if args.autoattack:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tests.ops.cases import EPS, FORMATS, MOMENTUM, Case
-from twins_fast import TrainingStep, ops
+from twins_fast import TrainingStep, accelerate, ops
 from twins_fast.attacks import PGD
-from twins_fast.attacks.engine import cuda_graph
+from twins_fast.attacks.engine import cache, cuda_graph
 from twins_fast.methods import METHODS
 from twins_fast.models import CifarResNet
 from twins_fast.ops import backend, native, reference
@@ -157,6 +157,52 @@ def test_plan_of_other_norms(victim, norm, exact):
     model, images, labels = victim
     plan, eager = attacks(model, norm=norm, eps=0.5, alpha=0.1, steps=3)
     assert (plan(images, labels) - eager(images, labels)).norm() < 0.05 * (eager(images, labels) - images).norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"best": True, "loss": "margin"},
+        {"step_rule": "apgd", "steps": 5},
+        {"momentum": 0.9},
+        {"norm": "l1", "eps": 12.0, "alpha": 3.0},
+        {"early_stop": True},
+        {"loss": lambda logits, labels: nn.functional.cross_entropy(logits, labels, reduction="none")},
+        {"eps": torch.full((16, 1, 1, 1), 0.03)},
+        {"mean": (0.5,) * 3, "std": (0.25,) * 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_an_attack(victim, options, exact):
+    model, images, labels = victim
+    images = (images - 0.5) / 0.25 if "mean" in options else images
+    plan, eager = attacks(model, **{"steps": 3, **options})
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the attack runs without a CUDA graph")
+            assert ((plan(images, labels) - eager(images, labels)).abs() < 1e-4).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.03)])
+def test_an_accelerated_network(victim, dtype, tolerance, exact, monkeypatch):
+    monkeypatch.setattr(cache, "_reservation", lambda *_: "")  # a verdict is not asked for here
+    model, images, _ = victim
+    fast = accelerate(model, dtype)
+
+    def close(actual, expected):
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+
+    for rows in (16, 16, 13, 16, 1):
+        leaf = images[:rows].clone().requires_grad_()
+        logits = fast(leaf)
+        fast(images.flip(0).requires_grad_())
+        close(logits, model(images[:rows]))
+        (gradient,) = torch.autograd.grad(logits[:, 3].sum(), leaf)
+        close(gradient, torch.autograd.grad(model(leaf)[:, 3].sum(), leaf)[0])
+    with torch.no_grad():
+        model.conv1.weight.mul_(-1)
+        close(fast(images), model(images))
+    assert fast.explain(images).engine == "plan"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

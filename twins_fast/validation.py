@@ -160,7 +160,7 @@ def check_bounds(bounds: Any) -> None:
         raise TypeError(f"bounds must be two numbers, the lowest and the highest pixel value, got {bounds!r}")
     if any(isinstance(bound, Tensor) for bound in bounds):
         return
-    if not all(isinstance(b, Real) and abs(b) < float("inf") for b in bounds) or not bounds[0] < bounds[1]:
+    if not all(isinstance(b, Real) and abs(float(b)) < float("inf") for b in bounds) or not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be two finite numbers, the lower one first, got {bounds!r}")
 
 

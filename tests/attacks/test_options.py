@@ -475,3 +475,17 @@ def test_a_training_step_with_such_an_attack_says_why_it_is_no_graph(model):
     ):
         assert PGD(model, **options).looks_between_passes == reason
     assert PGD(model, best=True, restarts=3, momentum=1.0, bounds=(0, 255)).looks_between_passes == ""
+
+
+def test_auto_takes_what_is_faster(model, problem):
+    """Folding the weights of a network that is wide for its images takes longer than a step on one of them."""
+    x, y = problem
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4096))
+    wide, small_x = wide.append(nn.ReLU()).append(nn.Linear(4096, 10)).eval(), x[:, :, :4, :4]
+    for count, steps, engine in ((1, 1, "eager"), (7, 200, "plan"), (1, 1400, "plan")):
+        own = attack(wide, "auto", steps=steps)
+        report = own.explain(small_x[:count])
+        assert report.engine == engine, report.reason
+        assert engine == "plan" or "do not pay" in report.reason
+    assert attack(wide, "plan", steps=1).explain(small_x[:1]).engine == "plan"
+    assert attack(model, "auto", steps=1).explain(x[:1]).engine == "plan"

@@ -127,7 +127,7 @@ class Accelerated(Wrapper):
             with plans_of(model).lock:
                 dtype = compute_dtype(self.amp_dtype, images.device)
                 program = plans_of(model).program(model, images, dtype, rounded=True)
-        return explain(program, model, images, False, ())
+        return explain(program, model, images, False, (), rounded=True)
 
     def refresh(self) -> None:
         """Have the parameters folded anew: to be called after a write to their ``.data``."""

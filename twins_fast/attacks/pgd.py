@@ -363,6 +363,8 @@ class PGD:
         )
         if insist and not isinstance(program, Program):
             raise RuntimeError(f"engine='plan': {program}")
+        if isinstance(program, Program) and not insist and not program.pays(len(images), self.steps * self.restarts):
+            return "so few steps on so few images do not pay for folding the weights"
         return program
 
     def _planned(self, program: Program, images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.graph_emulator import Device
-from twins_fast import PGD
+from twins_fast import PGD, accelerate
 from twins_fast.attacks.engine import cache, cuda_graph, program
 from twins_fast.attacks.engine.cuda_graph import KEPT, Graphs
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
@@ -56,6 +56,73 @@ def test_graphs_replay_with_what_is_new(device, loss, tiny_model, batch):
     attack.alpha = plain.alpha = 0.001
     check(images, labels)
     assert device.captures == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"best": True, "loss": "margin"},
+        {"step_rule": "apgd", "steps": 5, "loss": "dlr"},
+        {"restarts": 3, "random_start": True, "momentum": 0.9},
+        {"norm": "l1", "eps": 3.0, "alpha": 1.0},
+        {"bounds": (-1, 2)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_all_options_that_need_no_look_are_one_graph(device, tiny_model, batch, options):
+    attack, plain = planned(tiny_model, **options), planned(tiny_model, **options, engine="eager")
+    for i in range(3):
+        images, labels = batch[0].roll(i, 0), batch[1].roll(i)
+        results = []
+        for one in (attack, plain):
+            torch.manual_seed(i)
+            results.append(one(images, labels))
+        assert ((results[0] - results[1]).abs() > 1e-5).float().mean() < 5e-3
+    assert (device.captures, device.replays) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_stop": True},
+        {"loss": lambda logits, labels: nn.functional.cross_entropy(logits, labels, reduction="none")},
+        {"eps": torch.full((8, 1, 1, 1), 0.03)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_attacks_that_look_between_passes_have_graphs_of_passes(device, tiny_model, batch, options):
+    attack, plain = planned(tiny_model, **options), planned(tiny_model, **options, engine="eager")
+    images, _ = batch
+    labels = tiny_model.eval()(images).argmax(1)
+    for _ in range(2):
+        assert ((attack(images, labels) - plain(images, labels)).abs() > 1e-5).float().mean() < 5e-3
+    assert device.captures == 2 and device.replays == 6  # of two attacks with two passes each, forward and backward
+
+
+def test_an_accelerated_network_replays_its_passes(device, tiny_model, batch):
+    fast, images = accelerate(tiny_model.eval()), batch[0]
+
+    def check(x):
+        ends = [(network(leaf), leaf) for network in (fast, tiny_model) for leaf in [x.clone().requires_grad_()]]
+        (own, leaf), (expected, other) = ends
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+        fast(x.flip(0).requires_grad_())  # another one before the backward pass
+        gradients = [torch.autograd.grad(logits[:, 1].sum(), x)[0] for logits, x in ends]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+        return own
+
+    first = check(images)
+    before = first.clone()
+    check(images.flip(2))
+    assert torch.equal(first, before) and (device.captures, device.replays) == (2, 4)
+    with torch.no_grad():
+        tiny_model.conv1.weight.mul_(-1)
+    check(images)  # folded anew, into the addresses of the graphs
+    assert device.captures == 2
+    for rows in (7, 5, 6):
+        check(images[:rows])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), tiny_model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_few_graphs_are_kept_and_none_outlives_its_memory(device, tiny_model, batch):

@@ -22,6 +22,10 @@ class Convolution:
     upsample: tuple[int, int] = (1, 1)
 
     @property
+    def weights(self) -> int:
+        return self.out_channels * self.in_channels // self.groups * prod(self.kernel)
+
+    @property
     def operations(self) -> int:
         """Multiplications and additions for one image, without the upsampling's repetition."""
         kernel = prod(min(k, -(-(k - 1) // f) + 1) for k, f in zip(self.kernel, self.upsample, strict=True))

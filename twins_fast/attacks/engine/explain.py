@@ -58,13 +58,19 @@ class Explanation:
 
 
 def explain(
-    program: Program | str, model: nn.Module, images: Tensor, timed: bool, notes: tuple[str, ...]
+    program: Program | str,
+    model: nn.Module,
+    images: Tensor,
+    timed: bool,
+    notes: tuple[str, ...],
+    rounded: bool = False,
 ) -> Explanation:
     """The report of a program, or of the reason why there is none.
 
     Args:
         images: [N, C, H, W] float32; the steps are timed on them if ``timed``, else only their number counts.
         notes: added to the report.
+        rounded: as in :meth:`Program.chunk`.
     """
     if isinstance(program, str):
         return Explanation("eager", program, notes=notes)
@@ -83,7 +89,7 @@ def explain(
         for slot in step.tensors.values():
             for one in slot if isinstance(slot, list) else [slot]:
                 layers[step.stage]["bytes"] += 0 if one is None else program.slot_bytes(one)
-    size = program.chunk(len(images))
+    size = program.chunk(len(images), rounded)
     if timed:
         with torch.no_grad():
             program.fold(model)

@@ -25,6 +25,7 @@ from twins_fast.models.output import Output
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
+FOLDING = 300  # operations of a step, per weight, that the plan has to run before it has saved a weight's folding
 KEPT_SIZES = 16  # chunk sizes with bound tensors
 
 
@@ -83,6 +84,14 @@ class Program:
     def fold(self, model: nn.Module) -> None:
         """Fold in the parameters as they are now."""
         self.input = self._fold(model)
+
+    def pays(self, images: int, steps: int) -> bool:
+        """Whether so many steps on so many images save more time than it takes to fold the weights."""
+        if self.executor.device.type != "cpu":
+            return True
+        layers = [stage.options["geometry"] for stage in self.plan.stages if stage.kind == "conv"]
+        operations = 2 * images * steps * sum(layer.operations for layer in layers)
+        return operations >= FOLDING * sum(layer.weights for layer in layers)
 
     def in_parts(self, images: int, work: Callable[[Pass, slice], None], rounded: bool = False) -> None:
         """``work(network, rows)`` on all rows, a chunk at a time; where memory runs out anew, on smaller ones."""

@@ -190,7 +190,7 @@ class PGD:
         self.early_stop = early_stop
         self.momentum = momentum
         self.step_rule = step_rule
-        self.bounds = bounds
+        self.bounds = (bounds[0], bounds[1])
         self.mean = mean
         self.std = std
         self.output = output
@@ -494,11 +494,12 @@ class PGD:
         return made[0], made[1]
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """In the units of ``bounds``."""
-        if self.mean is None:
-            return images
+        """In the units of ``bounds``, and within them."""
+        return images if self.mean is None else self._ball(images).clamp(self._denormalised(images))
+
+    def _denormalised(self, images: Tensor) -> Tensor:
         mean, std = self._normalisation(images)
-        return self._ball(images).clamp(images * std + mean)
+        return images * std + mean
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         if self.mean is None:
@@ -507,11 +508,7 @@ class PGD:
         return (pixels - mean) / std
 
     def _check_images(self, images: Tensor) -> None:
-        def pixels(images: Tensor) -> Tensor:
-            mean, std = self._normalisation(images)
-            return images * std + mean
-
-        check_images(images, self.model, self.bounds, None if self.mean is None else pixels)
+        check_images(images, self.model, self.bounds, None if self.mean is None else self._denormalised)
 
     def _drawn_start(self, images: Tensor, ball: Ball) -> Tensor:
         if self.random_start is False:

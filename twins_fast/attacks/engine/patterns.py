@@ -9,7 +9,8 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
 from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, tensor_of
@@ -150,8 +151,10 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
         x, other = other, x
     if not reading.is_image(x):
         return None
-    if isinstance(other, Param):
-        per_channel = tensor_of(reading.model, other.name)
+    if isinstance(other, (Param, Tensor)):
+        per_channel = other if isinstance(other, Tensor) else tensor_of(reading.model, other.name)
+        if per_channel.dim() and per_channel.dtype != torch.float32:
+            return None  # the result is of another type
         channels = reading.nodes[x.index].shape[0]
         if per_channel.numel() not in (1, channels) or list(per_channel.shape[-3:]) not in (
             [per_channel.numel(), 1, 1], [], [1],

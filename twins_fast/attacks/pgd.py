@@ -301,7 +301,8 @@ class PGD:
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
         if not self.steps:
             x = self._ball(images).project(x.clone(), self._pixels(images))
-        return self._normalised(x), nan
+        x = self._normalised(x)
+        return x if x.stride() == images.stride() else torch.empty_like(images).copy_(x), nan
 
     def report(self, nan: Tensor) -> None:
         """Keep how many gradients were NaN in the last attack; where that can be read without waiting, warn of them."""
@@ -345,7 +346,8 @@ class PGD:
     def forget(self) -> None:
         """Drop the captured model and its memory, and the reasons why it could not be planned, for all attacks on it.
 
-        Only needed if a forward reads globals or closures, whose changes go unnoticed, or to try again after an error.
+        Only needed if a forward reads anything but tensors from globals or closures, whose changes go unnoticed, or to
+        try again after an error.
         """
         with self._cache.lock:
             self._cache.forget()
@@ -400,9 +402,6 @@ class PGD:
             else:
                 adversarial, nan = program.graphed(options, attack, (images, labels, x))
             program.folded = self._cache.watch.state()
-            like = x if x.dim() == 4 else images
-            if adversarial.stride() != like.stride():
-                adversarial = torch.empty_like(like).copy_(adversarial)
             return adversarial, nan.sum()
 
     @property

@@ -130,10 +130,17 @@ auto bound(Args (*pack)(Packed...), Result (*launch)(const Args&, Extra...)) {
   };
 }
 
-Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer scale,
-                         Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
-  return {pixels,           channels,        dtype_of(dtype),   as<void>(x), as<float>(scale),
-          as<float>(shift), as<void>(other), as<uint8_t>(mask), relu,        as<void>(y),      as<uint8_t>(bits)};
+Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer x, Pointer gate,
+                         Pointer scale, Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y,
+                         Pointer bits) {
+  return {pixels,           channels,         dtype_of(dtype), as<void>(x),       as<void>(gate), as<float>(scale),
+          as<float>(shift), as<void>(other), as<uint8_t>(mask), relu, as<void>(y),    as<uint8_t>(bits)};
+}
+
+Activation activation_args(int64_t values, const std::string& dtype, int kind, double a, double b, Pointer x, Pointer y,
+                           Pointer slope) {
+  return {values,      dtype_of(dtype), static_cast<ActivationKind>(kind), static_cast<float>(a), static_cast<float>(b),
+          as<void>(x), as<void>(y),     as<void>(slope)};
 }
 
 PoolForward pool_forward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
@@ -235,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("twin_bn_forward_cpu", bound(forward_args, twin_bn_forward_cpu));
   m.def("twin_bn_backward_cpu", bound(backward_args, twin_bn_backward_cpu));
   m.def("pointwise_cpu", bound(pointwise_args, pointwise_cpu));
+  m.def("activation_cpu", bound(activation_args, activation_cpu));
   m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
   m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa

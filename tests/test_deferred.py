@@ -117,6 +117,9 @@ def test_labels_outside_the_classes_do_not_end_cuda():
     class OnGpu:
         is_cuda = True
 
+        def is_floating_point(self):
+            return False
+
         def clamp(self, low, high):
             return low, high
 

@@ -18,12 +18,16 @@ def test_tables_are_those_of_the_files():
 
 
 def test_the_code_runs():
-    attack, fine_tune = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    images, labels = torch.rand(8, 3, 16, 16), torch.randint(0, 5, (8,))
-    names = {"model": build_model("cifar-resnet18-w16", 5), "images": images, "labels": labels}
+    attack, autoattack, fine_tune = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    images, labels = torch.rand(8, 3, 16, 16), torch.randint(0, 10, (8,))
+    names = {"model": build_model("cifar-resnet18-w16", 10), "images": images, "labels": labels}
     names["loader"] = [(images, labels)]
     exec(attack, names)
     assert 0 < (names["adversarial"] - images).abs().max() <= 8 / 255 + 1e-6
+    with torch.no_grad():
+        wrong = (names["model"].eval()(images).argmax(1) + 1) % 10  # so that there is nothing to attack
+    exec(autoattack, names | {"labels": wrong})
+    assert names["model"].training is False
     before = names["model"].conv1.weight.clone()
     exec(fine_tune, names)
     assert not torch.equal(names["model"].conv1.weight, before)

@@ -9,8 +9,9 @@ GRAPH_DEVICES = ("cuda",)
 
 def compute_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """``amp_dtype`` or, for None, what the surrounding autocast state says."""
-    ambient = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return amp_dtype or ambient
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return amp_dtype or (torch.get_autocast_dtype(kind) if casts else torch.float32)
 
 
 def has_graphs(device: torch.device) -> bool:

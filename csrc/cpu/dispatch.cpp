@@ -23,6 +23,7 @@ struct Isa {
   void (*forward)(const TwinBnForward&, const Scratch&, int);
   void (*backward)(const TwinBnBackward&, const Scratch&, int);
   void (*pointwise)(const Pointwise&, int);
+  void (*activation)(const Activation&, int);
   void (*pool_forward)(const PoolForward&, int);
   void (*pool_backward)(const PoolBackward&, int);
   void (*pixels)(const PixelCall&, int);
@@ -30,7 +31,7 @@ struct Isa {
 };
 
 #define TWINS_FAST_UNITS(isa) \
-  isa::forward, isa::backward, isa::pointwise, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
+  isa::forward, isa::backward, isa::pointwise, isa::activation, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
 
 #ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
@@ -266,6 +267,12 @@ Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::
 Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa) {
   const bool given = !args.pixels || (args.x && args.y);
   return run_pass(args, args.channels, args.pixels, given && (args.relu || !args.bits), threads, isa, &Isa::pointwise);
+}
+
+Status activation_cpu(const Activation& args, int threads, const std::string& isa) {
+  const bool given = !args.values || (args.x && args.y && args.slope && args.y != args.slope && args.x != args.slope);
+  const bool known = 0 <= static_cast<int>(args.kind) && static_cast<int>(args.kind) < kActivations;
+  return run_pass(args, 1, args.values, given && known, threads, isa, &Isa::activation);
 }
 
 // Windows overlap, so that a result cannot take the place of what it is made from.

@@ -3,6 +3,7 @@
 // Every result is computed by one thread in an order that does not depend on the number of threads.
 #include <algorithm>
 
+#include "cpu/activations.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "simd.h"
@@ -30,7 +31,7 @@ struct PointwiseKernel {
     constexpr int64_t kVector = kLanes * sizeof(T);
     const bool past = a.pixels * a.channels * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
                       a.channels % kLanes == 0 && reinterpret_cast<uintptr_t>(a.y) % kVector == 0 && a.y != a.x &&
-                      a.y != a.other;
+                      a.y != a.gate && a.y != a.other;
     in_parallel(threads, [&](int thread, int team) {
       const Range pixels = share(0, a.pixels, thread, team);
       past ? runs<true>(pixels) : runs<false>(pixels);
@@ -65,6 +66,7 @@ struct PointwiseKernel {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t pixel = first + r * together, start = pixel * a.channels, byte = pixel * bytes_of_bits(a.channels);
       const T* x = static_cast<const T*>(a.x) + start;
+      const T* gate = a.gate ? static_cast<const T*>(a.gate) + start : nullptr;
       const T* other = a.other ? static_cast<const T*>(a.other) + start : nullptr;
       const uint8_t* mask = a.mask ? a.mask + byte : nullptr;
       uint8_t* bits = a.bits ? a.bits + byte : nullptr;
@@ -73,6 +75,7 @@ struct PointwiseKernel {
         Floats v[vectors];
         const auto each = [&](auto&& f) { for_each<vectors>([&](int k) { f(v[k], i + k * kLanes); }); };
         each([=](Floats& u, int64_t j) { u = load(x + j, n); });
+        if (gate) each([=](Floats& u, int64_t j) { u *= load(gate + j, n); });
         if (scale) each([=](Floats& u, int64_t j) { u *= load(scale + j, n); });
         if (shift) each([=](Floats& u, int64_t j) { u += load(shift + j, n); });
         if (other) each([=](Floats& u, int64_t j) { u += load(other + j, n); });
@@ -89,6 +92,46 @@ struct PointwiseKernel {
         });
       });
     }
+  }
+};
+
+template <class T>
+struct ActivationKernel {
+  const Activation& a;
+
+  void operator()(int threads) const {
+    switch (a.kind) {
+#define TWINS_FAST_CASE(name) case ActivationKind::k##name: return each<name>(threads)
+      TWINS_FAST_CASE(Silu);
+      TWINS_FAST_CASE(Sigmoid);
+      TWINS_FAST_CASE(Tanh);
+      TWINS_FAST_CASE(Gelu);
+      TWINS_FAST_CASE(GeluTanh);
+      TWINS_FAST_CASE(Hardswish);
+      TWINS_FAST_CASE(Hardsigmoid);
+      TWINS_FAST_CASE(LeakyRelu);
+      TWINS_FAST_CASE(Elu);
+      TWINS_FAST_CASE(Mish);
+      TWINS_FAST_CASE(ClampOpen);
+      TWINS_FAST_CASE(ClampClosed);
+#undef TWINS_FAST_CASE
+    }
+  }
+
+  template <class Function>
+  void each(int threads) const {
+    const T* x = static_cast<const T*>(a.x);
+    T *y = static_cast<T*>(a.y), *slope = static_cast<T*>(a.slope);
+    const Floats first = broadcast(a.a), second = broadcast(a.b);
+    in_parallel(threads, [&](int thread, int team) {
+      const Range blocks = share(0, (a.values + kLanes - 1) / kLanes, thread, team);
+      const int64_t begin = blocks.begin * kLanes, end = std::min(a.values, blocks.end * kLanes);
+      for_vectors(begin, end, [&](int64_t i, int n) {
+        const ValueAndSlope v = Function::at(load(x + i, n), first, second);
+        store(y + i, v.value, n);
+        store(slope + i, v.slope, n);
+      });
+    });
   }
 };
 
@@ -254,6 +297,8 @@ void launch(const Args& args, int threads) {
 namespace TWINS_FAST_ISA {
 
 void pointwise(const Pointwise& args, int threads) { launch<PointwiseKernel>(args, threads); }
+
+void activation(const Activation& args, int threads) { launch<ActivationKernel>(args, threads); }
 
 void pool_forward(const PoolForward& args, int threads) {
   args.max ? launch<MaxForward>(args, threads) : launch<AverageForward>(args, threads);

@@ -9,17 +9,33 @@ namespace twins_fast {
 
 // Null pointers: absent. Bits are [pixels, (channels + 7) / 8], lowest first; unused bits are 0.
 
-// y = mask(relu(x * scale + shift + other)), of type `dtype`; y may be x or other.
+// y = mask(relu(x * gate * scale + shift + other)), of type `dtype`; y may be x, gate or other.
 struct Pointwise {
   int64_t pixels, channels;
   DType dtype;
-  const void* x;
+  const void *x, *gate;
   const float *scale, *shift;  // [channels]
   const void* other;
   const uint8_t* mask;  // y is 0 where its bit is 0
   bool relu;
   void* y;
   uint8_t* bits;  // 1 where the ReLU passes
+};
+
+// Element-wise functions; a and b are numbers that some of them have.
+enum class ActivationKind : int {
+  kSilu, kSigmoid, kTanh, kGelu, kGeluTanh, kHardswish, kHardsigmoid, kLeakyRelu, kElu, kMish, kClampOpen, kClampClosed
+};
+constexpr int kActivations = 12;
+
+// y = f(x) and slope = f'(x), [values] of type `dtype`; y may be x.
+struct Activation {
+  int64_t values;
+  DType dtype;
+  ActivationKind kind;
+  float a, b;
+  const void* x;
+  void *y, *slope;
 };
 
 struct Windows {

@@ -354,6 +354,10 @@ def test_an_interruption_between_the_passes_leaves_everything_usable(model):
     close(gradient(fast, x.detach()), gradient(model, x.detach()))
 
 
+def test_images_elsewhere_are_the_models_own_affair(model):
+    assert "does not run on meta" in accelerate(model).explain(torch.rand(2, 3, 32, 32, device="meta")).reason
+
+
 @pytest.mark.parametrize("model, dtype, error", [(lambda x: x, None, TypeError), (small(), torch.float64, ValueError)])
 def test_bad_arguments(model, dtype, error):
     with pytest.raises(error):

@@ -90,7 +90,7 @@ def test_files_that_are_no_recipes(tmp_path):
         (Attack, {"eps": float("nan")}, "eps must be a finite number >= 0, got nan"),
         (Attack, {"eps": 8}, "eps must be at most 1, as images are in .0, 1., got 8; did you mean 8/255?"),
         (Attack, {"steps": 2.5}, "steps must be an integer, got 2.5"),
-        (Attack, {"norm": "l1"}, "unknown norm 'l1'"),
+        (Attack, {"norm": "l0"}, "unknown norm 'l0'"),
         (Optimizer, {"epochs": 0}, "epochs must be at least 1, got 0"),
         (Optimizer, {"warmup": 1.0}, r"warmup must be in \(0, 1\), got 1.0"),
         (Evaluation, {"validation_part": 1.0}, r"validation_part must be in \(0, 1\), got 1.0"),

@@ -47,7 +47,10 @@ class Objective:
             return slope.neg_() if self.sign < 0 else slope
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            return torch.autograd.grad(self.sign * self.reduce(self._checked(leaf, reference)), leaf)[0]
+            values = self._checked(leaf, reference)
+            if not values.requires_grad:
+                raise TypeError("loss does not depend on the logits, or not by operations that have a gradient")
+            return torch.autograd.grad(self.sign * self.reduce(values), leaf)[0]
 
     def _checked(self, logits: Tensor, reference: Tensor) -> Tensor:
         values = self.values(logits, reference)

@@ -190,7 +190,7 @@ class PGD:
         self.early_stop = early_stop
         self.momentum = momentum
         self.step_rule = step_rule
-        self.bounds = bounds
+        self.bounds = (bounds[0], bounds[1])
         self.mean = mean
         self.std = std
         self.output = output
@@ -301,7 +301,8 @@ class PGD:
         self._clamp_is_known = self._clamp_is_known or self.steps > 0
         if not self.steps:
             x = self._ball(images).project(x.clone(), self._pixels(images))
-        return self._normalised(x), nan
+        x = self._normalised(x)
+        return x if x.stride() == images.stride() else torch.empty_like(images).copy_(x), nan
 
     def report(self, nan: Tensor) -> None:
         """Keep how many gradients were NaN in the last attack; where that can be read without waiting, warn of them."""
@@ -345,7 +346,8 @@ class PGD:
     def forget(self) -> None:
         """Drop the captured model and its memory, and the reasons why it could not be planned, for all attacks on it.
 
-        Only needed if a forward reads globals or closures, whose changes go unnoticed, or to try again after an error.
+        Only needed if a forward reads anything but tensors from globals or closures, whose changes go unnoticed, or to
+        try again after an error.
         """
         with self._cache.lock:
             self._cache.forget()
@@ -400,9 +402,6 @@ class PGD:
             else:
                 adversarial, nan = program.graphed(options, attack, (images, labels, x))
             program.folded = self._cache.watch.state()
-            like = x if x.dim() == 4 else images
-            if adversarial.stride() != like.stride():
-                adversarial = torch.empty_like(like).copy_(adversarial)
             return adversarial, nan.sum()
 
     @property
@@ -494,11 +493,12 @@ class PGD:
         return made[0], made[1]
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """In the units of ``bounds``."""
-        if self.mean is None:
-            return images
+        """In the units of ``bounds``, and within them."""
+        return images if self.mean is None else self._ball(images).clamp(self._denormalised(images))
+
+    def _denormalised(self, images: Tensor) -> Tensor:
         mean, std = self._normalisation(images)
-        return self._ball(images).clamp(images * std + mean)
+        return images * std + mean
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         if self.mean is None:
@@ -507,11 +507,7 @@ class PGD:
         return (pixels - mean) / std
 
     def _check_images(self, images: Tensor) -> None:
-        def pixels(images: Tensor) -> Tensor:
-            mean, std = self._normalisation(images)
-            return images * std + mean
-
-        check_images(images, self.model, self.bounds, None if self.mean is None else pixels)
+        check_images(images, self.model, self.bounds, None if self.mean is None else self._denormalised)
 
     def _drawn_start(self, images: Tensor, ball: Ball) -> Tensor:
         if self.random_start is False:

@@ -268,3 +268,69 @@ def test_the_plans_of_few_models_are_kept():
     caches = [cache.plans_of(model) for model in models]
     assert len(cache._caches) <= cache.KEPT_MODELS and cache.plans_of(models[-1]) is caches[-1]
     assert cache.plans_of(models[0]) is not caches[0]
+
+
+MEAN = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+
+
+def normalised(x):
+    return (x + MEAN) / 2
+
+
+class ByAGlobal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x):
+        return self.net(normalised(x))
+
+
+class ByAClosure(nn.Module):
+    def __init__(self, mean):
+        super().__init__()
+        self.net = small()
+        self.normalise = lambda x: (x + mean) / torch.tensor([2.0, 2.5, 3.0]).view(3, 1, 1)
+
+    def forward(self, x):
+        return self.net(self.normalise(x))
+
+
+@pytest.mark.parametrize("make", [ByAGlobal, lambda: ByAClosure(MEAN)], ids=["global", "closure"])
+def test_tensors_of_globals_and_closures_are_looked_at(make, monkeypatch):
+    model, (x, y) = make().eval(), data(4)
+    attack = PGD(model, engine="plan", **STEP)
+    assert not [layer for layer in attack.explain(x).layers if "autograd" in layer["runs"]]  # a part of the input
+    before = attack(x, y)
+    assert_same_step(model, x, y)
+    try:
+        MEAN.add_(0.03)  # what was captured itself
+        changed = attack(x, y)
+        assert not torch.equal(changed, before)
+        assert_same_step(model, x, y)
+    finally:
+        MEAN.sub_(0.03)
+    assert torch.equal(attack(x, y), before)
+    if isinstance(model, ByAGlobal):
+        monkeypatch.setitem(globals(), "MEAN", MEAN + 0.04)  # another one under its name
+        assert not torch.equal(attack(x, y), before)
+        assert_same_step(model, x, y)
+
+
+def test_a_constant_of_another_type_does_not_become_a_part_of_the_input():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return (x - torch.full((3, 1, 1), 0.5, dtype=torch.float64)).float().mean((2, 3))
+
+    model, (x, y) = Wide(), data(2, classes=3)
+    assert torch.equal(PGD(model, **STEP)(x, y), PGD(model, engine="eager", **STEP)(x, y))
+
+
+def test_averaged_models_are_planned():
+    model, (x, y) = torch.optim.swa_utils.AveragedModel(small()).eval(), data(3)
+    attack = PGD(model, engine="plan", **STEP)
+    before = attack(x, y)
+    model.update_parameters(lively(small(), seed=5))
+    model.update_parameters(lively(small(), seed=6))
+    assert not torch.equal(attack(x, y), before)
+    assert_same_step(model, x, y)

@@ -23,7 +23,7 @@ class Kinds(nn.Module):
 
     def forward(self, x):
         x = self.stem(x / 2)
-        x = (self.branch(self.norm(x).relu()) + x).relu()
+        x = (self.branch(nn.functional.silu(self.norm(x).relu())) + x).relu()
         return self.head((x + self.norm(x).relu()).mean((2, 3)))
 
 
@@ -48,8 +48,11 @@ DAMAGES = {
     "max_pool": last_image("y"),
     "avg_pool": last_image("y"),
     "pointwise": last_image("y"),
+    "activation": last_image("y"),
+    "activation with the wrong slope": last_image("slope"),
     "conv_backward": last_image("dx"),
     "affine_backward": last_image("dx"),
+    "activation_backward": last_image("dx"),
     "max_pool_backward": last_image("dx"),
     "avg_pool_backward": last_image("dx"),
     "finish": last_image("y"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from twins_fast.attacks.engine.derivatives import differentiable_functions, without_own_backward
 from twins_fast.attacks.engine.graph import (
     Reading,
     aten,
@@ -61,44 +64,58 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device,
             numbers, backward passes of the model's own, something other than logits [N, classes].
     """
     images = torch.zeros(2, *shape, dtype=torch.float32, device=device, requires_grad=True)
-    with _watched() as messages:
+    with in_mode(model, training=False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
-            with in_mode(model, training=False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                batch = torch.export.Dim.DYNAMIC
-                exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
-        except NotCaptured:
-            raise
-        except Exception as error:  # export raises errors of all kinds
-            raise NotCaptured(in_one_line(error)) from error
+            exported, messages = _exported(model, images, set())
+        except OwnBackward:
+            with random_numbers_restored():
+                functions = differentiable_functions(model, images.detach() + 0.5)
+            if not functions:
+                raise
+            exported, messages = _exported(model, images, functions)
     for message in messages:
         if "assigned during export" in str(message.message):
             raise NotCaptured(f"the forward changes the model: {str(message.message).splitlines()[0][:150]}")
     return Reader(model, exported, shape, output).nodes
 
 
+class OwnBackward(NotCaptured):
+    """The model has a backward pass of its own."""
+
+
+def _exported(
+    model: nn.Module, images: torch.Tensor, functions: set[type]
+) -> tuple[torch.export.ExportedProgram, list[warnings.WarningMessage]]:
+    """The exported forward, and warnings; backward passes of ``functions`` are derivatives, and left out."""
+    batch: Any = {0: torch.export.Dim.DYNAMIC}
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    shapes = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
+    with _watched(functions) as messages:
+        try:
+            return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), messages
+        except NotCaptured:
+            raise
+        except Exception as error:  # export raises errors of all kinds
+            raise NotCaptured(in_one_line(error)) from error
+
+
 @contextmanager
-def _watched() -> Iterator[list[warnings.WarningMessage]]:
+def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
     """Refuse what an exported graph would silently lack, keep the export quiet, and yield its warnings."""
 
-    known = torch.autograd.Function.__dict__["apply"]
-
-    def own_backward(function, *arguments, **keywords):
-        if getattr(function, "__module__", "").startswith("twins_fast."):
-            return known.__get__(None, function)(*arguments, **keywords)
-        raise NotCaptured("a backward pass of its own (torch.autograd.Function or a hook on a tensor)")
+    def own_backward(*arguments, **keywords):
+        raise OwnBackward("a backward pass of its own (torch.autograd.Function or a hook on a tensor)")
 
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
-    patches = (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(own_backward)),
-        mock.patch.object(torch.Tensor, "register_hook", own_backward),
-    )
+    hooks = mock.patch.object(torch.Tensor, "register_hook", own_backward)
     log.setLevel(logging.CRITICAL)
     try:
         with random_numbers_restored() as drawn:
-            with warnings.catch_warnings(record=True) as messages, patches[0], patches[1]:
-                warnings.simplefilter("always")
-                yield messages
+            with warnings.catch_warnings(record=True) as messages, hooks:
+                with without_own_backward(functions, own_backward):
+                    warnings.simplefilter("always")
+                    yield messages
         if drawn:
             raise NotCaptured("the forward draws random numbers")
     finally:
@@ -144,12 +161,16 @@ class Reader(Reading):
                 self.values[node] = Param(spec.target)
             else:
                 tensor = tensor_of(self.model, spec.target)
-                if tensor is None or id(tensor) not in known:
-                    raise NotCaptured(f"a tensor that is no parameter, buffer or attribute of a module ({spec.target})")
-                self.values[node] = Param(spec.target)
+                if tensor is not None and id(tensor) in known:
+                    self.values[node] = Param(spec.target)
+                else:  # made by the forward, or from a global or a closure, which Watch looks at
+                    self.values[node] = exported.constants[spec.target].detach()
 
     def _call(self, node: fx.Node) -> None:
         target, value = node.target, self.value
+        if node.all_input_nodes and all(isinstance(value(n), torch.Tensor) for n in node.all_input_nodes):
+            self.values[node] = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+            return
         if target is operator.getitem and type(value(node.args[0])) is tuple:
             parts = value(node.args[0])
             self.values[node] = parts[node.args[1]]

@@ -125,6 +125,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 def _op(stage: Stage) -> str:
     names = {
         "conv": "convolution", "affine": "batch norm", "pointwise": "", "max_pool": "max-pool", "avg_pool": "mean",
+        "activation": stage.options["activation"].kind if stage.kind == "activation" else "",
     }  # fmt: skip
     if stage.kind == "segment":
         listed = list(dict.fromkeys(n.call[0].__name__.partition(".")[0] for _, n in stage.nodes if n.call))

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
 from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, tensor_of
 from twins_fast.models.clamp import clamp as clamp_passing_at_bounds
@@ -106,9 +108,32 @@ def relu(reading: Reading, node: fx.Node) -> Match | None:
     return Match("relu", [x], {}) if reading.is_batched(x) else None
 
 
-@pattern("hardtanh")
+def _simple_activation(reading: Reading, node: fx.Node) -> Match | None:
+    x, *rest = arguments(node, reading.value)
+    name = node.target._schema.name.partition("::")[2]
+    if not reading.is_batched(x) or reading.nodes[x.index].dtype != torch.float32:
+        return None
+    if name == "gelu":
+        found = Activation("gelu" if rest[0] == "none" else "gelu tanh")
+    elif name == "leaky_relu":
+        found = Activation("leaky relu", float(rest[0]))
+    elif name == "elu":
+        if rest[1:] != [1, 1]:
+            return None
+        found = Activation("elu", float(rest[0]))
+    else:
+        found = Activation(name)
+    return Match("activation", [x], {"activation": found})
+
+
+for _name in ("silu", "sigmoid", "tanh", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish"):
+    PATTERNS[_name] = _simple_activation
+
+
+@pattern("hardtanh", "relu6")
 def hardtanh(reading: Reading, node: fx.Node) -> Match | None:
-    x, low, high = arguments(node, reading.value)
+    x, *bounds = arguments(node, reading.value)
+    low, high = bounds or (0, 6)
     options = {"low": float(low), "high": float(high), "at_bounds": 0}
     return Match("clamp", [x], options) if reading.is_batched(x) else None
 
@@ -141,6 +166,11 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
     if kind is None or any(node.kwargs.values()) or len(node.args) != 2:
         return None
     x, other = (reading.value(a) for a in node.args)
+    if isinstance(x, Ref) and isinstance(other, Ref) and kind == "mul":
+        for one, gate in ((x, other), (other, x)):  # x * sigmoid(x)
+            made = reading.nodes[gate.index]
+            if made.op == "activation" and made.options["activation"].kind == "sigmoid" and made.inputs == [one.index]:
+                return Match("activation", [one], {"activation": Activation("silu")}, (aten.silu.default, (one,), {}))
     if isinstance(x, Ref) and isinstance(other, Ref):
         alike = reading.is_batched(x) and reading.nodes[x.index].shape == reading.nodes[other.index].shape
         return Match("add", [x, other], {}) if kind == "add" and alike else None
@@ -150,8 +180,10 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
         x, other = other, x
     if not reading.is_image(x):
         return None
-    if isinstance(other, Param):
-        per_channel = tensor_of(reading.model, other.name)
+    if isinstance(other, (Param, Tensor)):
+        per_channel = other if isinstance(other, Tensor) else tensor_of(reading.model, other.name)
+        if per_channel.dim() and per_channel.dtype != torch.float32:
+            return None  # the result is of another type
         channels = reading.nodes[x.index].shape[0]
         if per_channel.numel() not in (1, channels) or list(per_channel.shape[-3:]) not in (
             [per_channel.numel(), 1, 1], [], [1],

@@ -41,8 +41,8 @@ class Stage:
     """What is computed in one pass: ``y = relu(op(x) + other)``.
 
     Attributes:
-        kind: ``conv``, ``affine`` (a batch norm by itself), ``pointwise`` (sum or ReLU alone), ``max_pool``,
-            ``avg_pool`` or ``segment`` (any operations, differentiated by PyTorch).
+        kind: ``conv``, ``affine`` (a batch norm by itself), ``pointwise`` (sum or ReLU alone), ``activation`` (any
+            other one), ``max_pool``, ``avg_pool`` or ``segment`` (any operations, differentiated by PyTorch).
         inputs, outputs: indices of values; all kinds but segments have one output, and a sum's second operand is
             ``other``.
     """
@@ -77,7 +77,7 @@ class Slot:
     """Memory of one tensor, live from step ``first`` to step ``last``.
 
     Attributes:
-        kind: ``value``, ``gradient``, ``mask`` or ``argmax``.
+        kind: ``value``, ``gradient``, ``mask``, ``argmax`` or ``slope`` (of an activation).
         value: index of the value that it is, or belongs to.
     """
 

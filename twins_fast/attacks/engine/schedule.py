@@ -88,6 +88,8 @@ class _Scheduler:
         tensors = {"x": inputs[0], "y": outputs[0]}
         if stage.kind == "max_pool":
             tensors["argmax"] = self.saved["argmax", i] = self._slot("argmax", stage.outputs[0])
+        elif stage.kind == "activation":
+            tensors["slope"] = self.saved["slope", i] = self._slot("slope", stage.outputs[0])
         else:
             tensors["other"] = None if stage.other is None else self.value_slot[stage.other]
             tensors["mask"] = None
@@ -120,6 +122,8 @@ class _Scheduler:
         tensors = {"g": gradient, **self._sum_into(value)}
         if stage.kind == "max_pool":
             tensors["argmax"] = self.saved["argmax", i]
+        if stage.kind == "activation":
+            tensors["slope"] = self.saved["slope", i]
         steps.append(self._step(f"{stage.kind}_backward", i, tensors))
         self.pending[value] = tensors["dx"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
 from twins_fast.attacks.engine.plan import Stage, Value
@@ -87,7 +88,7 @@ class Fuser:
         for index, node in enumerate(self.nodes):
             if index in self.value_of:
                 continue
-            if node.op in ("arithmetic", "clamp", "upsample"):
+            if node.op in ("arithmetic", "upsample"):
                 self._generic.add(index)
             elif node.op in ("add", "relu") and any(source in self._generic for source in node.inputs):
                 self._generic.add(index)
@@ -111,7 +112,14 @@ class Fuser:
             stage = Stage("segment", node.where, [], [])
             self._own(index, stage)
             return
-        kind = {"linear": "conv", "batch_norm": "affine", "add": "pointwise", "relu": "pointwise"}.get(node.op, node.op)
+        kinds = {
+            "linear": "conv",
+            "batch_norm": "affine",
+            "add": "pointwise",
+            "relu": "pointwise",
+            "clamp": "activation",
+        }
+        kind = kinds.get(node.op, node.op)
         stage = Stage(kind, node.where, [node.inputs[0]], [], options=dict(node.options))
         self._own(index, stage)
         last = index
@@ -130,6 +138,11 @@ class Fuser:
             stage.other = node.inputs[1]
         elif node.op == "relu":
             stage.relu = True
+        elif node.op == "clamp":
+            o = node.options
+            stage.options = {
+                "activation": Activation("clamp closed" if o["at_bounds"] else "clamp open", o["low"], o["high"])
+            }
         if kind in ("conv", "affine") or node.op == "add":
             relu = self._only_user(last, "relu")
             if relu is not None:

@@ -20,7 +20,7 @@ STEP_SIZE = 1 / 64  # of the pixels
 GARBAGE = 0xA5  # where a kernel is going to write bits
 
 _SEGMENTS = ("segment", "segment_backward")  # run by PyTorch, whatever the executor
-_RESULTS = {"forward": ("y", "mask", "argmax"), "backward": ("y", "dx")}  # roles of what a step writes
+_RESULTS = {"forward": ("y", "mask", "argmax", "slope"), "backward": ("y", "dx")}  # roles of what a step writes
 
 
 def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool) -> str:
@@ -137,7 +137,7 @@ def _is_right(
     (bound, run), (plain, run_plain) = own, reference
     slots = {role: slot for role, slot in step.tensors.items() if slot is not None}
     read = {slot for role, slot in slots.items() if role not in results}
-    values = [slot for slot in read if program.plan.slots[slot].kind in ("value", "gradient")]
+    values = [slot for slot in read if program.plan.slots[slot].kind in ("value", "gradient", "slope")]
     for slot in values:
         plain.tensors[slot].copy_(bound.tensors[slot][ends])
     for slot in {slots[role] for role in results if role in slots} - read:
@@ -148,6 +148,9 @@ def _is_right(
     y = bound.tensors[slot][ends]
     if "mask" in slots and "mask" in results:  # a value that is nearly zero may be on either side of it
         mask_like(plain.tensors[slots["mask"]], plain.tensors[slot]).copy_(~(y <= 0))
+    slope = slots.get("slope") if "slope" in results else None
+    if slope is not None and not _close(bound.tensors[slope][ends], plain.tensors[slope]):
+        return False
     # What is subtracted may be larger than the difference, which then has the larger one's roundoff.
     shift = program.states[step.stage].shift if step.operation in ("conv", "affine") else None
     terms = [plain.tensors[slots["other"]]] if "other" in slots else []

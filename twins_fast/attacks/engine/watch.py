@@ -7,6 +7,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from types import CellType, FunctionType
 
 import numpy
 import torch
@@ -21,6 +22,7 @@ DEEPEST, LARGEST = 4, 1 << 16  # attributes are compared by value down to this d
 _STORES = ("_parameters", "_buffers", "_modules")
 # Attributes that every module has, and one that torch.compile gives to what it wraps.
 _KNOWN = frozenset({*vars(nn.Module()), "_is_torch_compile"})
+_EMPTY = CellType()
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
@@ -193,7 +195,7 @@ class _Same:
 def fingerprint(model: nn.Module) -> tuple:
     """All that a captured forward depends on besides values: modules, their classes and attributes, shapes, sharing.
 
-    What a forward takes from globals or closures is not seen.
+    What a forward takes from globals or closures is not seen, but for tensors.
 
     Raises:
         NotCaptured: TorchScript, whose attributes are not Python's.
@@ -219,6 +221,20 @@ def fingerprint(model: nn.Module) -> tuple:
     return tuple(parts), tuple(classes.items())
 
 
+def _tensors_read_by(function: FunctionType, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in closures and globals of a function and of those that it calls, of its own package."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    found = [(name, cell.cell_contents) for name, cell in cells if cell != _EMPTY]
+    found += [(name, function.__globals__.get(name)) for name in function.__code__.co_names]
+    package = (function.__module__ or "").partition(".")[0]
+    for name, value in found:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, FunctionType) and depth < DEEPEST and value is not function:
+            if (value.__module__ or "").partition(".")[0] == package:
+                yield from _tensors_read_by(value, depth + 1)
+
+
 def _own_classes(kind: type) -> list[type]:
     """The classes of a module that are not PyTorch's."""
     return [k for k in kind.__mro__ if not k.__module__.startswith(("torch.", "builtins"))]
@@ -230,6 +246,9 @@ def _frozen(value: object, depth: int = 0) -> object:
         return (_Same(value), value._version, tuple(value.shape), value.dtype)
     if isinstance(value, _PLAIN):
         return (type(value), value)
+    if isinstance(value, FunctionType):
+        read = tuple((name, _frozen(tensor)) for name, tensor in _tensors_read_by(value))
+        return (_Same(value), read) if read else _Same(value)
     if depth > DEEPEST or isinstance(value, (nn.Module, Callable)):
         return _Same(value)
     if isinstance(value, (list, tuple)):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.attacks.engine.executors.helpers import ISAS, Result, first, last, pack, pointers, unpack
 from tests.ops.cases import DTYPES, UNIT
+from twins_fast.attacks.engine.activations import KINDS, Activation, value_and_slope
 from twins_fast.ops.native import _C, dtype_name
 
 pytestmark = pytest.mark.skipif(_C is None, reason="no compiled module")
@@ -36,18 +37,20 @@ def integers(*shape, most=4):
 def test_finish(channels, dtype, isa):
     torch.manual_seed(channels)
     for pixels in (0, 7, 300):
-        x, other = (integers(pixels, channels).to(dtype) for _ in range(2))
+        x, other, gate = (integers(pixels, channels).to(dtype) for _ in range(3))
         if pixels:
             x[0, 0] = torch.nan
         bias, keep = integers(channels), torch.rand(pixels, channels) < 0.7
-        for flags in range(16):
-            use_bias, use_other, use_mask, relu = (bool(flags & 1 << i) for i in range(4))
+        for flags in range(32):
+            use_bias, use_other, use_mask, relu, use_gate = (bool(flags & 1 << i) for i in range(5))
             y = Result((pixels, channels), dtype)
             bits = Result((pixels, (channels + 7) // 8), torch.uint8)
             b, o, m = bias if use_bias else None, other if use_other else None, pack(keep) if use_mask else None
-            arguments = (*pointers(x, None, b, o, m), relu, *pointers(y.tensor, bits.tensor if relu else None))
+            before = pointers(x, gate if use_gate else None, None, b, o, m)
+            arguments = (*before, relu, *pointers(y.tensor, bits.tensor if relu else None))
             run("pointwise", pixels, channels, dtype_name(dtype), *arguments, threads=flags % 3 + 1, isa=isa)
-            want = x.float() + (b if use_bias else 0) + (o.float() if use_other else 0)
+            want = x.float() * (gate.float() if use_gate else 1)
+            want = want + (b if use_bias else 0) + (o.float() if use_other else 0)
             passes = ~(want <= 0)
             want = want.where(passes, 0) if relu else want
             want = want.where(keep, 0) if use_mask else want
@@ -69,7 +72,7 @@ def test_affine_and_its_gradient(channels, dtype, isa):
     shape = (pixels, channels, dtype_name(dtype))
     for relu in (True, False):
         results = pointers(y.tensor, bits.tensor if relu else None)
-        arguments = (*pointers(x, scale, shift, None, None), relu, *results)
+        arguments = (*pointers(x, None, scale, shift, None, None), relu, *results)
         run("pointwise", *shape, *arguments, threads=2, isa=isa)
         want = x.double() * scale.double() + shift.double()
         close(y.get(), want.relu() if relu else want, size, dtype)
@@ -80,10 +83,41 @@ def test_affine_and_its_gradient(channels, dtype, isa):
     for flags in range(4):
         use_other, use_mask = (bool(flags & 1 << i) for i in range(2))
         dx = Result(x.shape, dtype)
-        operands = (x, scale, None, other if use_other else None, pack(keep) if use_mask else None)
+        operands = (x, None, scale, None, other if use_other else None, pack(keep) if use_mask else None)
         run("pointwise", *shape, *pointers(*operands), False, *pointers(dx.tensor, None), threads=2, isa=isa)
         want = x.double() * scale.double() + (other.double() if use_other else 0)
         close(dx.get(), want.where(keep, 0) if use_mask else want, size, dtype)
+
+
+NUMBERS = {"leaky relu": (0.1, 0), "elu": (1.3, 0), "clamp open": (0, 6), "clamp closed": (-1, 1)}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(kind, dtype, isa):
+    """Against PyTorch in float64: all over the range, near 0 and where they have kinks."""
+    generator = torch.Generator().manual_seed(0)
+    kinks = torch.tensor([0.0, -0.0, 6, -3, 3, 1, -1, 100, -100, 1e4, -1e4, torch.nan])
+    near = torch.randn(1000, generator=generator) * torch.logspace(-6, 0, 1000)
+    x = torch.cat([torch.linspace(-30, 30, 3001), near, kinks]).to(dtype)
+    a, b = NUMBERS.get(kind, (0, 0))
+    for count, threads in ((len(x), 1), (len(x), 3), (5, 1), (0, 2)):
+        y, slope = Result((count,), dtype), Result((count,), dtype)
+        arguments = (count, dtype_name(dtype), list(KINDS).index(kind), a, b)
+        results = pointers(x[-count:] if count else x, y.tensor, slope.tensor)
+        run("activation", *arguments, *results, threads=threads, isa=isa)
+        wanted = value_and_slope(Activation(kind, a, b), x[len(x) - count :].double())
+        for got, want, allowed in zip((y.get(), slope.get()), wanted, (3e-7, 3e-6), strict=True):
+            error = (got.double() - want).abs() / (1 + want.abs())
+            numbers = ~x[len(x) - count :].isnan()
+            assert (error <= allowed + UNIT[dtype])[numbers].all()
+        assert y.get().isnan().equal(~numbers)
+    same = x.clone()
+    run("activation", len(x), *arguments[1:], *pointers(same, same, torch.empty_like(x)), isa=isa)  # in place
+    y = torch.empty_like(x)
+    run("activation", len(x), *arguments[1:], *pointers(x, y, torch.empty_like(x)), threads=2, isa=isa)
+    assert torch.equal(same.nan_to_num(9), y.nan_to_num(9))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -102,7 +136,7 @@ def test_in_place_and_the_number_of_threads(channels, dtype, isa):
         for threads in (1, 2, 3):
             a, b = x.clone(), other.clone()
             result = y if target is None else a if target is x else b
-            arguments = (*pointers(a, None, bias, b, None), True, *pointers(result, bits))
+            arguments = (*pointers(a, None, None, bias, b, None), True, *pointers(result, bits))
             run("pointwise", pixels, channels, dtype_name(dtype), *arguments, threads=threads, isa=isa)
             wanted = result.clone() if wanted is None else wanted
             assert torch.equal(result, wanted)
@@ -119,7 +153,7 @@ def test_results_past_the_caches(dtype, isa):
         pixels,
         channels,
         dtype_name(dtype),
-        *pointers(x, None, bias, None, None),
+        *pointers(x, None, None, bias, None, None),
         False,
         *pointers(y, None),
         threads=2,
@@ -253,7 +287,7 @@ def test_what_is_refused():
         return _C.pool_forward_cpu(*shape, "float32", True, *pointers(x, target, None), 1, "")
 
     def pointwise(pixels, channels, dtype="float32", scale=None, bits=None, threads=1, isa=""):
-        arguments = (*pointers(x, scale, None, None, None), False, *pointers(y, bits))
+        arguments = (*pointers(x, None, scale, None, None, None), False, *pointers(y, bits))
         return _C.pointwise_cpu(pixels, channels, dtype, *arguments, threads, isa)
 
     assert max_pool(1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
@@ -268,6 +302,8 @@ def test_what_is_refused():
     assert _C.pool_forward_cpu(*shape, False, *pointers(x, y, None), 1, "") == refused  # a mean past the image
     assert pointwise(8, 8, bits=y) == refused  # without a ReLU
     assert pointwise(8, 0) == refused
+    for kind, slope in ((12, y), (-1, y), (0, None), (0, x)):
+        assert _C.activation_cpu(8, "float32", kind, 0, 0, *pointers(x, y, slope), 1, "") == refused
     assert pointwise(8, 8, threads=0) == refused
     assert "instruction set" in pointwise(8, 8, scale=x, isa="mmx")
     with pytest.raises(ValueError, match="dtype"):

@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from twins_fast.attacks.engine.activations import KINDS
 from twins_fast.attacks.engine.convolution import Convolution, axis_backward, axis_blocks, axis_forward
 from twins_fast.attacks.engine.executors.pixels import Input, sources_of
 from twins_fast.attacks.engine.executors.torch import (
@@ -288,6 +289,14 @@ class CpuExecutor(TorchExecutor):
     def affine_backward(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["g"], t["dx"], scale=state.scale, other=t["other"], mask=t["mask"])
 
+    def activation(self, state: State, t: Tensors) -> Run:
+        kind, a, b = state.stage.options["activation"]
+        sizes = (t["x"].numel(), self._name, list(KINDS).index(kind), a, b)
+        return _bind("activation", *sizes, t["x"], t["y"], t["slope"])
+
+    def activation_backward(self, state: State, t: Tensors) -> Run:
+        return _bind_pointwise(t["g"], t["dx"], gate=t["slope"], other=t["other"], mask=t["mask"])
+
     def max_pool(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["x"], t["y"])
         return _bind("pool_forward", *sizes, self._name, True, t["x"], t["y"], t["argmax"])
@@ -318,15 +327,16 @@ def _bind_pointwise(
     x: Tensor,
     y: Tensor,
     *,
+    gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     other: Tensor | None = None,
     mask: Tensor | None = None,
     bits: Tensor | None = None,
 ) -> Run:
-    """``y = mask(relu(x * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
+    """``y = mask(relu(x * gate * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
     sizes = (*rows_of(y), dtype_name(y.dtype))
-    return _bind("pointwise", *sizes, x, scale, shift, other, mask, bits is not None, y, bits)
+    return _bind("pointwise", *sizes, x, gate, scale, shift, other, mask, bits is not None, y, bits)
 
 
 def _bind(name: str, *arguments) -> Run:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twins_fast.attacks.engine.activations import value_and_slope
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.executors.segment import Segment
@@ -116,6 +117,17 @@ class TorchExecutor:
 
     def affine_backward(self, state: State, t: Tensors) -> Run:
         return lambda: self._finish(t["g"] * state.scale.view(1, -1, 1, 1), None, t["other"], t["mask"], None, t["dx"])
+
+    def activation(self, state: State, t: Tensors) -> Run:
+        def run():
+            y, slope = value_and_slope(state.stage.options["activation"], t["x"].float())
+            t["y"].copy_(y)
+            t["slope"].copy_(slope)
+
+        return run
+
+    def activation_backward(self, state: State, t: Tensors) -> Run:
+        return lambda: self._finish(t["g"].float() * t["slope"].float(), None, t["other"], t["mask"], None, t["dx"])
 
     def pointwise(self, state: State, t: Tensors) -> Run:
         return lambda: self._finish(t["x"], None, t["other"], None, t["mask"], t["y"])

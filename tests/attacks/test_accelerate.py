@@ -370,6 +370,23 @@ def test_few_numbers_of_images_at_once():
     assert all(n <= round_up(n) <= 1.25 * n and 0.8 * n <= round_down(n) <= n for n in range(1, 257))
 
 
+def test_little_is_computed_in_vain(model):
+    fast, x = accelerate(model), data(1)[0]
+    fast(x)
+    own = plans_of(model).programs()[-1]
+    for limit in (None, 7, 40):
+        own.chunk_size = limit
+        for images in range(1, 200):
+            left, computed, parts = images, 0, 0
+            while left:
+                size = own.chunk(left, rounded=True)
+                assert 1 <= size <= left and round_up(size) in own.sizes(images, True)
+                left, computed, parts = left - size, computed + round_up(size), parts + 1
+            assert computed <= images + max(3, images // 16)
+            assert parts <= 3 + images // (own.chunk_size or images) * 2
+    own.chunk_size = None
+
+
 def test_the_image_is_written_while_its_gradient_is_read(model):
     """By the step of the pixels: the two may not share memory."""
     fast, x = accelerate(model), data(2)[0]

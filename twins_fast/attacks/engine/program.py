@@ -25,6 +25,7 @@ from twins_fast.models.output import Output
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
+SPARE = 3  # images whose time a chunk of its own takes longer
 FOLDING = 300  # operations of a step, per weight, that the plan has to run before it has saved a weight's folding
 KEPT_SIZES = 16  # chunk sizes with bound tensors
 
@@ -97,7 +98,7 @@ class Program:
         """``work(network, rows)`` on all rows, a chunk at a time; where memory runs out anew, on smaller ones."""
         begin = 0
         while begin < images:
-            size = self.chunk(images, rounded)
+            size = self.chunk(images - begin if rounded else images, rounded)
             rows = slice(begin, min(images, begin + size))
             taken = rows.stop - begin
             try:
@@ -192,20 +193,31 @@ class Program:
         """How many of a batch's images go through all steps at once.
 
         Args:
-            rounded: for batches of many sizes: the steps take one of few numbers of images, some of them perhaps empty.
+            rounded: for batches of many sizes: the steps take one of few numbers of images, the last ones perhaps more
+                than there are; ``images`` are those that are left, and fewer may go on alone.
         """
         most = self.chunk_size
         if most is None and self.executor.device.type == "cpu":
             most = max(1, CACHED // self.bytes_per_image)
-        most = min(most or images, self.largest_chunk or images)
-        if not self.plan.per_sample or most >= images:
+        limited = most is not None
+        most = min(most or images, self.largest_chunk or images, images)
+        if not self.plan.per_sample:
             return images
-        return round_down(most) if rounded else -(-images // -(-images // most))
+        if not rounded:
+            return -(-images // -(-images // most))
+        fits = most == images and (not limited or round_up(images) - images <= max(SPARE, images // 16))
+        return images if fits else round_down(most)
 
     def sizes(self, images: int, rounded: bool) -> set[int]:
         """The numbers of images at once that a batch is checked for."""
-        size = self.chunk(images, rounded)
-        return {round_up(n) for n in (size, images % size) if n} if rounded and self.plan.per_sample else {size}
+        if not rounded or not self.plan.per_sample:
+            return {self.chunk(images)}
+        found = set()
+        while images:
+            size = self.chunk(images, rounded)
+            found.add(round_up(size))
+            images -= size
+        return found
 
     def _halve(self, size: int) -> bool:
         """Free the memory of chunks of ``size`` images, and have them smaller; False if they cannot be."""

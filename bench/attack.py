@@ -386,10 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
             problems = layers(attacks, names, record)
         else:
             problems = compare(STEP_BENCHMARK if part else BENCHMARK, attacks, names, args.rounds, record)
-    record.finish()
-    print(f"\n{record.path}")
-    print("\n".join(problems), file=sys.stderr)
-    return 1 if problems else 0
+    return record.conclude(problems)
 
 
 if __name__ == "__main__":

@@ -487,3 +487,10 @@ class Record:
 
     def finish(self) -> None:
         self.unfinished.replace(self.path)
+
+    def conclude(self, problems: list[str]) -> int:
+        """Finish, say where the record is and what failed; the exit status of the benchmark."""
+        self.finish()
+        print(f"\n{self.path}")
+        print("\n".join(problems), file=sys.stderr)
+        return 1 if problems else 0

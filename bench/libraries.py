@@ -377,10 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
         problems = autoattack(networks, rows, args.images, args.minutes, record)
     else:
         problems = iterations(networks, rows, args.batch, args.rounds, record)
-    record.finish()
-    print(f"\n{record.path}")
-    print("\n".join(problems), file=sys.stderr)
-    return 1 if problems else 0
+    return record.conclude(problems)
 
 
 if __name__ == "__main__":

@@ -359,11 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(BENCHMARK, layer, args.device, names, args.rounds, stage)
         record.add(row)
         print(f"  copy {row['copy']['bandwidth'] / 1e9:.1f} GB/s\n{table(row)}", flush=True)
-    record.finish()
-    print(f"\n{summary_table(record.rows, options)}\n\n{record.path}")
-    problems = fails(record.rows)
-    print("\n".join(problems), file=sys.stderr)
-    return 1 if problems else 0
+    print(f"\n{summary_table(record.rows, options)}")
+    return record.conclude(fails(record.rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.attacks.engine.helpers import assert_untouched, data, loss_of, small, state_of
+from tests.attacks.engine.helpers import Mixing, assert_untouched, data, loss_of, small, state_of
 from twins_fast import PGD, adversarial_loss
 from twins_fast.attacks import ascent, objectives
 from twins_fast.attacks.balls import Ball, norm_named
@@ -213,16 +213,6 @@ def test_an_early_stop_of_all_images_ends_the_attack(model, problem, engine):
     assert torch.equal(attack(model, engine, early_stop=True, steps=50)(x, (y + 1) % 10), x)
     target = attack(model, engine, early_stop=True, targeted=True, loss="margin")(x, y)
     assert torch.equal(target, x)
-
-
-class Mixing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 4)
-
-    def forward(self, x):
-        y = F.relu(self.conv(x)).mean((2, 3))
-        return self.head(y - y.mean(0, keepdim=True))
 
 
 def test_images_that_see_each_other_stay_together():

@@ -475,7 +475,7 @@ class Network(nn.Module):
         x = nn.functional.interpolate((x - self.mean) / 0.25, size=(15, 13))
         x = nn.functional.max_pool2d(self.norm(self.first(x)).relu(), 3, 2, 1)
         x = (self.block(x) + x).relu()
-        x = nn.functional.avg_pool2d(nn.functional.silu(x), 2, 1)
+        x = nn.functional.avg_pool2d(nn.functional.softplus(nn.functional.silu(x)), 2, 1)
         return self.last(x.mean((2, 3)))
 
 

@@ -97,7 +97,7 @@ class Accelerated(Wrapper):
         model = unwrapped(self.module)
         cache = plans_of(model)
         with cache.lock:
-            program = cache.program(model, images, compute_dtype(self.amp_dtype, images.device), rounded=True)
+            program = self._program(cache, model, images)
             reason, failed = str(program), isinstance(program, Program)
             if isinstance(program, Program):
                 try:
@@ -125,8 +125,7 @@ class Accelerated(Wrapper):
         program: Program | str = "the model is in train mode, or these are no float32 images [N, C, H, W]"
         if self._is_plannable(images):
             with plans_of(model).lock:
-                dtype = compute_dtype(self.amp_dtype, images.device)
-                program = plans_of(model).program(model, images, dtype, rounded=True)
+                program = self._program(plans_of(model), model, images)
         return explain(program, model, images, False, (), rounded=True)
 
     def refresh(self) -> None:
@@ -150,6 +149,9 @@ class Accelerated(Wrapper):
             and not torch._C._functorch.is_functorch_wrapped_tensor(images)
             and not any(module.training for module in modules_of(self.module))
         )
+
+    def _program(self, cache: PlanCache, model: nn.Module, images: Tensor) -> Program | str:
+        return cache.program(model, images, compute_dtype(self.amp_dtype, images.device), rounded=True)
 
     def _planned(self, program: Program, cache: PlanCache, model: nn.Module, images: Tensor) -> Tensor:
         state = cache.watch.state()

@@ -154,7 +154,7 @@ def ascend(network: Network, x: Tensor, images: Images, search: Search, drops: b
         moved = rule.step(number, x, gradient.masked_fill(bad, 0), height, images)
         x = torch.where(bad, x, images.ball.project(moved, images.clean))
         if not judged:
-            found.x = torch.where(found.fooled.view(-1, 1, 1, 1), found.x, x) if search.early_stop else x
+            found.x = _where(found.fooled, found.x, x) if search.early_stop else x
         if places is not None:
             everything.put(places, found)
             left = ~found.fooled
@@ -163,8 +163,7 @@ def ascend(network: Network, x: Tensor, images: Images, search: Search, drops: b
                 break
     if places is not None:
         everything.put(places, found)
-        return everything
-    return found
+    return everything
 
 
 class FixedRule:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2", "l2-sign", "l1")
-_NAMES = {"linf": NORMS[0], inf: NORMS[0], "inf": NORMS[0], "l2": NORMS[1], 2: NORMS[1], "l1": NORMS[3], 1: NORMS[3]}
+_NAMES = {"linf": "linf", "inf": "linf", inf: "linf", "l2": "l2", 2: "l2", "l1": "l1", 1: "l1"}
 _TINY = 1e-12
 _MOVED = 0.01  # of the pixel values, in a step of the L1 norm
 

@@ -46,6 +46,18 @@ def data(images=2, size=32, classes=10, seed=1):
     return x, torch.randint(0, classes, (images,), generator=generator)
 
 
+class Mixing(nn.Module):
+    """Images see each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = F.relu(self.conv(x)).mean((2, 3))
+        return self.head(y - y.mean(0, keepdim=True))
+
+
 def small(**options) -> nn.Module:
     torch.manual_seed(1)
     return lively(CifarResNet(10, width=8, blocks=(1, 1), **options))

@@ -22,7 +22,7 @@ def differentiable_functions(model: nn.Module, images: Tensor) -> set[type]:
     def judge(function: type, *args: Any, **kwargs: Any) -> Any:
         if function not in seen:
             seen[function] = not kwargs and is_derivative(function, args)
-        return _APPLY.__get__(None, function)(*args, **kwargs)
+        return _apply(function, *args, **kwargs)
 
     with _applied_by(judge), suppress(Exception):  # the export will fail in the same way, and say why
         model(images)
@@ -52,10 +52,10 @@ def is_derivative(function: Any, args: tuple[Any, ...]) -> bool:
         directions = drawn * scale
         try:
             results = []
-            for apply in (lambda *a: _APPLY.__get__(None, function)(*a), lambda *a: forward_of(function, *a)):
+            for apply in (_apply, forward_of):
                 leaf = values.to(args[places[0]].device).clone().requires_grad_()
                 with torch.enable_grad():
-                    y = apply(*args[: places[0]], leaf, *args[places[0] + 1 :])
+                    y = apply(function, *args[: places[0]], leaf, *args[places[0] + 1 :])
                     (gradient,) = torch.autograd.grad(y, leaf, directions.to(y))
                 results.append((y.detach(), gradient))
         except Exception:  # whatever it is, it cannot be left out
@@ -83,11 +83,16 @@ def without_own_backward(functions: set[type], otherwise: Callable[..., Any]) ->
         if function in functions:
             return forward_of(function, *args)
         if getattr(function, "__module__", "").startswith("twins_fast."):
-            return _APPLY.__get__(None, function)(*args, **kwargs)
+            return _apply(function, *args, **kwargs)
         return otherwise(function, *args, **kwargs)
 
     with _applied_by(apply):
         yield
+
+
+def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """As without :func:`_applied_by`."""
+    return _APPLY.__get__(None, function)(*args, **kwargs)
 
 
 class _Context:

@@ -125,12 +125,11 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 def _op(stage: Stage) -> str:
     names = {
         "conv": "convolution", "affine": "batch norm", "pointwise": "", "max_pool": "max-pool", "avg_pool": "mean",
-        "activation": stage.options["activation"].kind if stage.kind == "activation" else "",
     }  # fmt: skip
     if stage.kind == "segment":
         listed = list(dict.fromkeys(n.call[0].__name__.partition(".")[0] for _, n in stage.nodes if n.call))
         return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
-    parts = [names[stage.kind]]
+    parts = [stage.options["activation"].kind if stage.kind == "activation" else names[stage.kind]]
     if stage.kind == "conv":
         g = stage.options["geometry"]
         parts[0] = f"{g.kernel[0]}x{g.kernel[1]} {g.in_channels}->{g.out_channels}"

@@ -108,7 +108,8 @@ def relu(reading: Reading, node: fx.Node) -> Match | None:
     return Match("relu", [x], {}) if reading.is_batched(x) else None
 
 
-def _simple_activation(reading: Reading, node: fx.Node) -> Match | None:
+@pattern("silu", "sigmoid", "tanh", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish")
+def activation(reading: Reading, node: fx.Node) -> Match | None:
     x, *rest = arguments(node, reading.value)
     name = node.target._schema.name.partition("::")[2]
     if not reading.is_batched(x) or reading.nodes[x.index].dtype != torch.float32:
@@ -124,10 +125,6 @@ def _simple_activation(reading: Reading, node: fx.Node) -> Match | None:
     else:
         found = Activation(name)
     return Match("activation", [x], {"activation": found})
-
-
-for _name in ("silu", "sigmoid", "tanh", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish"):
-    PATTERNS[_name] = _simple_activation
 
 
 @pattern("hardtanh", "relu6")

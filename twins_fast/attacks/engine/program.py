@@ -110,8 +110,11 @@ class Program:
                 if not out_of_memory(error) or capturing(self.executor.device) or not self._halve(taken):
                     raise
             finally:
-                for segment in self._segments:
-                    segment.release()
+                self._release()
+
+    def _release(self) -> None:
+        for segment in self._segments:
+            segment.release()
 
     def graphed(self, options: tuple, attack: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``attack(*inputs)``; on a GPU as a graph for these ``options``: all that it depends on besides values."""
@@ -157,8 +160,7 @@ class Program:
                     network.restore(data, part.segments)
                     result[rows] = network.gradient(x[rows], gradient[rows])
             finally:
-                for segment in self._segments:
-                    segment.release()
+                self._release()
             return (result,)
 
         inputs = (x.contiguous(), gradient.float(), *(part.saved for part in kept))

@@ -8,6 +8,8 @@ from twins_fast.attacks.engine.nodes import Node, NotCaptured
 from twins_fast.attacks.engine.plan import Plan, Slot, Stage, Step
 from twins_fast.attacks.engine.stages import Fuser
 
+_SAVED = {"max_pool": "argmax", "activation": "slope"}  # kind of a stage -> what its backward reads of its forward
+
 
 def build(nodes: list[Node]) -> Plan:
     """Fuse the nodes into stages and order both passes."""
@@ -22,7 +24,7 @@ class _Scheduler:
         self.stages, self.values = fused.stages, fused.values
         self.slots: list[Slot] = []
         self.time = 0
-        self.saved: dict[tuple[str, int], int] = {}  # (mask of a value | arg-max of a stage) -> slot
+        self.saved: dict[tuple[str, int], int] = {}  # (mask of a value | arg-max or slope of a stage) -> slot
         self.value_slot = {0: self._slot("value", 0)}
         forward = [self._forward(i, stage) for i, stage in enumerate(self.stages)]
         self.time += 1
@@ -86,10 +88,9 @@ class _Scheduler:
         if stage.kind == "segment":
             return self._step("segment", i, {"inputs": inputs, "outputs": outputs})
         tensors = {"x": inputs[0], "y": outputs[0]}
-        if stage.kind == "max_pool":
-            tensors["argmax"] = self.saved["argmax", i] = self._slot("argmax", stage.outputs[0])
-        elif stage.kind == "activation":
-            tensors["slope"] = self.saved["slope", i] = self._slot("slope", stage.outputs[0])
+        if stage.kind in _SAVED:
+            saved = _SAVED[stage.kind]
+            tensors[saved] = self.saved[saved, i] = self._slot(saved, stage.outputs[0])
         else:
             tensors["other"] = None if stage.other is None else self.value_slot[stage.other]
             tensors["mask"] = None
@@ -120,10 +121,8 @@ class _Scheduler:
             self._pass_on(value, gradient, i, steps)
             return
         tensors = {"g": gradient, **self._sum_into(value)}
-        if stage.kind == "max_pool":
-            tensors["argmax"] = self.saved["argmax", i]
-        if stage.kind == "activation":
-            tensors["slope"] = self.saved["slope", i]
+        if stage.kind in _SAVED:
+            tensors[_SAVED[stage.kind]] = self.saved[_SAVED[stage.kind], i]
         steps.append(self._step(f"{stage.kind}_backward", i, tensors))
         self.pending[value] = tensors["dx"]
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from bench.header import ROOT
 from bench.peers import ALPHA, ATTACK, ENGINES, EPS, TRAINING, engine_attack, published_attack
 from bench.workloads import NETWORKS, Attack, Inputs, cost, inputs, own_copy, workload
 
-SCALING, PRECISION, LAYERS = "attack_scaling", "attack_precision", "attack_layers"
+SCALING, PRECISION, LAYERS, FEW = "attack_scaling", "attack_precision", "attack_layers", "attack_few"
 ROUNDS, STEPS = 2, 10
 ROUNDING = 1e-6  # of a pixel at the edge of the ball
 ROUNDOFF_MULTIPLE = 3  # allowed change of the loss, as a multiple of what roundoff alone changes, up to MOST_ROUNDOFF
@@ -47,6 +48,8 @@ AXES = {  # what is varied -> the rest, and its values
     "width": ("batch=8:steps=10", (16, 32, 64, 128)),
     "chunk_size": ("batch=128:steps=10", (8, 16, 32, 64, 128)),
 }
+FEW_BATCHES, FEW_STEPS = (1, 2, 8), (1, 2, 3)
+FEW_PAIRS = {"float32": ("eager", "plan-float32"), "bf16": ("eager-bf16", "plan-bf16")}  # what engine="auto" decides
 
 
 def _loss(problem: Inputs, x: Tensor, rows: Tensor) -> float:
@@ -212,6 +215,22 @@ def scaling(axes: dict, names: list[str], rounds: int, record: Record) -> list[s
     return fails(record.rows)
 
 
+def few(networks: list[str], rounds: int, record: Record) -> list[str]:
+    """Both engines where so few steps are taken on so few images that packing weights may not pay; what auto takes."""
+    names = [name for pair in FEW_PAIRS.values() for name in pair]
+    benchmark = replace(BENCHMARK, memory=lambda *measured: {"peak": None})
+    for network, batch, steps in product(networks, FEW_BATCHES, FEW_STEPS):
+        attack = workload(f"{network}:batch={batch}:steps={steps}", record.device)
+        row = measure(benchmark, attack, record.device, names, rounds)
+        problem = inputs(attack, record.device)
+        for precision, (_, plan) in FEW_PAIRS.items():
+            chosen = engine_attack(problem.model, plan, steps, engine="auto").explain(problem.images)
+            row.setdefault("auto", {})[precision] = chosen.engine
+        record.add(row)
+        print(f"{attack.name}\n{table(row)}\n  auto: {row['auto']}", flush=True)
+    return fails(record.rows)
+
+
 def embedded_images(device: str) -> list[tuple[Tensor, Tensor]]:
     """The embedded training images and their labels, and those for testing."""
     from twins_fast.train.datasets import load_datasets
@@ -328,6 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.attack", description=__doc__)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--scaling", action="store_true", help=f"time and memory against {', '.join(AXES)}")
+    kind.add_argument("--few", action="store_true", help="few steps on few images: whether the plan pays")
     kind.add_argument("--precision", action="store_true", help="robust accuracy of each engine on real images")
     kind.add_argument("--layers", nargs="+", metavar="WORKLOAD", help="each layer of the plan beside its floor")
     parser.add_argument("--training", action="store_true", help="the whole TWINS-AT training step")
@@ -350,16 +370,17 @@ def main(arguments: list[str] | None = None) -> int:
         benchmark = TRAINING if args.training else ATTACK
         print(json.dumps([own_memory(benchmark, name, Attack(**json.loads(t)), args.device) for t in texts]))
         return 0
-    part = next((p for p in ("scaling", "precision", "layers", "training") if getattr(args, p)), None)
+    part = next((p for p in ("scaling", "few", "precision", "layers", "training") if getattr(args, p)), None)
     name, known, default = {
-        # "eager" is what "published" is, behind this package's checks
+        # "eager" is what "published" is, behind this package's checks, "eager-bf16" what "autocast" is
         None: (
             ATTACK,
             PEERS[ATTACK],
-            [n for n, p in PEERS[ATTACK].items() if args.device in p.devices and n != "eager"],
+            [n for n, p in PEERS[ATTACK].items() if args.device in p.devices and not n.startswith("eager")],
         ),
         "training": (TRAINING, PEERS[TRAINING], list(PEERS[TRAINING])),
         "scaling": (SCALING, PEERS[ATTACK], list(SCALING_PEERS)),
+        "few": (FEW, PEERS[ATTACK], []),
         "precision": (PRECISION, ENGINES, list(ENGINES)),
         "layers": (LAYERS, ENGINES, ["plan-bf16"]),
     }[part]
@@ -380,6 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
     with fresh_caches():
         if part == "scaling":
             problems = scaling(AXES, names, args.rounds, record)
+        elif part == "few":
+            problems = few(chosen, args.rounds, record)
         elif part == "precision":
             problems = precision(names, args.steps, args.images, record)
         elif part == "layers":

@@ -474,6 +474,14 @@ class Record:
         """A GPU's results and a CPU's lie side by side."""
         return self.file or self.folder / f"{self.benchmark}-{device_kind(self.device)}.json"
 
+    def resume(self) -> None:
+        """Take over the rows of an earlier run with these options on this kind of machine, finished or not."""
+        for path in (self.unfinished, self.path):
+            content = json.loads(path.read_text()) if path.exists() else {}
+            if content.get("options") == self.options and content["header"]["machine"] == self.header["machine"]:
+                self.rows = content["workloads"]
+                return
+
     def add(self, row: dict) -> None:
         self.rows.append(row)
         content = {"benchmark": self.benchmark, "device": device_kind(self.device), "header": self.header}
@@ -486,7 +494,8 @@ class Record:
         return self.path.with_suffix(".unfinished")
 
     def finish(self) -> None:
-        self.unfinished.replace(self.path)
+        if self.unfinished.exists():  # unless a resumed run had nothing left to do
+            self.unfinished.replace(self.path)
 
     def conclude(self, problems: list[str]) -> int:
         """Finish, say where the record is and what failed; the exit status of the benchmark."""

@@ -42,8 +42,7 @@ TOLERANCE = {None: (5e-3, 0.01), torch.bfloat16: (5e-2, 0.05)}  # of the loss, r
 ON_THE_BORDER = ("FAB-T",)  # its images lie between two classes, and half precision sees that border elsewhere
 
 AUTO_ROWS = ("eager", "accelerate-float32", "accelerate-bf16")
-AUTO_IMAGES = {EMBEDDED: 250, "resnet18-32": 64}
-AUTO_BATCH, MINUTES = 250, 60
+AUTO_IMAGES, AUTO_BATCHES = 1000, {EMBEDDED: 250, "resnet18-32": 100}
 EPOCHS, RATE, AT_ONCE = 3, 0.1, 50  # of the adversarial training of a network that is not robust
 
 
@@ -277,7 +276,7 @@ def auto_problem(network: str, images: int, device: str) -> tuple[nn.Module, Ten
     return model, x[:images], labels[:images]
 
 
-def auto_attack(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def auto_attack(model: nn.Module, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The standard version: APGD-CE, APGD-T, FAB-T and Square; with fewer than 10 classes all others are targets."""
 
     def attack(images: Tensor, labels: Tensor) -> Tensor:
@@ -285,66 +284,65 @@ def auto_attack(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         with torch.no_grad():
             targets = min(made.fab.n_target_classes, model(images).shape[1] - 1)
         made.apgd_targeted.n_target_classes = made.fab.n_target_classes = targets
-        return made.run_standard_evaluation(images, labels, batch_size=AUTO_BATCH)[0]
+        return made.run_standard_evaluation(images, labels, batch_size=batch)[0]
 
     return attack
 
 
-def whole(model: nn.Module, row: str, images: Tensor, labels: Tensor, minutes: float) -> dict:
-    """One row: seconds and robust images of each batch, as far as they begin within the time."""
+def batch_of(model: nn.Module, row: str, x: Tensor, labels: Tensor) -> dict:
+    """Seconds of one row on one batch, and how many images are robust in the eyes of the float32 network."""
     network = victim(model, row)
-    half = ROWS[row][1] is not None
-    exact = victim(model, row.replace("bf16", "float32").replace("autocast", "eager")) if half else network
-    seconds, robust, again = [], [], 0
-    for x, y in zip(images.split(AUTO_BATCH), labels.split(AUTO_BATCH), strict=True):
-        if sum(seconds) > 60 * minutes:
-            break
-        started = time.perf_counter()
-        if half:
-            adversarial, more = judged(exact, network, x, y, auto_attack(network), auto_attack(exact))
-            again += more
-        else:
-            adversarial = auto_attack(network)(x, y)
-        seconds.append(time.perf_counter() - started)
-        with torch.no_grad():
-            robust.append(int((model(adversarial).argmax(1) == y).sum()))
+    started = time.perf_counter()
+    if ROWS[row][1] is None:
+        adversarial, again = auto_attack(network, len(x))(x, labels), 0
+    else:
+        exact = victim(model, row.replace("bf16", "float32").replace("autocast", "eager"))
+        adversarial, again = judged(exact, network, x, labels, auto_attack(network, len(x)), auto_attack(exact, len(x)))
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        robust = int((model(adversarial).argmax(1) == labels).sum())
     return {"status": "ok", "seconds": seconds, "robust": robust, "again": again}
 
 
-def autoattack(networks: list[str], rows: list[str], images: int | None, minutes: float, record: Record) -> list[str]:
-    """Seconds of AutoAttack's standard version, and the robust accuracy that it finds, judged in float32."""
+def autoattack(networks: list[str], rows: list[str], images: int, record: Record) -> list[str]:
+    """AutoAttack's standard version a batch at a time, rows in turns; a batch that the record holds is not repeated."""
     for network in networks:
-        model, x, labels = auto_problem(network, images or AUTO_IMAGES[network], record.device)
-        with torch.no_grad():
-            clean = int((model(x).argmax(1) == labels).sum())
-        line = {"name": network, "images": len(x), "batch": AUTO_BATCH, "clean": clean, "peers": {}}
-        for row in rows:
-            try:
-                outcome = whole(model, row, x, labels, minutes)
-            except Exception as error:
-                outcome = {"status": "error", "reason": one_line(error)}
-            line["peers"][row] = outcome
-            print(f"{network}, {row}: {outcome}", flush=True)
-        record.add(line)
+        model, *test = auto_problem(network, images, record.device)
+        for part, (x, labels) in enumerate(zip(*(t.split(AUTO_BATCHES[network]) for t in test), strict=True)):
+            known = next((line for line in record.rows if (line["name"], line["batch"]) == (network, part)), None)
+            if known is not None and known["images"] >= len(x):
+                continue
+            if known is not None:  # it was the last one of fewer images
+                record.rows.remove(known)
+            line = {"name": network, "batch": part, "images": len(x), "commit": record.header["commit"], "peers": {}}
+            for row in rows:
+                try:
+                    outcome = batch_of(model, row, x, labels)
+                except Exception as error:
+                    outcome = {"status": "error", "reason": one_line(error)}
+                line["peers"][row] = outcome
+                print(f"{network}, batch {part}, {row}: {outcome}", flush=True)
+            record.add(line)
     return fails(record.rows)
 
 
 def auto_table(lines: list[dict]) -> list[list[str]]:
-    """A line per network and row: time, and its share of the first row's on the same batches; robust accuracy."""
+    """A line per network and row: time, and its share of the first row's; robust accuracy."""
     result = [["AutoAttack, standard", "images", "time", "share of eager", "robust accuracy", "attacked again"]]
-    for line in lines:
-        first = next(iter(line["peers"].values()))
-        for row, outcome in line["peers"].items():
-            name = f"{line['name']}: {row}"
-            if "seconds" not in outcome:
-                result.append([name, outcome["status"], "", "", "", ""])
+    for network in dict.fromkeys(line["name"] for line in lines):
+        batches = [line for line in lines if line["name"] == network]
+        images, total = sum(line["images"] for line in batches), None
+        for row in batches[0]["peers"]:
+            outcomes = [line["peers"][row] for line in batches]
+            if wrong := [outcome["status"] for outcome in outcomes if outcome["status"] != "ok"]:
+                result.append([f"{network}: {row}", wrong[0], "", "", "", ""])
                 continue
-            done, seconds = len(outcome["seconds"]), outcome["seconds"]
-            images = min(done * line["batch"], line["images"])
-            both = min(done, len(first.get("seconds", [])))
-            share = f"{100 * sum(seconds[:both]) / sum(first['seconds'][:both]):.0f} %" if both else ""
-            robust = f"{100 * sum(outcome['robust']) / images:.1f} %"
-            result.append([name, str(images), f"{sum(seconds):.0f} s", share, robust, str(outcome["again"])])
+            seconds, robust, again = (
+                sum(outcome[what] for outcome in outcomes) for what in ("seconds", "robust", "again")
+            )
+            total = total or seconds
+            shares = f"{100 * seconds / total:.0f} %", f"{100 * robust / images:.1f} %"
+            result.append([f"{network}: {row}", str(images), f"{seconds:.0f} s", *shares, str(again)])
     return result
 
 
@@ -356,9 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}; others are compared with the first")
     parser.add_argument("--batch", type=int, default=BATCH, help="of an iteration")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each row")
-    parser.add_argument("--images", type=int, help=f"of --autoattack (by network: {AUTO_IMAGES})")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of --autoattack, after which a row begins no "
-                        f"batch of {AUTO_BATCH} images ({MINUTES})")  # fmt: skip
+    parser.add_argument("--images", type=int, default=AUTO_IMAGES, help=f"of --autoattack ({AUTO_IMAGES})")
+    parser.add_argument("--resume", action="store_true", help="--autoattack: keep what an earlier run on this machine "
+                        "has measured, finished or not, and go on from there")  # fmt: skip
     parser.add_argument("--json", type=Path, help=f"default: a file in {RESULTS.name}, or of runs/bench for a part")
     args = parser.parse_args(arguments)
     networks = args.networks.split(",") if args.networks else list(NETWORKS)
@@ -367,14 +365,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    all_of_it = not (args.networks or args.rows or args.images) and args.rounds >= ROUNDS and args.batch == BATCH
+    all_of_it = not (args.networks or args.rows) and args.rounds >= ROUNDS and args.batch == BATCH
+    all_of_it = all_of_it and args.images >= AUTO_IMAGES
     name = AUTOATTACK if args.autoattack else NAME
     command = " ".join(["python -m bench.libraries", *(sys.argv[1:] if arguments is None else arguments)])
     options = {"rounds": args.rounds, "eps": EPS, "alpha": ALPHA, "epochs": EPOCHS}
     record = Record(name, args.device, command, options, RESULTS if all_of_it else PARTIAL, args.json)
     torch.backends.cudnn.benchmark = True  # for all rows
+    if args.resume:
+        record.resume()
     if args.autoattack:
-        problems = autoattack(networks, rows, args.images, args.minutes, record)
+        problems = autoattack(networks, rows, args.images, record)
     else:
         problems = iterations(networks, rows, args.batch, args.rounds, record)
     return record.conclude(problems)

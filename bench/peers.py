@@ -22,6 +22,7 @@ ATTACK, TRAINING = "attack", "attack_training"
 TOLERANCE = {None: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # of the loss, relative to the published code's
 ENGINES = {  # name -> engine and type of this package's attack
     "eager": ("eager", None),
+    "eager-bf16": ("eager", torch.bfloat16),
     "plan-float32": ("plan", None),
     "plan-bf16": ("plan", torch.bfloat16),
     "plan-fp16": ("plan", torch.float16),
@@ -116,9 +117,12 @@ peer(ATTACK, "compile-max")(partial(compiled, mode="max-autotune"))
 peer(ATTACK, "compile-folded")(partial(compiled, folded=True))
 
 
-def engine_attack(model: nn.Module, name: str, steps: int, chunk_size: int | None = None) -> PGD:
-    """This package's attack, as :data:`ENGINES` names it."""
-    engine, dtype = ENGINES[name]
+def engine_attack(
+    model: nn.Module, name: str, steps: int, chunk_size: int | None = None, engine: str | None = None
+) -> PGD:
+    """This package's attack, as :data:`ENGINES` names it, or with another ``engine``."""
+    own, dtype = ENGINES[name]
+    engine = engine or own
     return PGD(model, EPS, ALPHA, steps, engine=engine, amp_dtype=dtype, chunk_size=chunk_size)
 
 

@@ -235,6 +235,30 @@ def attack_scaling() -> str:
     return parts(bench_attack.SCALING, table)
 
 
+def attack_few() -> str:
+    """Where few steps on few images do not pay for a plan, and what ``engine="auto"`` takes."""
+
+    def table(record: dict) -> str:
+        pairs = bench_attack.FEW_PAIRS
+        lines = [
+            ["network, batch, steps", *(f"{name}: {c}" for name in pairs for c in ("eager", "plan", "auto takes"))]
+        ]
+        for row in record["workloads"]:
+            lines.append([f"{row['name'].partition(':')[0]}, {row['batch']}, {row['steps']}"])
+            for precision, pair in pairs.items():
+                whole = [(_milliseconds(row, peer) or 0) * row["steps"] for peer in pair]
+                chosen = row["auto"][precision]
+                excess = whole[chosen == "plan"] / min(whole) - 1 if all(whole) else 0
+                note = f", {100 * excess:.0f} % slower" if excess > 0.05 else ""
+                lines[-1] += [
+                    f"{ms:.1f} ms" if ms else row["peers"][p]["status"] for ms, p in zip(whole, pair, strict=True)
+                ]
+                lines[-1].append(chosen + note)
+        return f"{markdown(lines)}\n\n{source(record)}"
+
+    return parts(bench_attack.FEW, table)
+
+
 def libraries() -> str:
     """An iteration of each library's attacks, one table per network."""
 
@@ -325,7 +349,7 @@ TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "ker
 TABLES |= {"imports": imports, "host": host, "devices": devices}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
-TABLES |= {"libraries": libraries, "libraries_autoattack": libraries_autoattack}
+TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

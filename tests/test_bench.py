@@ -272,9 +272,9 @@ class StandIn(PGD):
         super().__init__(*args, **options)
         assert engine in ("auto", "eager", "plan")
 
-    def explain(self, images, labels, timed):
+    def explain(self, images, labels=None, timed=False):
         layer = {"name": "conv1", "op": "conv", "runs": "native", "forward_ms": 1.0, "backward_ms": 2.0}
-        return SimpleNamespace(images=1, layers=[layer | {"operations": 100, "bytes": 1000}])
+        return SimpleNamespace(engine="plan", images=1, layers=[layer | {"operations": 100, "bytes": 1000}])
 
 
 @pytest.fixture
@@ -431,6 +431,25 @@ def test_scaling(tmp_path, monkeypatch, tiny_attack):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_few_steps(tmp_path, monkeypatch, tiny_attack):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(attack, "FEW_BATCHES", (1, 3))
+    monkeypatch.setattr(attack, "FEW_STEPS", (2,))
+    file = tmp_path / "attack_few-cpu.json"
+    arguments = ["--device", "cpu", "--few", "--workloads", TINY, "--rounds", "1", "--json", str(file)]
+    assert attack.main(arguments) == 0
+    rows = json.loads(file.read_text())["workloads"]
+    assert [(row["batch"], row["steps"]) for row in rows] == [(1, 2), (3, 2)]
+    for row in rows:
+        assert all(outcome["status"] == "ok" for outcome in row["peers"].values())
+        assert row["auto"] == {"float32": "plan", "bf16": "plan"}
+    rows[0]["auto"]["bf16"] = "eager"
+    rows[0]["peers"]["eager-bf16"]["times"]["attack"]["median"] = 3.0
+    rows[0]["peers"]["plan-bf16"]["times"]["attack"]["median"] = 2.0
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"workloads": rows}))
+    assert "3000.0 ms | 2000.0 ms | eager, 50 % slower |" in report.attack_few()
+
+
 def test_training_step(tmp_path, monkeypatch, tiny_attack):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     # PyTorch 2.15's float32 weight gradients of 4 channels in channels-last memory write past their end (oneDNN).
@@ -477,10 +496,10 @@ def test_layers(tmp_path, monkeypatch, tiny_attack):
 def test_a_part_of_the_attack_does_not_replace_the_whole(monkeypatch):
     folders = []
     monkeypatch.setattr(attack, "Record", lambda *args: folders.append(args[4]) or SimpleNamespace(
-        device="cpu", finish=lambda: None, path=""))  # fmt: skip
-    for name in ("compare", "scaling", "precision", "layers"):
+        device="cpu", conclude=lambda problems: 0))  # fmt: skip
+    for name in ("compare", "scaling", "few", "precision", "layers"):
         monkeypatch.setattr(attack, name, lambda *args: [])
-    whole = [[], ["--training"], ["--scaling"], ["--precision"], ["--layers", "resnet18-32"]]
+    whole = [[], ["--training"], ["--scaling"], ["--few"], ["--precision"], ["--layers", "resnet18-32"]]
     part = [
         ["--peers", "eager"],
         ["--rounds", "1"],
@@ -509,7 +528,7 @@ def tiny_libraries(monkeypatch, tmp_path):
             return self.attack(images, labels), None
 
     monkeypatch.setattr(libraries, "AutoAttack", Standard)
-    monkeypatch.setattr(libraries, "AUTO_BATCH", 4)
+    monkeypatch.setattr(libraries, "AUTO_BATCHES", {TINY: 4})
     monkeypatch.setattr(libraries, "NETWORKS", {TINY: (1, 2)})
     images, labels = torch.rand(60, 3, 8, 8), torch.arange(60) % 5
     monkeypatch.setattr(libraries, "embedded_images", lambda device: [(images, labels), (images, labels)])
@@ -552,30 +571,35 @@ def test_an_attack_that_finds_something_else_is_not_timed(tiny_libraries, monkey
     assert "lazy: " in capsys.readouterr().err and "| error | error |" in report.libraries()
 
 
-def test_autoattack_row_by_row(tiny_libraries):
+def test_autoattack_a_batch_at_a_time(tiny_libraries, monkeypatch):
     file = tiny_libraries / "libraries_autoattack-cpu.json"
-    arguments = ["--device", "cpu", "--autoattack", "--images", "10", "--json", str(file)]
-    assert libraries.main(arguments) == 0
-    (line,) = json.loads(file.read_text())["workloads"]
-    assert line["images"] == 10 and 0 < line["clean"] <= 10
-    for outcome in line["peers"].values():
-        assert len(outcome["seconds"]) == 3 and 0 <= sum(outcome["robust"]) <= 10
-    assert f"{TINY}: accelerate-bf16 | 10 | {sum(line['peers']['accelerate-bf16']['seconds']):.0f} s" in (
-        report.libraries_autoattack()
-    )
-    assert libraries.main([*arguments, "--minutes", "0"]) == 0  # the first batch is begun all the same
-    (line,) = json.loads(file.read_text())["workloads"]
-    assert all(len(outcome["seconds"]) == 1 for outcome in line["peers"].values())
-    assert ": eager | 4 | " in report.libraries_autoattack()
+
+    def measured(images, *more):
+        arguments = ["--device", "cpu", "--autoattack", "--images", str(images), "--json", str(file), *more]
+        assert libraries.main(arguments) == 0
+        return json.loads(file.read_text())["workloads"]
+
+    first, second = measured(6)
+    assert (first["images"], second["images"]) == (4, 2)
+    for outcome in first["peers"].values():
+        assert outcome["seconds"] > 0 and 0 <= outcome["robust"] <= 4
+    whole = first["peers"]["accelerate-bf16"]["seconds"] + second["peers"]["accelerate-bf16"]["seconds"]
+    assert f"{TINY}: accelerate-bf16 | 6 | {whole:.0f} s" in report.libraries_autoattack()
+    resumed = measured(11, "--resume")
+    assert resumed[0] == first and [line["images"] for line in resumed] == [4, 4, 3]
+    assert measured(3, "--resume") == resumed  # nothing is lost
+    monkeypatch.setattr(libraries, "EPOCHS", libraries.EPOCHS + 1)
+    (other,) = measured(3, "--resume")
+    assert other["images"] == 3
 
 
 def test_a_part_of_the_libraries_does_not_replace_the_whole(monkeypatch):
     folders = []
     monkeypatch.setattr(libraries, "Record", lambda *args: folders.append(args[4]) or SimpleNamespace(
-        device="cpu", finish=lambda: None, path=""))  # fmt: skip
+        device="cpu", conclude=lambda problems: 0))  # fmt: skip
     for name in ("iterations", "autoattack"):
         monkeypatch.setattr(libraries, name, lambda *args: [])
-    whole = [[], ["--autoattack"], ["--autoattack", "--minutes", "5"]]
+    whole = [[], ["--autoattack"]]
     part = [["--rows", "eager"], ["--networks", "embedded"], ["--images", "5"], ["--batch", "4"], ["--rounds", "1"]]
     for arguments in (*whole, *part):
         assert libraries.main(["--device", "cpu", *arguments]) == 0

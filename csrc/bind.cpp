@@ -143,6 +143,19 @@ Activation activation_args(int64_t values, const std::string& dtype, int kind, d
           as<void>(x), as<void>(y),     as<void>(slope)};
 }
 
+LayerNorm layer_norm_args(int64_t pixels, int64_t channels, const std::string& dtype, double eps, Pointer x,
+                          Pointer weight, Pointer bias, Pointer y, Pointer moments) {
+  return {pixels,          channels,        dtype_of(dtype), static_cast<float>(eps), as<void>(x),
+          as<float>(weight), as<float>(bias), as<void>(y),     as<float>(moments)};
+}
+
+LayerNormBackward layer_norm_backward_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer g,
+                                           Pointer x, Pointer weight, Pointer moments, Pointer other, Pointer mask,
+                                           Pointer dx) {
+  return {pixels,          channels,           dtype_of(dtype), as<void>(g),       as<void>(x),
+          as<float>(weight), as<float>(moments), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+}
+
 PoolForward pool_forward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
                               int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y,
                               int64_t stride_x, int64_t pad_y, int64_t pad_x, const std::string& dtype, bool max,
@@ -243,6 +256,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("twin_bn_backward_cpu", bound(backward_args, twin_bn_backward_cpu));
   m.def("pointwise_cpu", bound(pointwise_args, pointwise_cpu));
   m.def("activation_cpu", bound(activation_args, activation_cpu));
+  m.def("layer_norm_cpu", bound(layer_norm_args, layer_norm_cpu));
+  m.def("layer_norm_backward_cpu", bound(layer_norm_backward_args, layer_norm_backward_cpu));
   m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
   m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa

@@ -24,6 +24,8 @@ struct Isa {
   void (*backward)(const TwinBnBackward&, const Scratch&, int);
   void (*pointwise)(const Pointwise&, int);
   void (*activation)(const Activation&, int);
+  void (*layer_norm)(const LayerNorm&, int);
+  void (*layer_norm_backward)(const LayerNormBackward&, int);
   void (*pool_forward)(const PoolForward&, int);
   void (*pool_backward)(const PoolBackward&, int);
   void (*pixels)(const PixelCall&, int);
@@ -31,7 +33,8 @@ struct Isa {
 };
 
 #define TWINS_FAST_UNITS(isa) \
-  isa::forward, isa::backward, isa::pointwise, isa::activation, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
+  isa::forward, isa::backward, isa::pointwise, isa::activation, isa::layer_norm, isa::layer_norm_backward, \
+      isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
 
 #ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
@@ -273,6 +276,16 @@ Status activation_cpu(const Activation& args, int threads, const std::string& is
   const bool given = !args.values || (args.x && args.y && args.slope && args.y != args.slope && args.x != args.slope);
   const bool known = 0 <= static_cast<int>(args.kind) && static_cast<int>(args.kind) < kActivations;
   return run_pass(args, 1, args.values, given && known, threads, isa, &Isa::activation);
+}
+
+Status layer_norm_cpu(const LayerNorm& args, int threads, const std::string& isa) {
+  const bool given = !args.pixels || (args.x && args.y && args.moments);
+  return run_pass(args, args.channels, args.pixels, given && args.eps >= 0, threads, isa, &Isa::layer_norm);
+}
+
+Status layer_norm_backward_cpu(const LayerNormBackward& args, int threads, const std::string& isa) {
+  const bool given = !args.pixels || (args.g && args.x && args.moments && args.dx && args.dx != args.x);
+  return run_pass(args, args.channels, args.pixels, given, threads, isa, &Isa::layer_norm_backward);
 }
 
 // Windows overlap, so that a result cannot take the place of what it is made from.

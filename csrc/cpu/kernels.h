@@ -16,6 +16,8 @@ Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::st
 Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::string& isa);
 Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa);
 Status activation_cpu(const Activation& args, int threads, const std::string& isa);
+Status layer_norm_cpu(const LayerNorm& args, int threads, const std::string& isa);
+Status layer_norm_backward_cpu(const LayerNormBackward& args, int threads, const std::string& isa);
 Status pool_forward_cpu(const PoolForward& args, int threads, const std::string& isa);
 Status pool_backward_cpu(const PoolBackward& args, int threads, const std::string& isa);
 Status pixels_cpu(const PixelCall& args, int threads, const std::string& isa);
@@ -105,6 +107,8 @@ class InputProgram {
   void backward(const TwinBnBackward&, const Scratch&, int threads); \
   void pointwise(const Pointwise&, int threads);                     \
   void activation(const Activation&, int threads);                   \
+  void layer_norm(const LayerNorm&, int threads);                    \
+  void layer_norm_backward(const LayerNormBackward&, int threads);   \
   void pool_forward(const PoolForward&, int threads);                \
   void pool_backward(const PoolBackward&, int threads);              \
   void pixels(const PixelCall&, int threads);                        \

@@ -2,6 +2,7 @@
 //
 // Every result is computed by one thread in an order that does not depend on the number of threads.
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/activations.h"
 #include "cpu/kernels.h"
@@ -131,6 +132,82 @@ struct ActivationKernel {
         store(y + i, v.value, n);
         store(slope + i, v.slope, n);
       });
+    });
+  }
+};
+
+// Sums over a pixel's channels, in kBlock parts.
+template <class F>
+float sum_of(int64_t channels, F&& f) {
+  Floats parts[kBlock] = {};
+  for_blocks<kBlock>(channels, [&](int64_t i, auto vectors, int n) {
+    for_each<vectors>([&](int k) { parts[k] += first(f(i + k * kLanes, n), n); });
+  });
+  return sum_in_halves((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
+template <class T>
+struct LayerNormKernel {
+  const LayerNorm& a;
+
+  void operator()(int threads) const {
+    const float part = 1.0f / static_cast<float>(a.channels);
+    const float *weight = a.weight, *bias = a.bias;
+    in_parallel(threads, [&](int thread, int team) {
+      const Range pixels = share(0, a.pixels, thread, team);
+      for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+        const T* x = static_cast<const T*>(a.x) + pixel * a.channels;
+        T* y = static_cast<T*>(a.y) + pixel * a.channels;
+        const float mean = part * sum_of(a.channels, [=](int64_t i, int n) { return load(x + i, n); });
+        const float variance = part * sum_of(a.channels, [=](int64_t i, int n) {
+          const Floats d = load(x + i, n) - mean;
+          return d * d;
+        });
+        const float deviation = 1.0f / std::sqrt(variance + a.eps);
+        a.moments[2 * pixel] = mean;
+        a.moments[2 * pixel + 1] = deviation;
+        for_vectors(0, a.channels, [=](int64_t i, int n) {
+          Floats v = (load(x + i, n) - mean) * deviation;
+          if (weight) v *= load(weight + i, n);
+          if (bias) v += load(bias + i, n);
+          store(y + i, v, n);
+        });
+      }
+    });
+  }
+};
+
+template <class T>
+struct LayerNormBackwardKernel {
+  const LayerNormBackward& a;
+
+  void operator()(int threads) const {
+    const float part = 1.0f / static_cast<float>(a.channels);
+    const float* weight = a.weight;
+    in_parallel(threads, [&](int thread, int team) {
+      const Range pixels = share(0, a.pixels, thread, team);
+      for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+        const int64_t start = pixel * a.channels;
+        const T *g = static_cast<const T*>(a.g) + start, *x = static_cast<const T*>(a.x) + start;
+        const T* other = a.other ? static_cast<const T*>(a.other) + start : nullptr;
+        const uint8_t* mask = a.mask ? a.mask + pixel * bytes_of_bits(a.channels) : nullptr;
+        T* dx = static_cast<T*>(a.dx) + start;
+        const float mean = a.moments[2 * pixel], deviation = a.moments[2 * pixel + 1];
+        const auto gradient = [=](int64_t i, int n) {
+          const Floats v = load(g + i, n);
+          return weight ? v * load(weight + i, n) : v;
+        };
+        const auto normal = [=](int64_t i, int n) { return (load(x + i, n) - mean) * deviation; };
+        const float shift = part * sum_of(a.channels, gradient);
+        const float slope =
+            part * sum_of(a.channels, [=](int64_t i, int n) { return gradient(i, n) * normal(i, n); });
+        for_vectors(0, a.channels, [=](int64_t i, int n) {
+          Floats v = (gradient(i, n) - shift - normal(i, n) * slope) * deviation;
+          if (other) v += load(other + i, n);
+          if (mask) v = keep(load_bits(mask + i / 8, n), v);
+          store(dx + i, v, n);
+        });
+      }
     });
   }
 };
@@ -299,6 +376,12 @@ namespace TWINS_FAST_ISA {
 void pointwise(const Pointwise& args, int threads) { launch<PointwiseKernel>(args, threads); }
 
 void activation(const Activation& args, int threads) { launch<ActivationKernel>(args, threads); }
+
+void layer_norm(const LayerNorm& args, int threads) { launch<LayerNormKernel>(args, threads); }
+
+void layer_norm_backward(const LayerNormBackward& args, int threads) {
+  launch<LayerNormBackwardKernel>(args, threads);
+}
 
 void pool_forward(const PoolForward& args, int threads) {
   args.max ? launch<MaxForward>(args, threads) : launch<AverageForward>(args, threads);

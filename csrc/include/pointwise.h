@@ -38,6 +38,28 @@ struct Activation {
   void *y, *slope;
 };
 
+// y = (x - mean) * deviation * weight + bias, with the mean and 1 / standard deviation of each pixel's channels.
+struct LayerNorm {
+  int64_t pixels, channels;
+  DType dtype;
+  float eps;
+  const void* x;
+  const float *weight, *bias;  // [channels]
+  void* y;
+  float* moments;  // [pixels, 2]
+};
+
+// dx = mask(gradient of the layer norm + other); dx may be g or other.
+struct LayerNormBackward {
+  int64_t pixels, channels;
+  DType dtype;
+  const void *g, *x;
+  const float *weight, *moments;
+  const void* other;
+  const uint8_t* mask;
+  void* dx;
+};
+
 struct Windows {
   int64_t images, channels, height, width, out_height, out_width;
   int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;  // padding is on both sides, with nothing

@@ -271,6 +271,18 @@ inline float sum(Floats v) {
   return total;
 }
 
+// The same in a few steps.
+inline float sum_in_halves(Floats v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    Floats upper = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) upper[i] = v[i + half];
+    v += upper;
+  }
+  return v[0];
+}
+
 // To whole cache lines that are not read soon: past the caches. Other threads see it after publish().
 inline void stream(float* p, Floats v) {
 #if defined(__AVX512F__)

@@ -49,6 +49,7 @@ _SAME = {
     aten.alias.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 _SAME_IF_ALIKE = {aten.type_as.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+_FILLED = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 _ABOUT_MEMORY = {"as_strided", "sym_stride", "stride", "sym_storage_offset", "storage_offset"}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
 
@@ -170,6 +171,11 @@ class Reader(Reading):
         target, value = node.target, self.value
         if node.all_input_nodes and all(isinstance(value(n), torch.Tensor) for n in node.all_input_nodes):
             self.values[node] = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+            return
+        if target in _FILLED and all(isinstance(size, int) for size in node.args[1]):
+            like = node.args[0].meta["val"]  # of which nothing but this is taken
+            empty = torch.empty(0, dtype=like.dtype, device=like.device)
+            self.values[node] = target(empty, *node.args[1:], **node.kwargs)
             return
         if target is operator.getitem and type(value(node.args[0])) is tuple:
             parts = value(node.args[0])

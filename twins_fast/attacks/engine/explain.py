@@ -124,7 +124,8 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def _op(stage: Stage) -> str:
     names = {
-        "conv": "convolution", "affine": "batch norm", "pointwise": "", "max_pool": "max-pool", "avg_pool": "mean",
+        "conv": "convolution", "affine": "batch norm", "layer_norm": "layer norm", "pointwise": "",
+        "max_pool": "max-pool", "avg_pool": "mean",
     }  # fmt: skip
     if stage.kind == "segment":
         listed = list(dict.fromkeys(n.call[0].__name__.partition(".")[0] for _, n in stage.nodes if n.call))
@@ -137,6 +138,7 @@ def _op(stage: Stage) -> str:
         parts[0] += f" groups {g.groups}" if g.groups > 1 else ""
         parts[0] += f" of {g.upsample[0]}x upsampled" if g.upsample != (1, 1) else ""
         parts += ["folded batch norm"] if "norm" in stage.options else []
+        parts += ["folded gain"] if "gain" in stage.options else []
     parts += ["sum"] if stage.other is not None else []
     parts += ["ReLU"] if stage.relu else []
     return " + ".join(part for part in parts if part)

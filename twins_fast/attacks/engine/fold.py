@@ -1,4 +1,4 @@
-"""The parameters as they are now: batch norms folded into scale and shift, weights packed, the input program filled."""
+"""The parameters as they are now: norms and gains as scale and shift, weights packed, the input program filled."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class _Vectors:
 
     def __init__(self, states: list[State], model: nn.Module, device: torch.device):
         self._layers = [s for s in states if s.stage.kind in ("conv", "affine")]
+        self._layer_norms = [s for s in states if s.stage.kind == "layer_norm"]
         self._norms = [s for s in self._layers if "norm" in s.stage.options]
         lengths = [self._length(s, model) for s in self._norms]
         self._eps = torch.cat(
@@ -68,8 +69,17 @@ class _Vectors:
         for state, (scale, shift) in zip(self._norms, parts, strict=True):
             state.scale, state.shift = scale, shift
         for state in self._layers:
-            if state.scale is None and state.stage.options.get("bias") is not None:
-                state.shift = torch.empty(state.stage.options["geometry"].out_channels, device=device)
+            if "norm" not in state.stage.options:
+                length, gained = state.stage.options["geometry"].out_channels, "gain" in state.stage.options
+                state.scale = torch.empty(length, device=device) if gained else None
+                state.shift = self._empty_like(state, "bias", model, device)
+        for state in self._layer_norms:
+            state.scale, state.shift = (self._empty_like(state, entry, model, device) for entry in ("weight", "bias"))
+
+    @staticmethod
+    def _empty_like(state: State, entry: str, model: nn.Module, device: torch.device) -> Tensor | None:
+        name = state.stage.options[entry]
+        return None if name is None else torch.empty(tensor_of(model, name.name).numel(), device=device)
 
     @staticmethod
     def _length(state: State, model: nn.Module) -> int:
@@ -84,11 +94,20 @@ class _Vectors:
             torch.mul(weight, torch.rsqrt(var + self._eps), out=self._scale)
             torch.addcmul(bias, mean, self._scale, value=-1, out=self._shift)
         for state in self._layers:
-            own = state.stage.options.get("bias")
-            if own is None:
-                continue
-            own = _float32(tensor_of(model, own.name))
-            state.shift.copy_(own) if state.scale is None else state.shift.addcmul_(own, state.scale)
+            options = state.stage.options
+            own, gain = options.get("bias"), options.get("gain")
+            if own is not None:
+                own = _float32(tensor_of(model, own.name))
+                state.shift.addcmul_(own, state.scale) if "norm" in options else state.shift.copy_(own)
+            if gain is not None:
+                gain = _float32(tensor_of(model, gain.name)).flatten() if isinstance(gain, Param) else gain
+                state.scale.mul_(gain) if "norm" in options else state.scale.fill_(1).mul_(gain)
+                if state.shift is not None:
+                    state.shift.mul_(gain)
+        for state in self._layer_norms:
+            for entry, vector in (("weight", state.scale), ("bias", state.shift)):
+                if vector is not None:
+                    vector.copy_(_float32(tensor_of(model, state.stage.options[entry].name)))
 
     def _vector(self, model: nn.Module, state: State, entry: str, length: int) -> Tensor:
         name = state.stage.options["norm"][entry]

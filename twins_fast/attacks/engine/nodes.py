@@ -41,9 +41,10 @@ class Node:
     """One operation.
 
     Attributes:
-        op: ``conv``, ``linear``, ``batch_norm``, ``relu``, ``activation``, ``clamp``, ``add``, ``max_pool``,
-            ``avg_pool``, ``flatten``; on the image alone also ``upsample``, ``arithmetic``; ``input``; ``rows`` (the
-            number of images); ``call`` (any other ATen operation, unchanged).
+        op: ``conv``, ``linear``, ``batch_norm``, ``layer_norm``, ``relu``, ``activation``, ``clamp``, ``add``,
+            ``max_pool``, ``avg_pool``, ``same`` (another shape of the same memory); ``arithmetic`` on the image, or
+            behind a layer that takes it over; on the image also ``upsample``; ``input``; ``rows`` (the number of
+            images); ``call`` (any other ATen operation, unchanged).
         inputs: the nodes whose gradient it passes on.
         shape: of its result without the batch; None if that is no batched tensor.
         where: the module that it comes from.

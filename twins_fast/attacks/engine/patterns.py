@@ -6,7 +6,7 @@ A pattern gives what the operation becomes, or None if its arguments are not sup
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
+from twins_fast.attacks.engine.layout import FIRST, LAST
 from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, tensor_of
 from twins_fast.models.clamp import clamp as clamp_passing_at_bounds
 from twins_fast.models.clamp import torch_passes_at_bounds
@@ -66,8 +67,18 @@ def linear(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias = arguments(node, reading.value)
     if not isinstance(x, Ref) or not isinstance(weight, Param) or not (bias is None or isinstance(bias, Param)):
         return None
-    shape = reading.nodes[x.index].shape
-    return Match("linear", [x], {"weight": weight, "bias": bias}) if shape and len(shape) == 1 else None
+    return Match("linear", [x], {"weight": weight, "bias": bias}) if reading.nodes[x.index].shape else None
+
+
+@pattern("layer_norm")
+def layer_norm(reading: Reading, node: fx.Node) -> Match | None:
+    """Over the channels alone."""
+    x, sizes, weight, bias, eps, _ = arguments(node, reading.value)
+    if not reading.is_batched(x) or len(sizes) != 1 or reading.nodes[x.index].dtype != torch.float32:
+        return None
+    if not all(v is None or isinstance(v, Param) for v in (weight, bias)):
+        return None
+    return Match("layer_norm", [x], {"weight": weight, "bias": bias, "eps": eps})
 
 
 @pattern("batch_norm")
@@ -158,7 +169,7 @@ def masked_fill(reading: Reading, node: fx.Node) -> Match | None:
 
 @pattern("add", "sub", "mul", "div")
 def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
-    """A sum of two alike values, or arithmetic with a parameter or number that is the same for every row."""
+    """A sum of two alike values, or arithmetic with a number or parameter for each channel."""
     kind = _ARITHMETIC.get(node.target)
     if kind is None or any(node.kwargs.values()) or len(node.args) != 2:
         return None
@@ -175,20 +186,23 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
         if kind not in ("add", "mul"):
             return None
         x, other = other, x
-    if not reading.is_image(x):
+    if not reading.is_batched(x):
         return None
+    of, channels = reading.nodes[x.index].shape, None
     if isinstance(other, (Param, Tensor)):
-        per_channel = other if isinstance(other, Tensor) else tensor_of(reading.model, other.name)
-        if per_channel.dim() and per_channel.dtype != torch.float32:
+        tensor = other if isinstance(other, Tensor) else tensor_of(reading.model, other.name)
+        if tensor.dim() and tensor.dtype != torch.float32:
             return None  # the result is of another type
-        channels = reading.nodes[x.index].shape[0]
-        if per_channel.numel() not in (1, channels) or list(per_channel.shape[-3:]) not in (
-            [per_channel.numel(), 1, 1], [], [1],
-        ):  # fmt: skip
-            return None
+        alike = (1,) * (len(of) + 1 - tensor.dim()) + tuple(tensor.shape)
+        if tensor.numel() != 1 or len(alike) > len(of) + 1:
+            ones = (1,) * len(of[1:])
+            each = {FIRST: (1, *of[:1], *ones), LAST: (1, *ones, *of[-1:])}
+            channels = [(place, place) for place in each if each[place] == alike]
+            if not channels:
+                return None
     elif not isinstance(other, (int, float)):
         return None
-    return Match("arithmetic", [x], {"kind": kind, "other": other})
+    return Match("arithmetic", [x], {"kind": kind, "other": other, "channels": channels})
 
 
 @pattern("max_pool2d")
@@ -219,30 +233,46 @@ def adaptive_avg_pool2d(reading: Reading, node: fx.Node) -> Match | None:
 
 @pattern("mean")
 def mean(reading: Reading, node: fx.Node) -> Match | None:
+    """Over all pixels."""
     x = reading.value(node.args[0])
     dims = node.args[1] if len(node.args) > 1 and not node.kwargs else None
-    if not reading.is_image(x) or dims is None or sorted(d % 4 for d in dims) != [2, 3]:
+    if not reading.is_batched(x) or not dims:
         return None
-    size = reading.nodes[x.index].shape[1:]
-    return Match("avg_pool", [x], {"kernel": size, "stride": size})
-
-
-@pattern("flatten")
-def flatten(reading: Reading, node: fx.Node) -> Match | None:
-    x, start, end = arguments(node, reading.value)
-    if not reading.is_image(x) or start != 1 or end not in (-1, 3) or reading.nodes[x.index].shape[1:] != (1, 1):
+    of = reading.nodes[x.index].shape
+    dims = sorted(d % (len(of) + 1) for d in dims)
+    if len(dims) != len(of) - 1 or dims != list(range(dims[0], dims[0] + len(dims))):
         return None
-    # The operation itself may name the number of images, which nothing needs.
-    return Match("flatten", [x], {}, (aten.flatten.using_ints, (x, 1), {}))
+    sizes = [of[d - 1] for d in dims]
+    size = tuple(sizes) if len(sizes) == 2 else (prod(sizes), 1)
+    channels = [(LAST, LAST)] if dims[0] == 1 else [(FIRST, FIRST)]
+    return Match("avg_pool", [x], {"kernel": size, "stride": size, "channels": channels})
 
 
-@pattern("view", "reshape")
-def view(reading: Reading, node: fx.Node) -> Match | None:
-    x = reading.value(node.args[0])
-    if not reading.is_image(x) or reading.nodes[x.index].shape != (*(shape_of(node) or ()), 1, 1):
+@pattern("flatten", "view", "reshape", "permute", "transpose")
+def same(reading: Reading, node: fx.Node) -> Match | None:
+    """The pixels in another arrangement, or the channels moved from the first place to the last or back."""
+    x, to = reading.value(node.args[0]), shape_of(node)
+    if not reading.is_batched(x) or not to:
         return None
-    # The operation itself may name the number of images, which nothing needs.
-    return Match("flatten", [x], {}, (aten.flatten.using_ints, (x, 1), {}))
+    of, call = reading.nodes[x.index].shape, None
+    if node.target in (aten.permute.default, aten.transpose.int):
+        plain = list(range(len(of) + 1))
+        moves = {(FIRST, LAST): [0, *plain[2:], 1], (LAST, FIRST): [0, len(of), *plain[1:-1]]}
+        channels = [pair for pair, order in moves.items() if order == _order(node, plain)]
+    elif prod(of) == prod(to):
+        channels = [(kept, kept) for kept, place in ((FIRST, 0), (LAST, -1)) if of and of[place] == to[place]]
+        call = (aten.reshape.default, (x, [-1, *to]), {})  # names no number of images, which nothing needs
+    else:
+        return None
+    return Match("same", [x], {"channels": channels}, call) if channels else None
+
+
+def _order(node: fx.Node, dimensions: list[int]) -> list[int]:
+    """How a permutation or an exchange orders them."""
+    if node.target is aten.permute.default:
+        return [dimensions[d] for d in node.args[1]]
+    a, b = (dimensions[d] for d in node.args[1:])
+    return [b if d == a else a if d == b else d for d in dimensions]
 
 
 @pattern("upsample_nearest2d")

@@ -1,6 +1,7 @@
 """The explicit program of an attack step: fused stages, the steps of both passes, and what lives in memory when.
 
-The forward pass keeps what the input gradient needs and nothing else: one mask per ReLU, the arg-max of max-pooling.
+The forward pass keeps what the input gradient needs and nothing else: one mask per ReLU, the arg-max of max-pooling,
+the moments of layer norms.
 Nothing here knows a device; :mod:`twins_fast.attacks.engine.executors` has what runs the steps.
 """
 
@@ -12,10 +13,12 @@ from typing import Any
 
 from twins_fast.attacks.engine.nodes import Node
 
+LIKE_VALUES = ("value", "gradient", "slope")  # kinds of slots that have a value's shape, in the compute dtype
+
 
 @dataclass
 class Value:
-    """A tensor of the program: shape without the batch; images are channels-last.
+    """A tensor of the program: shape without the batch, [C, H, W] of an image, which is channels-last, or [..., C].
 
     Attributes:
         masked: whether a ReLU made it, so that its gradient passes where it is not zero.
@@ -41,8 +44,9 @@ class Stage:
     """What is computed in one pass: ``y = relu(op(x) + other)``.
 
     Attributes:
-        kind: ``conv``, ``affine`` (a batch norm by itself), ``pointwise`` (sum or ReLU alone), ``activation`` (any
-            other one), ``max_pool``, ``avg_pool`` or ``segment`` (any operations, differentiated by PyTorch).
+        kind: ``conv``, ``affine`` (a batch norm by itself), ``layer_norm`` (over channels), ``pointwise`` (sum or ReLU
+            alone), ``activation`` (any other one), ``max_pool``, ``avg_pool`` or ``segment`` (any operations,
+            differentiated by PyTorch).
         inputs, outputs: indices of values; all kinds but segments have one output, and a sum's second operand is
             ``other``.
     """
@@ -77,7 +81,8 @@ class Slot:
     """Memory of one tensor, live from step ``first`` to step ``last``.
 
     Attributes:
-        kind: ``value``, ``gradient``, ``mask``, ``argmax`` or ``slope`` (of an activation).
+        kind: ``value``, ``gradient``, ``mask``, ``argmax``, ``slope`` (of an activation) or ``moments`` (of a layer
+            norm).
         value: index of the value that it is, or belongs to.
     """
 

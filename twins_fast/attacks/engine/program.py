@@ -19,7 +19,7 @@ from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.passes import Bound, Kept, Pass
-from twins_fast.attacks.engine.plan import Plan
+from twins_fast.attacks.engine.plan import LIKE_VALUES, Plan
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 
@@ -54,8 +54,7 @@ class Program:
             if stage.kind == "conv":
                 state.convolution = executor.convolution(stage.options["geometry"])
             elif stage.kind == "segment":
-                shapes = {index: nodes[index].shape for index in stage.options["takes"]}
-                state.segment = Segment(stage, executor.dtype, executor.device, shapes, carried)
+                state.segment = Segment(stage, executor.dtype, executor.device, carried)
         self._fold = Fold(plan, self.states, model, shape, executor)
         self._segments = [state.segment for state in self.states if state.segment is not None]
         sizes = [-(-self.slot_bytes(i) // ALIGN) * ALIGN for i in range(len(plan.slots))]
@@ -258,7 +257,7 @@ class Program:
                     if isinstance(slot, list):
                         named[role] = [None if s is None else tensors[s] for s in slot]
                     else:
-                        named[role] = None if slot is None else _as_image(tensors[slot])
+                        named[role] = None if slot is None else _as_image(tensors[slot], plan.slots[slot].kind)
                 bound.append(getattr(self.executor, step.operation)(self.states[step.stage], named))
             return bound
 
@@ -277,6 +276,8 @@ class Program:
         count = value.pixels * value.channels
         if slot.kind == "mask":
             return self.executor.mask_bytes(value)
+        if slot.kind == "moments":
+            return value.pixels * 2 * torch.float32.itemsize
         return count * (self.executor.argmax_bytes if slot.kind == "argmax" else self.executor.dtype.itemsize)
 
     def _memory(self, offset: int, size: int, rows: int) -> Tensor:
@@ -290,6 +291,8 @@ class Program:
         memory = self._memory(self._offsets[index], self.slot_bytes(index), rows)
         if slot.kind in ("mask", "argmax"):
             return memory
+        if slot.kind == "moments":
+            return memory.view(torch.float32).view(rows, value.pixels, 2)
         flat = memory.view(self.executor.dtype)
         if len(value.shape) != 3:
             return flat.view(rows, *value.shape)
@@ -297,9 +300,11 @@ class Program:
         return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _as_image(tensor: Tensor) -> Tensor:
-    """[N, C] as [N, C, 1, 1]."""
-    return tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+def _as_image(tensor: Tensor, kind: str) -> Tensor:
+    """Rows of channels [N, ..., C] as [N, C, pixels, 1]."""
+    if kind not in LIKE_VALUES or tensor.dim() in (1, 4):
+        return tensor
+    return tensor.view(len(tensor), -1, 1, tensor.shape[-1]).permute(0, 3, 1, 2)
 
 
 def round_up(images: int) -> int:

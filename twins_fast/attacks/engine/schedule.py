@@ -8,7 +8,11 @@ from twins_fast.attacks.engine.nodes import Node, NotCaptured
 from twins_fast.attacks.engine.plan import Plan, Slot, Stage, Step
 from twins_fast.attacks.engine.stages import Fuser
 
-_SAVED = {"max_pool": "argmax", "activation": "slope"}  # kind of a stage -> what its backward reads of its forward
+_SAVED = {
+    "max_pool": "argmax",
+    "activation": "slope",
+    "layer_norm": "moments",
+}  # kind of a stage -> what its backward reads of its forward
 
 
 def build(nodes: list[Node]) -> Plan:
@@ -123,6 +127,8 @@ class _Scheduler:
         tensors = {"g": gradient, **self._sum_into(value)}
         if stage.kind in _SAVED:
             tensors[_SAVED[stage.kind]] = self.saved[_SAVED[stage.kind], i]
+        if stage.kind == "layer_norm":
+            tensors["x"] = self.value_slot[value]
         steps.append(self._step(f"{stage.kind}_backward", i, tensors))
         self.pending[value] = tensors["dx"]
 

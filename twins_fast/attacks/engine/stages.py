@@ -1,14 +1,15 @@
-"""Nodes fused into stages: batch norm, residual sum and ReLU go into the convolution before them."""
+"""Nodes fused into stages: batch norm, a gain, residual sum and ReLU go into the convolution before them."""
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, prod
 from typing import Any
 
 import torch
 
 from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.convolution import Convolution
+from twins_fast.attacks.engine.layout import LAST, Layout, value_shape
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
 from twins_fast.attacks.engine.plan import Stage, Value
 
@@ -35,7 +36,11 @@ class Fuser:
         for index, node in enumerate(nodes):
             if self._reached.intersection(node.inputs):
                 self._reached.add(index)
-        self._generic = {i for i, node in enumerate(nodes) if node.op in ("call", "rows")}
+        # What does not depend on the images has no gradient.
+        self._generic = {i for i, node in enumerate(nodes) if node.op in ("call", "rows") or i not in self._reached}
+        layout = Layout(nodes, self._generic)
+        self._generic |= layout.impossible
+        self.channels = layout.channels
         self._read_input()
         self._spread_generic()
         for index in range(len(nodes)):
@@ -56,6 +61,8 @@ class Fuser:
         last = 0
         while len(self.users[last]) == 1 and self.users[last][0] < len(self.nodes):
             user = self.users[last][0]
+            if user in self._generic:
+                break
             node = self.nodes[user]
             if node.op == "clamp":
                 step = self._clamp(node.options)
@@ -73,7 +80,7 @@ class Fuser:
             last = user
         if self.resized == self.nodes[0].shape[1:]:
             self.resized = None
-        self.value_of[last] = self._value(self.nodes[last])
+        self.value_of[last] = self._value(last)
 
     def _clamp(self, options: dict[str, Any]) -> tuple:
         """A step of the input program; a one-sided clamp before it becomes a part of it."""
@@ -85,32 +92,43 @@ class Fuser:
 
     def _spread_generic(self) -> None:
         """Small operations between generic ones are differentiated with them."""
+        parts: dict[int, str] = {}  # results of convolutions, and of what these take over -> the last part
         for index, node in enumerate(self.nodes):
-            if index in self.value_of:
+            if index in self.value_of or index in self._generic:
                 continue
-            if node.op in ("arithmetic", "upsample"):
+            alone = [parts[source] for source in node.inputs if source in parts and len(self.users[source]) == 1]
+            is_gain = bool(alone) and node.op == "arithmetic" and node.options["kind"] == "mul"
+            if node.op == "upsample" or (node.op == "arithmetic" and not (is_gain and alone != ["gain"])):
                 self._generic.add(index)
-            elif node.op in ("add", "relu") and any(source in self._generic for source in node.inputs):
+            elif node.op == "layer_norm" and self.value_of.get(self._renamed(node.inputs[0])) == 0:
+                self._generic.add(index)  # the step of the pixels writes where its operand would have to stay
+            elif node.op in ("add", "relu", "same") and not alone and self._generic.intersection(node.inputs):
                 self._generic.add(index)
+            elif node.op in ("conv", "linear") or (node.op == "batch_norm" and alone == ["layer"]):
+                parts[index] = "norm" if node.op == "batch_norm" else "layer"
+            elif alone and node.op in ("arithmetic", "same"):
+                parts[index] = "gain" if is_gain else alone[0]
 
-    def _value(self, node: Node, masked: bool = False) -> int:
-        self.values.append(Value(node.shape, masked))
+    def _value(self, index: int, masked: bool = False) -> int:
+        self.values.append(Value(value_shape(self.nodes[index].shape, self.channels[index]), masked))
         return len(self.values) - 1
 
     def _only_user(self, index: int, op: str) -> int | None:
+        """The one reader of a result, perhaps in another shape, if it is such an operation."""
         users = self.users[index]
         if len(users) != 1 or users[0] >= len(self.nodes) or users[0] in self.owner or users[0] in self._generic:
             return None
-        return users[0] if self.nodes[users[0]].op == op else None
+        same = self.nodes[users[0]].op == "same"
+        return self._only_user(users[0], op) if same else users[0] if self.nodes[users[0]].op == op else None
 
     def _start(self, index: int) -> None:
         node = self.nodes[index]
-        if node.op == "flatten":
-            self.value_of[index] = ("same", node.inputs[0])
-            return
         if index in self._generic:
             stage = Stage("segment", node.where, [], [])
             self._own(index, stage)
+            return
+        if node.op == "same":
+            self.value_of[index] = ("same", node.inputs[0])
             return
         kinds = {
             "linear": "conv",
@@ -129,6 +147,10 @@ class Fuser:
             if norm is not None:
                 stage.options["norm"] = self.nodes[norm].options
                 last = self._own(norm, stage)
+            gain = self._only_user(last, "arithmetic")
+            if gain is not None:
+                stage.options["gain"] = self.nodes[gain].options["other"]
+                last = self._own(gain, stage)
             total = self._only_user(last, "add")
             if total is not None:
                 last = self._take_sum(stage, total, last)
@@ -159,13 +181,19 @@ class Fuser:
         left, right = self.nodes[total].inputs
         if left == right:
             return last
-        stage.other = right if left == last else left
+        stage.other = right if self._renamed(left) == last else left
         return self._own(total, stage)
+
+    def _renamed(self, index: int) -> int:
+        """The node whose memory a result is."""
+        node = self.nodes[index]
+        return self._renamed(node.inputs[0]) if node.op == "same" and index not in self._generic else index
 
     def _convolution(self, stage: Stage, node: Node) -> None:
         source = self.nodes[node.inputs[0]].shape
         if node.op == "linear":
-            geometry = Convolution(source[0], (1, 1), node.shape[0], (1, 1))
+            in_channels, *size = value_shape(source, LAST) if len(source) == 3 else (source[-1], prod(source[:-1]), 1)
+            geometry = Convolution(in_channels, tuple(size), node.shape[-1], tuple(size))
         else:
             sizes = {name: node.options[name] for name in ("kernel", "stride", "padding", "dilation", "groups")}
             geometry = Convolution(source[0], tuple(source[1:]), node.shape[0], tuple(node.shape[1:]), **sizes)
@@ -188,7 +216,7 @@ class Fuser:
             stage.inputs = [self.resolve(index) for index in stage.inputs]
             stage.other = None if stage.other is None else self.resolve(stage.other)
             last = stage.outputs[0]
-            self.value_of[last] = self._value(self.nodes[last], masked=stage.relu)
+            self.value_of[last] = self._value(last, masked=stage.relu)
             stage.outputs = [self.value_of[last]]
 
     def _close(self, stage: Stage) -> None:
@@ -216,8 +244,12 @@ class Fuser:
                 raise NotCaptured(f"{stage.where}: a {self.nodes[index].dtype} result crosses planned layers")
             if self.nodes[index].shape is None:
                 continue
-            self.value_of[index] = stage.options["gives"][index] = self._value(self.nodes[index])
+            self.value_of[index] = stage.options["gives"][index] = self._value(index)
             stage.outputs.append(self.value_of[index])
+        crossing = [
+            i for i, value in (*stage.options["takes"].items(), *stage.options["gives"].items()) if value is not None
+        ]
+        stage.options["views"] = {i: (self.nodes[i].shape, self.channels[i]) for i in crossing}
 
     def _has_gradient(self, index: int) -> bool:
         dtype = self.nodes[index].dtype

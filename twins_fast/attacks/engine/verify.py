@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twins_fast.attacks.engine.executors.torch import TorchExecutor, mask_like
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
-from twins_fast.attacks.engine.plan import Step
+from twins_fast.attacks.engine.plan import LIKE_VALUES, Step
 from twins_fast.attacks.engine.program import Program
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
@@ -20,7 +20,8 @@ STEP_SIZE = 1 / 64  # of the pixels
 GARBAGE = 0xA5  # where a kernel is going to write bits
 
 _SEGMENTS = ("segment", "segment_backward")  # run by PyTorch, whatever the executor
-_RESULTS = {"forward": ("y", "mask", "argmax", "slope"), "backward": ("y", "dx")}  # roles of what a step writes
+_SAVED = ("slope", "moments")  # for the backward pass, compared as results are
+_RESULTS = {"forward": ("y", "mask", "argmax", *_SAVED), "backward": ("y", "dx")}  # roles of what a step writes
 
 
 def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool) -> str:
@@ -137,7 +138,7 @@ def _is_right(
     (bound, run), (plain, run_plain) = own, reference
     slots = {role: slot for role, slot in step.tensors.items() if slot is not None}
     read = {slot for role, slot in slots.items() if role not in results}
-    values = [slot for slot in read if program.plan.slots[slot].kind in ("value", "gradient", "slope")]
+    values = [slot for slot in read if program.plan.slots[slot].kind in (*LIKE_VALUES, "moments")]
     for slot in values:
         plain.tensors[slot].copy_(bound.tensors[slot][ends])
     for slot in {slots[role] for role in results if role in slots} - read:
@@ -148,11 +149,11 @@ def _is_right(
     y = bound.tensors[slot][ends]
     if "mask" in slots and "mask" in results:  # a value that is nearly zero may be on either side of it
         mask_like(plain.tensors[slots["mask"]], plain.tensors[slot]).copy_(~(y <= 0))
-    slope = slots.get("slope") if "slope" in results else None
-    if slope is not None and not _close(bound.tensors[slope][ends], plain.tensors[slope]):
+    saved = [slots[role] for role in _SAVED if role in slots and role in results]
+    if not all(_close(bound.tensors[one][ends], plain.tensors[one]) for one in saved):
         return False
     # What is subtracted may be larger than the difference, which then has the larger one's roundoff.
-    shift = program.states[step.stage].shift if step.operation in ("conv", "affine") else None
+    shift = program.states[step.stage].shift if step.operation in ("conv", "affine", "layer_norm") else None
     terms = [plain.tensors[slots["other"]]] if "other" in slots else []
     terms += [] if shift is None else [shift.expand(y.numel() // len(shift), -1)]
     return _close(y, plain.tensors[slot], *terms)

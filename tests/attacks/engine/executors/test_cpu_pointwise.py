@@ -122,6 +122,48 @@ def test_activations(kind, dtype, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [*CHANNELS, 768, 3001])
+def test_layer_norm_and_its_gradient(channels, dtype, isa):
+    """Against float64; a sum of float32 may be off by its rounding, once for each term that a lane adds up."""
+    torch.manual_seed(channels)
+    pixels, eps = 29, 1e-5
+    roundings = (channels / 32 + 16) * UNIT[torch.float32]
+    x = (torch.randn(pixels, channels) + 3).to(dtype)
+    g, other = (torch.randn(pixels, channels).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    leaf, smallest = x.double().requires_grad_(), torch.finfo(dtype).smallest_normal
+    sizes = (pixels, channels, dtype_name(dtype))
+    mean = leaf.mean(1, keepdim=True)
+    deviation = (leaf.var(1, correction=0, keepdim=True) + eps).rsqrt()
+    normal = (leaf - mean) * deviation
+    off = deviation * (leaf.abs() + leaf.abs().mean(1, keepdim=True)) + normal.abs()  # of normal, in roundings
+    for w, b, threads in ((weight, bias, 1), (None, None, 3), (weight, None, 2)):
+        y, moments = Result(x.shape, dtype), Result((pixels, 2), torch.float32)
+        run("layer_norm", *sizes, eps, *pointers(x, w, b, y.tensor, moments.tensor), threads=threads, isa=isa)
+        gain = torch.ones(channels, dtype=torch.float64) if w is None else w.double()
+        want = normal * gain + (0 if b is None else b.double())
+        size = off * gain.abs() + (0 if b is None else b.abs())
+        assert ((y.get() - want).abs() <= UNIT[dtype] * want.abs() + roundings * size + smallest).all()
+        exact = torch.cat([mean, deviation], 1)
+        assert ((moments.get() - exact).abs() <= roundings * (exact.abs() + leaf.abs().mean(1, keepdim=True))).all()
+
+        keep = torch.rand(pixels, channels) < 0.7
+        (slope,) = torch.autograd.grad(want, leaf, g.double(), retain_graph=True)
+        a = (g * gain).abs()
+        size = a + a.mean(1, keepdim=True) + off * (a * normal.abs()).mean(1, keepdim=True)
+        size = deviation * (size + normal.abs() * (a * off).mean(1, keepdim=True))
+        for use in (False, True):
+            dx = other.clone()  # in place of other
+            operands = (dx, pack(keep)) if use else (None, None)
+            arguments = pointers(g, x, w, moments.get(), *operands, dx)
+            run("layer_norm_backward", *sizes, *arguments, threads=threads, isa=isa)
+            both = (slope + other.double()).where(keep, 0) if use else slope
+            allowed = UNIT[dtype] * both.abs() + 2 * roundings * (size + use * other.abs()) + smallest
+            assert ((dx - both).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [3, 24, 64])
 def test_in_place_and_the_number_of_threads(channels, dtype, isa):
     torch.manual_seed(0)
@@ -304,6 +346,10 @@ def test_what_is_refused():
     assert pointwise(8, 0) == refused
     for kind, slope in ((12, y), (-1, y), (0, None), (0, x)):
         assert _C.activation_cpu(8, "float32", kind, 0, 0, *pointers(x, y, slope), 1, "") == refused
+    layer_norm = (8, 8, "float32", 1e-5, *pointers(x, None, None, y, None))
+    assert _C.layer_norm_cpu(*layer_norm, 1, "") == refused  # nowhere to keep the moments
+    layer_norm = (8, 8, "float32", *pointers(y, x, None, x, None, None, x))
+    assert _C.layer_norm_backward_cpu(*layer_norm, 1, "") == refused  # in place of its operand
     assert pointwise(8, 8, threads=0) == refused
     assert "instruction set" in pointwise(8, 8, scale=x, isa="mmx")
     with pytest.raises(ValueError, match="dtype"):

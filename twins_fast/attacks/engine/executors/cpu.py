@@ -297,6 +297,14 @@ class CpuExecutor(TorchExecutor):
     def activation_backward(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["g"], t["dx"], gate=t["slope"], other=t["other"], mask=t["mask"])
 
+    def layer_norm(self, state: State, t: Tensors) -> Run:
+        sizes = (*rows_of(t["x"]), self._name, state.stage.options["eps"])
+        return _bind("layer_norm", *sizes, t["x"], state.scale, state.shift, t["y"], t["moments"])
+
+    def layer_norm_backward(self, state: State, t: Tensors) -> Run:
+        tensors = (t["g"], t["x"], state.scale, t["moments"], t["other"], t["mask"], t["dx"])
+        return _bind("layer_norm_backward", *rows_of(t["x"]), self._name, *tensors)
+
     def max_pool(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["x"], t["y"])
         return _bind("pool_forward", *sizes, self._name, True, t["x"], t["y"], t["argmax"])

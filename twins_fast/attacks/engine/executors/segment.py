@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from twins_fast.attacks.engine.layout import as_result
 from twins_fast.attacks.engine.nodes import Param, Ref, map_values
 from twins_fast.attacks.engine.plan import Stage
 
@@ -25,7 +26,6 @@ class Segment:
     stage: Stage
     dtype: torch.dtype
     device: torch.device
-    shapes: dict[int, tuple[int, ...]]  # of the results that it reads, by node, without the batch
     carried: dict
     parameters: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
@@ -43,7 +43,7 @@ class Segment:
         return names
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        stage = self.stage
+        stage, views = self.stage, self.stage.options["views"]
         half = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
         self.rows = rows
@@ -54,23 +54,27 @@ class Segment:
             values: dict = dict(self.carried)
             for index, value in stage.options["takes"].items():
                 if value is not None:
-                    values[index] = values_in[value].view(self.rows, *self.shapes[index])
+                    values[index] = as_result(values_in[value], *views[index])
             for index, node in stage.nodes:
                 values[index] = self._call(node, values)
         self._operands = list(values_in.values())
         self._results = [values[index] for index in stage.options["gives"]]
-        for tensor, output in zip(self._results, outputs, strict=True):
-            output.copy_(tensor.detach())
+        for index, tensor, output in zip(stage.options["gives"], self._results, outputs, strict=True):
+            as_result(output, *views[index]).copy_(tensor.detach())
         self.carried.update((i, values[i]) for i in stage.options["keeps"])
 
     def backward(self, gradients: list[Tensor | None], input_gradients: list[Tensor]) -> None:
         """From the gradients of the results, those of the inputs, written into ``input_gradients``."""
-        pairs = [(t, g) for t, g in zip(self._results, gradients, strict=True) if g is not None and t.requires_grad]
-        results = [t for t, _ in pairs]
-        cast = [g.view(t.shape).to(t.dtype) for t, g in pairs]
+        views = (self.stage.options["views"][index] for index in self.stage.options["gives"])
+        pairs = [
+            (t, as_result(g, *view).to(t.dtype))
+            for t, g, view in zip(self._results, gradients, views, strict=True)
+            if g is not None and t.requires_grad
+        ]
+        results, cast = [t for t, _ in pairs], [g for _, g in pairs]
         computed = torch.autograd.grad(results, self._operands, cast, retain_graph=self._again, allow_unused=True)
         for slot, gradient in zip(input_gradients, computed, strict=True):
-            slot.zero_() if gradient is None else slot.copy_(gradient.view(slot.shape))
+            slot.zero_() if gradient is None else slot.copy_(gradient)
         self.release()
 
     def release(self) -> None:

@@ -29,8 +29,8 @@ class State:
 
     stage: Stage
     convolution: TorchConvolution | None = None
-    scale: Tensor | None = None  # [C] float32
-    shift: Tensor | None = None  # [C] float32: bias and folded batch norm
+    scale: Tensor | None = None  # [C] float32: gain and folded batch norm; of a layer norm its weight
+    shift: Tensor | None = None  # [C] float32: bias, likewise
     segment: Segment | None = None
 
 
@@ -129,6 +129,27 @@ class TorchExecutor:
     def activation_backward(self, state: State, t: Tensors) -> Run:
         return lambda: self._finish(t["g"].float() * t["slope"].float(), None, t["other"], t["mask"], None, t["dx"])
 
+    def layer_norm(self, state: State, t: Tensors) -> Run:
+        def run():
+            rows = rows_like(t["x"]).float()
+            arguments = (rows.shape[-1:], state.scale, state.shift, state.stage.options["eps"])
+            y, mean, deviation = torch.native_layer_norm(rows, *arguments)
+            rows_like(t["y"]).copy_(y)
+            torch.cat([mean, deviation], 1, out=t["moments"].view(len(rows), 2))
+
+        return run
+
+    def layer_norm_backward(self, state: State, t: Tensors) -> Run:
+        def run():
+            moments = (one.contiguous() for one in t["moments"].view(-1, 2, 1).unbind(1))
+            rows, g = rows_like(t["x"]).float(), rows_like(t["g"]).float()
+            arguments = (rows.shape[-1:], *moments, state.scale, state.shift, [True, False, False])
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(g, rows, *arguments)
+            dx = dx.view(len(t["dx"]), *t["dx"].shape[2:], -1).permute(0, 3, 1, 2)
+            self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
+
+        return run
+
     def pointwise(self, state: State, t: Tensors) -> Run:
         return lambda: self._finish(t["x"], None, t["other"], None, t["mask"], t["y"])
 
@@ -222,6 +243,11 @@ def bytes_of_bits(value: Value) -> int:
 def dense(v: Tensor) -> Tensor:
     """Channels-last, as the arena is; a library's strides may only look different where height or width is 1."""
     return v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.contiguous()
+
+
+def rows_like(x: Tensor) -> Tensor:
+    """An image's memory as rows of channels."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def rows_of(y: Tensor) -> tuple[int, int]:

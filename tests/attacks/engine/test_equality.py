@@ -22,7 +22,7 @@ from tests.attacks.engine.helpers import (
     small,
     ten_steps,
 )
-from twins_fast import PGD, convert_twin_bn, fuse_twin_bn, fusion_report
+from twins_fast import PGD, accelerate, convert_twin_bn, fuse_twin_bn, fusion_report
 from twins_fast.attacks.engine import cache, program
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
 from twins_fast.checkpoints import load_pretrained, read_state_dict
@@ -239,6 +239,39 @@ def test_layer_norms_and_linear_layers_on_tokens(arrange, left, executor, monkey
     assert any(layer["op"] == "layer norm" for layer in layers)
     if left is not None:
         assert {layer["op"] for layer in layers if "not planned" in layer["runs"]} == left
+
+
+class InFloat32(nn.Module):
+    """A part that bfloat16 would round to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        with torch.autocast("cpu", enabled=False):
+            x = (x.float() + 4096) @ torch.eye(x.shape[-1]) - 4096
+        return self.head(x.relu().mean((2, 3)))
+
+
+def test_a_part_without_autocast_is_computed_in_float32():
+    torch.manual_seed(0)
+    model = InFloat32().eval()
+    x, y = data(3, 8, 5)
+    assert_same_step(model, x, y)
+    half = accelerate(model, torch.bfloat16)
+    assert half.explain(x).engine == "plan"
+    with torch.no_grad():
+        logits = model(x)
+        assert (half(x) - logits).norm() <= 0.05 * (logits - model.head.bias).norm()
+
+    class Inside(InFloat32):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    assert "autocast inside" in PGD(Inside()).explain(x).reason
 
 
 HALVES = (None, torch.bfloat16, torch.float16)

@@ -19,11 +19,12 @@ class Kinds(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         self.norm = nn.BatchNorm2d(8)
         self.branch = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 10)
+        self.layer_norm, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
 
     def forward(self, x):
         x = self.stem(x / 2)
         x = (self.branch(nn.functional.silu(self.norm(x).relu())) + x).relu()
+        x = self.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head((x + self.norm(x).relu()).mean((2, 3)))
 
 
@@ -50,9 +51,12 @@ DAMAGES = {
     "pointwise": last_image("y"),
     "activation": last_image("y"),
     "activation with the wrong slope": last_image("slope"),
+    "layer_norm": last_image("y"),
+    "layer_norm with wrong moments": last_image("moments"),
     "conv_backward": last_image("dx"),
     "affine_backward": last_image("dx"),
     "activation_backward": last_image("dx"),
+    "layer_norm_backward": last_image("dx"),
     "max_pool_backward": last_image("dx"),
     "avg_pool_backward": last_image("dx"),
     "finish": last_image("y"),

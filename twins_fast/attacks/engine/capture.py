@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -123,6 +124,19 @@ def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
         log.setLevel(level)
 
 
+def _exact(target: Callable, device: str) -> Callable:
+    """``target`` outside autocast, in float32."""
+
+    @functools.wraps(target, updated=())
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        half = {torch.bfloat16, torch.float16}
+        wide = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, (arguments, keywords))
+        with torch.autocast(device, enabled=False):
+            return target(*wide[0], **wide[1])
+
+    return run
+
+
 class Reader(Reading):
     """Turns an exported graph into nodes."""
 
@@ -132,9 +146,12 @@ class Reader(Reading):
         super().__init__(model, [Node("input", [], tuple(shape), "")], {})
         self.shared: set[fx.Node] = set()  # nodes whose memory another value may share
         self._bind(exported)
+        self.exactly: str | None = None  # the kind of device where autocast is switched off
         result = None
         for node in exported.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "get_attr":
+                self.values[node] = getattr(exported.graph_module, node.target)
+            elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
                 result = output_of(pytree.tree_unflatten(node.args[0], exported.call_spec.out_spec), output)
@@ -169,6 +186,9 @@ class Reader(Reading):
 
     def _call(self, node: fx.Node) -> None:
         target, value = node.target, self.value
+        if target is torch.ops.higher_order.wrap_with_autocast:
+            self._without_autocast(node)
+            return
         if node.all_input_nodes and all(isinstance(value(n), torch.Tensor) for n in node.all_input_nodes):
             self.values[node] = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
             return
@@ -207,8 +227,25 @@ class Reader(Reading):
             self.values[node] = Ref(len(self.nodes) - 1)
             return
         pattern = PATTERNS.get(target._schema.name.partition("::")[2]) if is_aten(target) else None
-        match = pattern(self, node) if pattern else None
+        match = pattern(self, node) if pattern and self.exactly is None else None
         self.values[node] = self._planned(node, match) if match else self._generic(node)
+
+    def _without_autocast(self, node: fx.Node) -> None:
+        """A block that says so itself is computed in float32 by PyTorch."""
+        device, _, enabled, _, body, *operands = node.args
+        if enabled or self.exactly is not None:
+            raise NotCaptured(f"{module_of(node)}: autocast inside the forward")
+        self.exactly, given = device, iter(operands)
+        for inner in self.value(body).graph.nodes:
+            if inner.op == "placeholder":
+                self.values[inner] = self.value(next(given))
+            elif inner.op == "call_function":
+                self._call(inner)
+            elif inner.op == "output":
+                self.values[node] = tuple(self.value(result) for result in inner.args[0])
+            else:
+                raise NotCaptured(f"{inner.op} {inner.target}")
+        self.exactly = None
 
     def _functional(self, node: fx.Node) -> fx.Node | None:
         """An operation that does not write; one in place is replaced, and later readers get its result."""
@@ -249,6 +286,8 @@ class Reader(Reading):
     def _call_of(self, node: fx.Node) -> Call:
         # Memory may be laid out otherwise than it was in the export.
         target = aten.reshape.default if node.target is aten.view.default else node.target
+        if self.exactly is not None:
+            target = _exact(target, self.exactly)
         return target, *fx.node.map_arg((node.args, node.kwargs), self.value)
 
     def _append(self, node: fx.Node, op: str, inputs: list[int], options: dict, call: Call, per_sample: bool) -> Ref:

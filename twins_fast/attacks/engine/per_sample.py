@@ -39,6 +39,8 @@ def keeps_samples_apart(reading: Reading, node: fx.Node, name: str, shapes: list
         return len(values[1]) < 2 * rank
     if name == "permute":
         return values[1][0] == 0
+    if name == "matmul":
+        return len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) > 1
     if name == "scaled_dot_product_attention":
         return len(shapes) == 3 and len(shapes[0]) == 3
     if name in ("mean", "sum", "amax", "amin"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from twins_fast.attacks.engine.executors.attention import attention
 from twins_fast.attacks.engine.layout import as_result
 from twins_fast.attacks.engine.nodes import Param, Ref, map_values
 from twins_fast.attacks.engine.plan import Stage
@@ -99,4 +100,6 @@ class Segment:
             return values[v.index] if isinstance(v, Ref) else self.parameters[v.name]
 
         target, arguments, keywords = node.call
+        if target is torch.ops.aten.scaled_dot_product_attention.default and self.device.type == "cpu":
+            target = attention
         return target(*map_values(real, arguments), **map_values(real, keywords))

@@ -59,7 +59,7 @@ def hooked(body):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [(ValueDependent, "data-dependent"), (Random, "draws random numbers"), (Counting, "changes calls"),
-     (WithoutGradient, "get_attr"), (hooked, "bn1 has hooks"), (lambda body: body.double(), "float64"),
+     (WithoutGradient, "set_grad_enabled"), (hooked, "bn1 has hooks"), (lambda body: body.double(), "float64"),
      (scripted, "1 is TorchScript")],
 )  # fmt: skip
 def test_what_cannot_be_planned_runs_in_eager_and_says_why(make, reason):

@@ -65,7 +65,7 @@ def _reference(attack: Attack, problem: Inputs, start: Tensor) -> tuple[float, f
     reference = problem.references.get(id(start))
     if reference is None:
         rows, losses = problem.rows(), []
-        runs = [(problem.model, first) for first in (start, *_moved(start, MOVED))]
+        runs = [(problem.model, first) for first in (start, *moved(start, MOVED))]
         runs.append((own_copy(problem.model, torch.channels_last), start))
         for model, first in runs:
             x = published_attack(model, problem.images[rows], problem.labels[rows], first[rows], attack.steps)
@@ -74,7 +74,7 @@ def _reference(attack: Attack, problem: Inputs, start: Tensor) -> tuple[float, f
     return reference
 
 
-def _moved(start: Tensor, times: int) -> list[Tensor]:
+def moved(start: Tensor, times: int) -> list[Tensor]:
     """``start``, moved by about the roundoff of a pixel."""
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(start.shape, generator=generator).to(start) for _ in range(times)]
@@ -95,7 +95,7 @@ def check_training(attack: Attack, problem: Inputs, results: dict[str, Tensor]) 
     """Error of the first two steps' losses against the published code's, relative to what is allowed."""
     if "training" not in problem.references:
         losses = []
-        for start in (problem.start, *_moved(problem.start, MOVED_TRAINING)):
+        for start in (problem.start, *moved(problem.start, MOVED_TRAINING)):
             step = peers.published_training(attack, problem)
             losses.append(torch.stack([step((problem.images, problem.labels, start)) for _ in range(2)]))
         changes = [(loss / losses[0] - 1).abs().max().item() for loss in losses[1:]]
@@ -154,17 +154,17 @@ def own_memory(benchmark: str, name: str, attack: Attack, device: str) -> dict[s
     (function,) = chain.values()
     if name.startswith("compile"):  # what the compiler itself loads is no part of the network's memory
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    used, before = {}, _memory(device, reset=True)
+    used, before = {}, memory_in_use(device, reset=True)
     for call in ("first", "peak"):
-        _memory(device, reset=True)
+        memory_in_use(device, reset=True)
         with runner.around():
             function(operands)
         harness.synchronize(device)
-        used[call] = _memory(device, peak=True) - before
+        used[call] = memory_in_use(device, peak=True) - before
     return used
 
 
-def _memory(device: str, peak: bool = False, reset: bool = False) -> int:
+def memory_in_use(device: str, peak: bool = False, reset: bool = False) -> int:
     """Bytes in use now, or at the highest since the last ``reset``."""
     if reset:
         gc.collect()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import attack as bench_attack
+from bench import coverage as bench_coverage
 from bench import host as bench_host
 from bench import imports as bench_imports
 from bench import kernels as bench_kernels
@@ -16,6 +17,7 @@ from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
 from bench.header import ROOT
 from bench.mini import RESULT as MINI
+from bench.zoos import ZOOS
 from twins_fast.train.assets import NETWORK
 from twins_fast.train.tables import result_table
 from twins_fast.verdicts import PASSED, SHIPPED
@@ -23,6 +25,7 @@ from twins_fast.verdicts import PASSED, SHIPPED
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("**/*.md")))
 SCALING_PLOT = ROOT / "docs" / "results" / "attack-scaling.png"
+NOT_MEASURED = "Not measured yet."
 VERSIONS = RESULTS / "cpu_versions.json"  # measured with earlier versions of the kernel
 
 
@@ -278,6 +281,50 @@ def libraries_autoattack() -> str:
     )
 
 
+def coverage() -> str:
+    """What the engine makes of the networks of each zoo."""
+    records = _zoos()
+    if not records:
+        return NOT_MEASURED
+    sources = "\n\n".join(
+        f"{name} {record['options']['version']}: {source(record)}" for name, record in records.items()
+    )
+    return (
+        f"{markdown(bench_coverage.summary({name: rows['workloads'] for name, rows in records.items()}))}\n\n{sources}"
+    )
+
+
+def coverage_reasons() -> str:
+    """Why networks are not planned."""
+    return _of_networks(bench_coverage.reasons)
+
+
+def coverage_segments() -> str:
+    """What is left to PyTorch."""
+    return _of_networks(bench_coverage.in_segments)
+
+
+def coverage_time() -> str:
+    """A step in the networks that were timed."""
+    return _of_networks(bench_coverage.time_table)
+
+
+def coverage_refused() -> str:
+    """Every network that is not planned."""
+    return _of_networks(bench_coverage.not_planned)
+
+
+def _of_networks(table: Callable[[list[dict]], list[list[str]]]) -> str:
+    lines = table([row for record in _zoos().values() for row in record["workloads"]])
+    return markdown(lines) if len(lines) > 1 else NOT_MEASURED
+
+
+def _zoos() -> dict[str, dict]:
+    """What was measured of each zoo."""
+    paths = [path for zoo in ZOOS for path in measurements(f"{bench_coverage.NAME}-{zoo}")]
+    return {path.stem.split("-")[1]: _read(path) for path in paths}
+
+
 def draw_scaling(target: Path = SCALING_PLOT) -> None:
     """A column for each size: milliseconds per step above, memory below."""
     import matplotlib  # slow to import, and only needed here
@@ -324,7 +371,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def parts(benchmark: str, table: Callable[[dict], str]) -> str:
     """``table`` of what was measured on each kind of device."""
-    return "\n\n".join(table(_read(path)) for path in measurements(benchmark)) or "Not measured yet."
+    return "\n\n".join(table(_read(path)) for path in measurements(benchmark)) or NOT_MEASURED
 
 
 def source(record: dict) -> str:
@@ -350,6 +397,8 @@ TABLES |= {"imports": imports, "host": host, "devices": devices}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}
+TABLES |= {"coverage": coverage, "coverage_reasons": coverage_reasons, "coverage_segments": coverage_segments}
+TABLES |= {"coverage_time": coverage_time, "coverage_refused": coverage_refused}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

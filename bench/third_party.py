@@ -1,4 +1,4 @@
-"""Attack libraries, without the packages that they import and their attacks do not call (see tests/libraries.txt)."""
+"""Libraries, without the packages that they import and we do not call (see tests/libraries.txt, bench/zoos.py)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ABSENT = {
     "foolbox": ("scipy", "git", "requests"),
     "art": ("scipy", "sklearn"),
     "robustness": ("cox", "dill", "pandas"),
+    "robustbench": ("autoattack", "pkg_resources"),
 }
 
 

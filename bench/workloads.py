@@ -119,7 +119,7 @@ def inputs(attack: Attack, device: str, seed: int = 0) -> Inputs:
         torch.manual_seed(seed)
         model = NETWORKS[attack.network].build(attack.width)
     settle(model, attack.side, generator)
-    images = _images(attack.batch, attack.side, generator)
+    images = random_images(attack.batch, attack.side, generator)
     start = (images + torch.empty_like(images).uniform_(-EPS, EPS, generator=generator)).clamp_(0, 1)
     model, images, start = model.to(device), images.to(device), start.to(device)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def inputs(attack: Attack, device: str, seed: int = 0) -> Inputs:
     return Inputs(model, images, labels, start)
 
 
-def _images(count: int, side: int, generator: torch.Generator) -> Tensor:
+def random_images(count: int, side: int, generator: torch.Generator) -> Tensor:
     coarse = torch.rand(count, 3, max(side // 8, 2), max(side // 8, 2), generator=generator)
     fine = torch.rand(count, 3, side, side, generator=generator)
     return 0.8 * F.interpolate(coarse, (side, side), mode="bilinear") + 0.2 * fine
@@ -153,9 +153,9 @@ def settle(model: nn.Module, side: int, generator: torch.Generator) -> None:
             if last:
                 getattr(module, last).weight.mul_(BRANCH)
         for _ in range(2):
-            model(_images(8, side, generator))
+            model(random_images(8, side, generator))
         model.eval()
-        logits = model(_images(8, side, generator))
+        logits = model(random_images(8, side, generator))
         scale = LOGITS / logits.std(0).mean().clamp_min(1e-6)
         head.weight.mul_(scale)
         head.bias.copy_((head.bias - logits.mean(0)) * scale)

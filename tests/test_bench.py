@@ -1,7 +1,10 @@
 """The benchmark harness: nothing wrong is timed, nothing is dropped, bytes are counted right."""
 
 import json
+import os
+import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +13,21 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
-from bench import attack, harness, header, libraries, networks, peers, report, third_party, twin_bn, workloads
+from bench import (
+    attack,
+    children,
+    coverage,
+    harness,
+    header,
+    libraries,
+    networks,
+    peers,
+    report,
+    third_party,
+    twin_bn,
+    workloads,
+    zoos,
+)  # fmt: skip
 from bench.twin_bn import Layer
 from twins_fast import PGD
 from twins_fast.ops import native, oracle
@@ -615,3 +632,124 @@ def test_what_a_library_does_not_need_has_a_stand_in_while_it_is_imported(tmp_pa
     monkeypatch.delitem(sys.modules, "picky", raising=False)
     assert third_party.library("picky").Own(1, two=2)
     assert not [name for name in sys.modules if name.startswith("absent")]
+
+
+class Convolutional(torch.nn.Sequential):
+    def __init__(self, width):
+        body = [torch.nn.Conv2d(3, width, 3), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+        super().__init__(*body, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, 10))
+
+
+class Random(Convolutional):
+    def forward(self, x):
+        return super().forward(x + torch.rand(1))
+
+
+class Broken(Convolutional):
+    def forward(self, x):
+        raise TypeError("no images")
+
+
+class Sorted(Convolutional):
+    def forward(self, x):
+        return super().forward(x).sort(1).values
+
+
+NETWORKS = {"small": Convolutional, "large": Convolutional, "random": Random, "broken": Broken, "sorted": Sorted}
+
+
+@pytest.fixture
+def tiny_zoo(monkeypatch, tmp_path):
+    """A zoo of few layers, and no processes of their own: these networks do not die."""
+
+    def build(name):
+        if name == "absent":
+            raise ValueError("no such network")
+        return NETWORKS[name](8 if name == "large" else 4), 16
+
+    def here(function, tasks, limits, workers=1):
+        for task in tasks:
+            yield task, children.Ended("killed") if task[1:2] == ("large",) else function(*task)
+
+    tiny = zoos.Zoo(lambda: [*NETWORKS, "absent"], build)
+    monkeypatch.setattr(zoos, "ZOOS", {"tiny": tiny})
+    monkeypatch.setattr(coverage, "ZOOS", zoos.ZOOS)
+    monkeypatch.setattr(report, "ZOOS", zoos.ZOOS)
+    monkeypatch.setattr(coverage, "version", lambda zoo: "1.0")
+    monkeypatch.setattr(zoos, "version", lambda zoo: "1.0")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for module in (children, coverage):
+        monkeypatch.setattr(module, "in_children", here)
+    for module in (coverage, zoos):
+        monkeypatch.setattr(module, "PARTIAL", tmp_path)
+    monkeypatch.setattr(coverage, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(coverage, "ROOT", tmp_path)
+    return tmp_path / "results" / "coverage-tiny-cpu.json"
+
+
+def test_coverage(tiny_zoo, monkeypatch, capsys):
+    assert coverage.main(["--zoo", "tiny"]) == 0
+    rows = {row["name"]: row for row in json.loads(tiny_zoo.read_text())["workloads"]}
+    status = {name: row["status"] for name, row in rows.items()}
+    expected = {"small": "planned", "large": "ended", "random": "refused", "broken": "broken", "sorted": "planned"}
+    assert status == expected | {"absent": "broken"}
+    small = rows["small"]
+    assert small["kind"] == "BatchNorm" and small["segments"] == 0 and small["error"] < 1e-4 and small["pixels"] < 1e-3
+    assert rows["sorted"]["operations"]["sort"] == 1 and "draws random numbers" in rows["random"]["reason"]
+    assert rows["broken"]["reason"] == "TypeError: no images" and rows["large"]["reason"] == "killed"
+    assert "| tiny | BatchNorm | 3 | 3 | 2 | 1 | 0 | 1 | 0 | 0 |" in report.coverage()
+    assert "| tiny | not known | 3 | 3 | 0 | 0 | 0 | 0 | 2 | 1 |" in report.coverage()
+    assert "| TypeError: no images | 1 | broken |" in report.coverage_reasons()
+    assert "| sort | 1 | sorted |" in report.coverage_segments() and "| random | " in report.coverage_refused()
+    assert report.coverage_time() == "Not measured yet."
+
+    monkeypatch.setattr(coverage, "planned_gradient", lambda program, problem: 1.1 * coverage.gradient_of(problem))
+    assert coverage.main(["--zoo", "tiny", "--resume"]) == 0  # measured before
+    assert coverage.main(["--zoo", "tiny", "--only", "^small$"]) == 1  # into another file
+    assert "small: the gradient is off by 0.1, 0.0001 allowed" in capsys.readouterr().err
+    assert json.loads(tiny_zoo.read_text())["workloads"] == list(rows.values())
+
+
+def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeypatch):
+    record = harness.Record("coverage-tiny", "cpu", "", {"small": False, "version": "1.0"}, tiny_zoo.parent)
+    row = {"name": "small", "stands_for": 1, "commit": record.header["commit"], "status": "broken", "reason": "kept"}
+    record.add(row)
+    assert not tiny_zoo.exists()
+    assert coverage.main(["--zoo", "tiny"]) == 0
+    assert json.loads(tiny_zoo.read_text())["workloads"][0]["reason"] == "kept"
+    row["commit"] = "another"
+    record.add(row)
+    assert coverage.main(["--zoo", "tiny"]) == 0
+    assert "reason" not in json.loads(tiny_zoo.read_text())["workloads"][0]
+
+
+def test_coverage_of_families_with_times_and_memory(tiny_zoo):
+    arguments = ["--zoo", "tiny", "--families", "--only", "small|large", "--json", str(tiny_zoo)]
+    assert coverage.main([*arguments, "--time"]) == coverage.main([*arguments, "--time", "--memory"]) == 0
+    (row,) = json.loads(tiny_zoo.read_text())["workloads"]
+    assert (row["name"], row["stands_for"]) == ("small", 2) and set(row["memory"]) == set(coverage.COMPARED)
+    assert set(row["times"]["milliseconds"]) == set(coverage.WAYS) and not row["times"]["failures"]
+    assert "| small | 0 | " in report.coverage_time() and " MB |" in report.coverage_time()
+
+
+def test_a_process_that_dies_is_a_result():
+    tasks = [(signal.raise_signal, signal.SIGKILL), (time.sleep, 60), (bytearray, 1 << 30), (int, "x"), (int, "3")]
+    limits = children.Limits(seconds=1, gigabytes=0.1)
+    results = dict(children.in_children(lambda function, *arguments: function(*arguments), tasks, limits, workers=2))
+    said = [str(results[task]) for task in tasks]
+    assert said[:3] == ["killed by SIGKILL", "not ready after 1 s", "MemoryError: no message"]
+    assert said[3].startswith("ValueError: invalid literal") and results[int, "3"] == 3
+    with pytest.raises(children.Ended, match="exit status 3"):
+        children.alone(limits, os._exit, 3)
+
+
+def test_an_enlivened_network_has_no_constant_parameters():
+    model = Convolutional(4)
+    model.append(torch.nn.LayerNorm(10))
+    torch.nn.init.zeros_(model[5].weight)
+    zoos.enliven(model, torch.rand(4, 3, 16, 16))
+    assert not any(parameter.min() == parameter.max() for parameter in model.parameters())
+    assert not any(module.training for module in model.modules()) and model[1].momentum == 0.1
+    y = torch.nn.functional.batch_norm(model[0](torch.rand(4, 3, 16, 16)), model[1].running_mean, model[1].running_var)
+    assert abs(y.std() - 1) < 0.1

@@ -1,0 +1,365 @@
+"""The attack engine over the networks of torchvision, timm and RobustBench's zoo: ``python -m bench.coverage``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import twins_fast.attacks.engine.capture  # noqa: F401 - here, and not in the process of every network
+from bench.attack import memory_in_use, moved
+from bench.children import Ended, Limits, alone, in_children
+from bench.harness import PARTIAL, RESULTS, Record, Runner, interleave, one_line
+from bench.header import ROOT
+from bench.peers import ENGINES
+from bench.workloads import ALPHA, EPS, own_copy, random_images
+from bench.zoos import BATCH, ZOOS, enliven, has, interpreter, kept_catalogue, smallest, version
+from twins_fast import PGD
+from twins_fast.attacks.engine.program import Program
+
+NAME = "coverage"
+WAYS = {  # name -> engine, type and layout of what is timed; the first one is what the others are compared with
+    "eager": (*ENGINES["eager"], torch.contiguous_format),
+    "autocast": ("eager", torch.bfloat16, torch.channels_last),
+    "plan-float32": (*ENGINES["plan-float32"], torch.contiguous_format),
+    "plan-bf16": (*ENGINES["plan-bf16"], torch.contiguous_format),
+}
+COMPARED = ("autocast", "plan-bf16")  # whose memory is
+CHECKED, TIMED, REMEMBERED = 2, 8, 32  # images
+MOVED = 2  # starts that are moved by roundoff
+FEW, MANY, ROUNDS = 1, 3, 3  # steps of the two attacks whose difference is timed; turns of each
+SMALL = (32, 64, 96, 128, 160, 192)  # sides that are tried by --small
+EQUAL, ROUNDOFF_MULTIPLE, MOST = 1e-4, 3, 1e-2  # error of the gradient: allowed; as a multiple of roundoff; at most
+PLANNED, UNEQUAL, REFUSED, BROKEN, ENDED = "planned", "unequal", "refused", "broken", "ended"
+SHOWN = 5  # reasons of a line
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What is measured of a network besides its plan."""
+
+    small: bool = False
+    times: bool = False
+    memory: bool = False
+
+    def lacks(self, row: dict) -> bool:
+        """Whether the row of an earlier run is without something of this."""
+        asked = {"times": self.times, "memory": self.memory}
+        return row["status"] == PLANNED and any(asked[key] and key not in row for key in asked)
+
+
+@dataclass
+class Problem:
+    """A network in eval mode, images, where the attack starts, and labels."""
+
+    model: nn.Module
+    images: Tensor
+    start: Tensor
+    labels: Tensor
+
+
+def problem_of(zoo: str, name: str, images: int, small: bool) -> Problem:
+    """A network of a zoo with seeded random weights, and random images."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model, side = ZOOS[zoo].build(name)
+    model = model.requires_grad_(False)
+    if small:
+        side = next((smaller for smaller in SMALL if smaller < side and _takes(model, smaller)), side)
+    enliven(model, random_images(BATCH, side, generator))
+    clean = random_images(images, side, generator)
+    start = (clean + torch.empty_like(clean).uniform_(-EPS, EPS, generator=generator)).clamp_(0, 1)
+    return Problem(model, clean, start, torch.arange(images) % 10)
+
+
+def _takes(model: nn.Module, side: int) -> bool:
+    try:
+        with torch.no_grad():
+            model.eval()(torch.rand(CHECKED, 3, side, side))
+    except Exception:
+        return False
+    return True
+
+
+def examine(zoo: str, name: str, depth: Depth) -> dict:
+    """The row of a network: whether it is planned, or why not; whether the plan computes what the network does."""
+    try:
+        problem = problem_of(zoo, name, CHECKED, depth.small)
+        expected = gradient_of(problem)
+        roundoff = max(distance(other, expected) for other in moved_gradients(problem))
+    except Exception as error:
+        return {"status": BROKEN, "reason": one_line(error)}
+    model = problem.model
+    row = {
+        "kind": "BatchNorm" if any(isinstance(module, _BatchNorm) for module in model.modules()) else "others",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "side": problem.images.shape[-1],
+        "roundoff": roundoff,
+    }
+    attack, started = attack_of(model, "plan-float32", 1), time.perf_counter()
+    try:
+        adversarial = attack(problem.images, problem.labels, x_init=problem.start)
+        row["first_seconds"] = time.perf_counter() - started
+        program = attack._program(problem.images)
+        assert isinstance(program, Program)
+        eager = attack_of(model, "eager", 1)(problem.images, problem.labels, x_init=problem.start)
+        row["pixels"] = (adversarial != eager).float().mean().item()
+        row["error"] = distance(planned_gradient(program, problem), expected)
+    except Exception as error:
+        return row | {"status": REFUSED, "reason": one_line(error).removeprefix("RuntimeError: engine='plan': ")}
+    segments = [stage for stage in program.plan.stages if stage.kind == "segment"]
+    operations = [{node.call[0].__name__.partition(".")[0] for _, node in s.nodes if node.call} for s in segments]
+    row |= {"stages": len(program.plan.stages), "segments": len(segments)}
+    row["operations"] = dict(Counter(operation for segment in operations for operation in segment).most_common())
+    allowed = min(MOST, max(EQUAL, ROUNDOFF_MULTIPLE * row["roundoff"]))
+    if not row["error"] <= allowed:
+        return row | {"status": UNEQUAL, "reason": f"the gradient is off by {row['error']:.2g}, {allowed:.2g} allowed"}
+    return row | {"status": PLANNED}
+
+
+def attack_of(model: nn.Module, way: str, steps: int) -> PGD:
+    engine, dtype, layout = WAYS[way]
+    if layout is not torch.contiguous_format:
+        model = own_copy(model, layout)
+    return PGD(model, EPS, ALPHA, steps, engine=engine, amp_dtype=dtype)
+
+
+def gradient_of(problem: Problem, start: Tensor | None = None) -> Tensor:
+    """Of the cross-entropy at the start, by autograd."""
+    x = (problem.start if start is None else start).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(problem.model(x), problem.labels, reduction="sum"), x)
+    return gradient
+
+
+def moved_gradients(problem: Problem) -> Iterator[Tensor]:
+    """The same after what roundoff does: another memory layout, and a start moved by as much."""
+    yield gradient_of(problem, problem.start.contiguous(memory_format=torch.channels_last))
+    for start in moved(problem.start, MOVED):
+        yield gradient_of(problem, start)
+
+
+def planned_gradient(program: Program, problem: Problem) -> Tensor:
+    """The same by the plan."""
+    gradient = torch.empty_like(problem.start)
+
+    def work(network, rows):
+        leaf = network.logits(problem.start[rows]).float().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(leaf, problem.labels[rows], reduction="sum")
+        gradient[rows] = network.gradient(problem.start[rows], torch.autograd.grad(loss, leaf)[0])
+
+    with torch.no_grad():
+        program.fold(problem.model)
+        program.in_parts(len(gradient), work)
+    return gradient
+
+
+def distance(gradient: Tensor, expected: Tensor) -> float:
+    """L2, relative."""
+    return ((gradient - expected).norm() / expected.norm()).item()
+
+
+def times(zoo: str, name: str, small: bool) -> dict:
+    """Milliseconds of a step, by each way; they take turns."""
+    problem = problem_of(zoo, name, TIMED, small)
+    runners, failures = {}, {}
+    for way in WAYS:
+        attacks = {part: attack_of(problem.model, way, steps) for part, steps in (("few", FEW), ("many", MANY))}
+        chains = [{part: lambda _, a=a: a(problem.images, problem.labels, x_init=problem.start)}
+                  for part, a in attacks.items()]  # fmt: skip
+        try:
+            for chain in chains:
+                for run in chain.values():
+                    run(())
+            runners[way] = Runner(tuple, chains, dict, "")
+        except Exception as error:
+            failures[way] = one_line(error)
+    samples, failed = interleave(runners, {"": [()]}, ROUNDS, "cpu", long=True)
+    failures |= failed
+    result = {way: 1e3 * (min(s["many"]) - min(s["few"])) / (MANY - FEW) for way, s in samples.items()}
+    return {"milliseconds": result, "failures": failures}
+
+
+def peak(zoo: str, name: str, small: bool, way: str) -> int:
+    """Bytes beyond network and images at the highest of a second attack, in this process."""
+    problem = problem_of(zoo, name, REMEMBERED, small)
+    attack = attack_of(problem.model, way, 1)
+    before = memory_in_use("cpu", reset=True)
+    for _ in range(2):
+        memory_in_use("cpu", reset=True)
+        attack(problem.images, problem.labels, x_init=problem.start)
+    return memory_in_use("cpu", peak=True) - before
+
+
+def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers: int, record: Record) -> None:
+    """Add a row for each of the names that has none of this depth; each stands for so many networks."""
+    known = {row["name"] for row in record.rows if not depth.lacks(row)}
+    todo = [name for name in names if name not in known]
+    record.rows = [row for row in record.rows if row["name"] not in todo]
+    tasks = [(zoo, name, depth) for name in todo]
+    for number, ((_, name, _), row) in enumerate(in_children(examine, tasks, limits, workers), 1):
+        row = {"name": name, "stands_for": names[name], "commit": record.header["commit"]} | (
+            {"status": ENDED, "reason": str(row)} if isinstance(row, Ended) else row
+        )
+        if row["status"] == PLANNED:
+            if depth.times:
+                row["times"] = more(limits, times, zoo, name, depth.small)
+            if depth.memory:
+                row["memory"] = {way: more(limits, peak, zoo, name, depth.small, way) for way in COMPARED}
+        record.add(row)
+        print(f"[{number}/{len(todo)}] {in_words(row)}", flush=True)
+
+
+def more(limits: Limits, function: Callable, *arguments: Any) -> Any:
+    """A further measurement in a process of its own, or the reason why there is none."""
+    try:
+        return alone(limits, function, *arguments)
+    except Ended as ended:
+        return str(ended)
+
+
+def in_words(row: dict) -> str:
+    text = f"{row['name']}: {row['status']}"
+    if "stages" in row:
+        text += f", {row['stages']} stages, {row['segments']} segments, error {row['error']:.1e}"
+        text += f", {row['first_seconds']:.1f} s"
+    return text + (f": {row['reason']}" if "reason" in row else "") + (f", {row['times']}" if "times" in row else "")
+
+
+def cause(reason: str) -> str:
+    """A reason without the place in the network, and without numbers."""
+    reason = re.sub(r"^(the model|[a-z]\w*(\.\w+)+|[a-z]\w*\d*): ", "", reason)
+    return re.sub(r"\d+", "N", reason)[:120]
+
+
+def summary(rows: dict[str, list[dict]]) -> list[list[str]]:
+    """By zoo and kind: families, the networks that they stand for, and what became of them."""
+    others = (UNEQUAL, REFUSED, BROKEN, ENDED)
+    lines = [["", "kind", "families", "networks", PLANNED, "of them with PyTorch segments", *others]]
+    for zoo, all_of_it in rows.items():
+        for kind in ("BatchNorm", "others", None):
+            part = [row for row in all_of_it if row.get("kind") == kind]
+            counts = Counter(row["status"] for row in part)
+            segmented = sum(row["status"] == PLANNED and row["segments"] > 0 for row in part)
+            numbers = [len(part), sum(row["stands_for"] for row in part), counts[PLANNED], segmented]
+            numbers += [counts[status] for status in others]
+            if part:
+                lines.append([zoo, kind or "not known", *map(str, numbers)])
+    return lines
+
+
+def reasons(rows: list[dict]) -> list[list[str]]:
+    """Why networks are not planned: how many, and some of them."""
+    lines = [["reason", "families", "such as"]]
+    causes = Counter(cause(row["reason"]) for row in rows if "reason" in row)
+    for text, count in causes.most_common():
+        names = [row["name"] for row in rows if "reason" in row and cause(row["reason"]) == text]
+        lines.append([text, str(count), ", ".join(names[:SHOWN])])
+    return lines
+
+
+def in_segments(rows: list[dict]) -> list[list[str]]:
+    """Which operations PyTorch runs in the plans of networks with batch norms: in how many networks, and some."""
+    lines = [["operation", "families", "such as"]]
+    planned = [row for row in rows if row.get("kind") == "BatchNorm" and "operations" in row]
+    counts = Counter(operation for row in planned for operation in row["operations"])
+    for operation, count in counts.most_common():
+        names = [row["name"] for row in planned if operation in row["operations"]]
+        lines.append([operation, str(count), ", ".join(names[:SHOWN])])
+    return lines
+
+
+def not_planned(rows: list[dict]) -> list[list[str]]:
+    lines = [["network", "kind", "status", "reason"]]
+    for row in rows:
+        if "reason" in row:
+            lines.append([row["name"], row.get("kind", ""), row["status"], row["reason"]])
+    return lines
+
+
+def time_table(rows: list[dict]) -> list[list[str]]:
+    """Milliseconds of a step, and how much faster than eager; memory, and its share of autocast's."""
+    lines = [[f"batch {TIMED}", "segments", *WAYS, *(f"memory, {way}" for way in COMPARED)]]
+    for row in rows:
+        if "times" not in row:
+            continue
+        lines.append([row["name"], str(row["segments"])])
+        taken = row["times"]["milliseconds"] if isinstance(row["times"], dict) else {}
+        for way in WAYS:
+            ratio = f" ({taken['eager'] / taken[way]:.1f} x)" if way in taken and "eager" in taken else ""
+            lines[-1].append(f"{taken[way]:.0f} ms{ratio}" if way in taken else "failed")
+        used = [row.get("memory", {}).get(way) for way in COMPARED]
+        lines[-1] += ["" if n is None else f"{n / 1e6:.0f} MB" if isinstance(n, int) else "failed" for n in used]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.coverage", description=__doc__)
+    parser.add_argument("--zoo", default=",".join(ZOOS), help="comma-separated (%(default)s)")
+    parser.add_argument("--families", action="store_true", help="of networks whose modules are of the same types, only "
+                        "the one with the fewest parameters")  # fmt: skip
+    parser.add_argument("--only", metavar="REGEX", help="networks whose names it is found in")
+    parser.add_argument("--small", action="store_true", help=f"images of the smallest side that works, of {SMALL}")
+    parser.add_argument("--time", action="store_true", help="also milliseconds of a step: eager, autocast, plans")
+    parser.add_argument("--memory", action="store_true", help="also the memory of a plan and of autocast")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier commit measured")
+    parser.add_argument("--workers", type=int, default=1, help="networks at a time (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=300, help="for a network (%(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=8, help="for a network (%(default)s)")
+    parser.add_argument("--prepare", action="store_true", help="only install what is missing")
+    parser.add_argument(
+        "--json", type=Path, help="of one zoo; default: a file in bench/results, or of runs/bench for a part"
+    )
+    args = parser.parse_args(arguments)
+    zoos = args.zoo.split(",")
+    if unknown := {*zoos} - {*ZOOS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(ZOOS)}")
+    given = sys.argv[1:] if arguments is None else arguments
+    if args.prepare:
+        print("\n".join(str(interpreter(zoo)) for zoo in zoos))
+        return 0
+    if args.time and args.workers > 1:
+        parser.error("what is timed has to be alone: --workers 1")
+    depth, limits = Depth(args.small, args.time, args.memory), Limits(args.seconds, args.gigabytes)
+    status = 0
+    for zoo in zoos:
+        if not has(zoo):
+            try:
+                own = [interpreter(zoo), "-m", "bench.coverage", *given, "--zoo", zoo]
+                status |= subprocess.run(own, cwd=ROOT).returncode
+            except subprocess.CalledProcessError as error:
+                print(f"{zoo} cannot be installed: {error}", file=sys.stderr)
+                status |= 1
+            continue
+        command = " ".join(["python -m bench.coverage", *given])
+        folder = PARTIAL if args.only or args.small else RESULTS
+        options = {"small": args.small, "version": version(zoo)}
+        record = Record(f"{NAME}-{zoo}", "cpu", command, options, folder, args.json)
+        record.resume()
+        record.rows = [row for row in record.rows if args.resume or row["commit"] == record.header["commit"]]
+        names = dict.fromkeys(ZOOS[zoo].names(), 1)  # imports the zoo here, and not in every process
+        if args.families:
+            names = smallest(kept_catalogue(zoo))
+        names = {name: count for name, count in names.items() if re.search(args.only or "", name)}
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
+        sweep(zoo, names, depth, limits, args.workers, record)
+        status |= record.conclude(
+            [f"{row['name']}: {row['reason']}" for row in record.rows if row["status"] == UNEQUAL]
+        )
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

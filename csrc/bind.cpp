@@ -137,6 +137,26 @@ Pointwise pointwise_args(int64_t pixels, int64_t channels, const std::string& dt
           as<float>(shift), as<void>(other), as<uint8_t>(mask), relu, as<void>(y),    as<uint8_t>(bits)};
 }
 
+// parts: int64 [count, 6], rows as in Part.
+Gather gather_args(int64_t pixels, int64_t channels, const std::string& dtype, Pointer parts, int64_t count,
+                   Pointer scale, Pointer shift, Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
+  static_assert(sizeof(Part) == 6 * sizeof(int64_t));
+  return {as<Part>(parts), count,
+          pointwise_args(pixels, channels, dtype, y, 0, scale, shift, other, mask, relu, y, bits)};
+}
+
+Product product_args(int64_t images, int64_t pixels, int64_t channels, bool per_channel, const std::string& dtype,
+                     Pointer x, Pointer gate, Pointer other, Pointer mask, bool relu, Pointer y, Pointer bits) {
+  return {{images, pixels, channels, per_channel}, dtype_of(dtype), as<void>(x), as<void>(gate), as<void>(other),
+          as<uint8_t>(mask), relu, as<void>(y), as<uint8_t>(bits)};
+}
+
+ProductSum product_sum_args(int64_t images, int64_t pixels, int64_t channels, bool per_channel,
+                            const std::string& dtype, Pointer g, Pointer x, Pointer other, Pointer mask, Pointer y) {
+  return {{images, pixels, channels, per_channel}, dtype_of(dtype), as<void>(g), as<void>(x), as<void>(other),
+          as<uint8_t>(mask), as<void>(y)};
+}
+
 Activation activation_args(int64_t values, const std::string& dtype, int kind, double a, double b, Pointer x, Pointer y,
                            Pointer slope) {
   return {values,      dtype_of(dtype), static_cast<ActivationKind>(kind), static_cast<float>(a), static_cast<float>(b),
@@ -156,22 +176,53 @@ LayerNormBackward layer_norm_backward_args(int64_t pixels, int64_t channels, con
           as<float>(weight), as<float>(moments), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
 }
 
-PoolForward pool_forward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
-                              int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y,
-                              int64_t stride_x, int64_t pad_y, int64_t pad_x, const std::string& dtype, bool max,
-                              Pointer x, Pointer y, Pointer argmax) {
-  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
-           pad_x},
-          dtype_of(dtype), max, as<void>(x), as<void>(y), as<uint8_t>(argmax)};
+Windows regular_windows(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                        int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
+                        int64_t pad_y, int64_t pad_x) {
+  return {images,   channels, height, width, out_height, out_width, kernel_y, kernel_x,
+          stride_y, stride_x, pad_y,  pad_x, nullptr,    nullptr,   nullptr,  nullptr};
 }
 
-PoolBackward pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
-                                int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y,
-                                int64_t stride_x, int64_t pad_y, int64_t pad_x, const std::string& dtype, bool max,
-                                Pointer g, Pointer argmax, Pointer other, Pointer mask, Pointer dx) {
-  return {{images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y, stride_x, pad_y,
-           pad_x},
-          dtype_of(dtype), max, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+Windows listed_windows(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                       int64_t out_width, Pointer rows, Pointer columns, Pointer row_weights, Pointer column_weights) {
+  return {images, channels, height, width, out_height, out_width, 0, 0, 0, 0, 0, 0,
+          as<int32_t>(rows), as<int32_t>(columns), as<float>(row_weights), as<float>(column_weights)};
+}
+
+PoolForward max_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                          int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,
+                          int64_t pad_y, int64_t pad_x, const std::string& dtype, Pointer x, Pointer y,
+                          Pointer argmax) {
+  return {regular_windows(images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y,
+                          stride_x, pad_y, pad_x),
+          dtype_of(dtype), true, as<void>(x), as<void>(y), as<uint8_t>(argmax)};
+}
+
+PoolBackward max_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
+                                    int64_t out_height, int64_t out_width, int64_t kernel_y, int64_t kernel_x,
+                                    int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
+                                    const std::string& dtype, Pointer g, Pointer argmax, Pointer other, Pointer mask,
+                                    Pointer dx) {
+  return {regular_windows(images, channels, height, width, out_height, out_width, kernel_y, kernel_x, stride_y,
+                          stride_x, pad_y, pad_x),
+          dtype_of(dtype), true, as<void>(g), as<uint8_t>(argmax), as<void>(other), as<uint8_t>(mask), as<void>(dx)};
+}
+
+PoolForward sum_pool_args(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
+                          int64_t out_width, Pointer rows, Pointer columns, Pointer row_weights,
+                          Pointer column_weights, const std::string& dtype, Pointer x, Pointer y) {
+  return {listed_windows(images, channels, height, width, out_height, out_width, rows, columns, row_weights,
+                         column_weights),
+          dtype_of(dtype), false, as<void>(x), as<void>(y), nullptr};
+}
+
+PoolBackward sum_pool_backward_args(int64_t images, int64_t channels, int64_t height, int64_t width,
+                                    int64_t out_height, int64_t out_width, Pointer rows, Pointer columns,
+                                    Pointer row_weights, Pointer column_weights, const std::string& dtype, Pointer g,
+                                    Pointer other, Pointer mask, Pointer dx) {
+  return {listed_windows(images, channels, height, width, out_height, out_width, rows, columns, row_weights,
+                         column_weights),
+          dtype_of(dtype), false, as<void>(g), nullptr, as<void>(other), as<uint8_t>(mask), as<void>(dx)};
 }
 
 using PyStep = std::tuple<std::string, std::vector<float>, int>;  // kind, values, derivative of a clamp at its bounds
@@ -258,8 +309,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_cpu", bound(activation_args, activation_cpu));
   m.def("layer_norm_cpu", bound(layer_norm_args, layer_norm_cpu));
   m.def("layer_norm_backward_cpu", bound(layer_norm_backward_args, layer_norm_backward_cpu));
-  m.def("pool_forward_cpu", bound(pool_forward_args, pool_forward_cpu));
-  m.def("pool_backward_cpu", bound(pool_backward_args, pool_backward_cpu));
+  m.def("gather_cpu", bound(gather_args, gather_cpu));
+  m.def("product_cpu", bound(product_args, product_cpu));
+  m.def("product_sum_cpu", bound(product_sum_args, product_sum_cpu));
+  m.def("max_pool_cpu", bound(max_pool_args, pool_forward_cpu));
+  m.def("max_pool_backward_cpu", bound(max_pool_backward_args, pool_backward_cpu));
+  m.def("sum_pool_cpu", bound(sum_pool_args, pool_forward_cpu));
+  m.def("sum_pool_backward_cpu", bound(sum_pool_backward_args, pool_backward_cpu));
   // images, dtype, then tensors and numbers, threads, isa
   m.attr("most_pixel_channels") = kMostPixelChannels;
   py::class_<InputProgram>(m, "InputProgram", py::module_local())

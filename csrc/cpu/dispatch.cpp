@@ -23,6 +23,9 @@ struct Isa {
   void (*forward)(const TwinBnForward&, const Scratch&, int);
   void (*backward)(const TwinBnBackward&, const Scratch&, int);
   void (*pointwise)(const Pointwise&, int);
+  void (*gather)(const Gather&, int);
+  void (*product)(const Product&, int);
+  void (*product_sum)(const ProductSum&, int);
   void (*activation)(const Activation&, int);
   void (*layer_norm)(const LayerNorm&, int);
   void (*layer_norm_backward)(const LayerNormBackward&, int);
@@ -33,7 +36,8 @@ struct Isa {
 };
 
 #define TWINS_FAST_UNITS(isa) \
-  isa::forward, isa::backward, isa::pointwise, isa::activation, isa::layer_norm, isa::layer_norm_backward, \
+  isa::forward, isa::backward, isa::pointwise, isa::gather, isa::product, isa::product_sum, isa::activation, \
+      isa::layer_norm, isa::layer_norm_backward, \
       isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
 
 #ifdef TWINS_FAST_HAS_avx512
@@ -117,15 +121,29 @@ Status run_pass(const Args& args, int64_t channels, int64_t pixels, bool valid, 
   return Status::kOk;
 }
 
-// Every window lies at least partly in the image, and its places fit a byte for maxima.
+// Every window of maxima lies at least partly in the image, and its places fit a byte; one of sums may be empty.
 bool valid(const Windows& w, bool max) {
-  const auto fits = [=](int64_t size, int64_t count, int64_t kernel, int64_t stride, int64_t pad) {
-    const int64_t last = (count - 1) * stride - pad;
+  const auto regular = [](int64_t size, int64_t count, int64_t kernel, int64_t stride, int64_t pad) {
     return size > 0 && count > 0 && kernel > 0 && stride > 0 && pad >= 0 && pad < kernel &&
-           last < size && (max || (pad == 0 && last + kernel <= size));
+           (count - 1) * stride - pad < size;
   };
-  return fits(w.height, w.out_height, w.kernel_y, w.stride_y, w.pad_y) &&
-         fits(w.width, w.out_width, w.kernel_x, w.stride_x, w.pad_x) && (!max || w.kernel_y * w.kernel_x <= 255);
+  const auto listed = [](int64_t size, int64_t count, const int32_t* begin, const float* weights) {
+    bool right = size > 0 && count > 0 && begin && weights;
+    for (int64_t i = 0; right && i < count; ++i)
+      right = 0 <= begin[i] && begin[i] <= begin[count + i] && begin[count + i] <= size &&
+              (!i || (begin[i - 1] <= begin[i] && begin[count + i - 1] <= begin[count + i]));
+    return right;
+  };
+  if (!max)
+    return listed(w.height, w.out_height, w.rows, w.row_weights) &&
+           listed(w.width, w.out_width, w.columns, w.column_weights);
+  return !w.rows && !w.columns && regular(w.height, w.out_height, w.kernel_y, w.stride_y, w.pad_y) &&
+         regular(w.width, w.out_width, w.kernel_x, w.stride_x, w.pad_x) && w.kernel_y * w.kernel_x <= 255;
+}
+
+bool inside(const Part& part, int64_t channels) {
+  return part.channels > 0 && part.y_first >= 0 && part.y_step > 0 && part.stride > 0 && part.step > 0 &&
+         part.y_first + (part.channels - 1) * part.y_step < channels;
 }
 
 void require(bool condition, const char* what) {
@@ -270,6 +288,31 @@ Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::
 Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa) {
   const bool given = !args.pixels || (args.x && args.y);
   return run_pass(args, args.channels, args.pixels, given && (args.relu || !args.bits), threads, isa, &Isa::pointwise);
+}
+
+Status gather_cpu(const Gather& args, int threads, const std::string& isa) {
+  const Pointwise& pass = args.pass;
+  const bool given = !pass.pixels || (pass.y && pass.y != pass.other);
+  bool right = given && pass.x == pass.y && (pass.relu || !pass.bits);
+  int64_t channels = 0;
+  for (const Part* part = args.parts; part < args.parts + args.count; ++part) {
+    right = right && inside(*part, pass.channels) && (part->x != pass.y || !part->x);
+    channels += part->channels;
+  }
+  return run_pass(args, pass.channels, pass.pixels, right && channels == pass.channels, threads, isa, &Isa::gather);
+}
+
+Status product_cpu(const Product& args, int threads, const std::string& isa) {
+  const Gate& s = args.shape;
+  const bool given = !s.images || (args.x && args.gate && args.y && args.y != args.gate);
+  return run_pass(args, s.channels, s.images * s.pixels, given && s.pixels > 0 && (args.relu || !args.bits), threads,
+                  isa, &Isa::product);
+}
+
+Status product_sum_cpu(const ProductSum& args, int threads, const std::string& isa) {
+  const Gate& s = args.shape;
+  const bool given = !s.images || (args.x && args.g && args.y && args.y != args.x && args.y != args.g);
+  return run_pass(args, s.channels, s.images * s.pixels, given && s.pixels > 0, threads, isa, &Isa::product_sum);
 }
 
 Status activation_cpu(const Activation& args, int threads, const std::string& isa) {

@@ -15,6 +15,9 @@ namespace twins_fast {
 Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::string& isa);
 Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::string& isa);
 Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa);
+Status gather_cpu(const Gather& args, int threads, const std::string& isa);
+Status product_cpu(const Product& args, int threads, const std::string& isa);
+Status product_sum_cpu(const ProductSum& args, int threads, const std::string& isa);
 Status activation_cpu(const Activation& args, int threads, const std::string& isa);
 Status layer_norm_cpu(const LayerNorm& args, int threads, const std::string& isa);
 Status layer_norm_backward_cpu(const LayerNormBackward& args, int threads, const std::string& isa);
@@ -106,6 +109,9 @@ class InputProgram {
   void forward(const TwinBnForward&, const Scratch&, int threads);   \
   void backward(const TwinBnBackward&, const Scratch&, int threads); \
   void pointwise(const Pointwise&, int threads);                     \
+  void gather(const Gather&, int threads);                           \
+  void product(const Product&, int threads);                         \
+  void product_sum(const ProductSum&, int threads);                  \
   void activation(const Activation&, int threads);                   \
   void layer_norm(const LayerNorm&, int threads);                    \
   void layer_norm_backward(const LayerNormBackward&, int threads);   \

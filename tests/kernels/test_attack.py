@@ -11,7 +11,7 @@ from torchvision.models import resnet50
 
 from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
-from twins_fast.attacks.engine import cache
+from twins_fast.attacks.engine import cache, windows
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.executors.cuda import CudaConvolution, CudaExecutor
 from twins_fast.attacks.engine.executors.torch import Input, State, TorchExecutor
@@ -164,7 +164,7 @@ def test_max_pool(kernel, stride, padding, dtype):
     x[:, 3] = x[:, 3].round()  # equal maxima
     if DEVICE == "cpu":
         x[0, 4] = -torch.inf  # on a GPU PyTorch gives the image's first pixel then
-    state = stage_of(kernel=kernel, stride=stride, padding=padding)
+    state = stage_of(kernel=kernel, stride=stride, padding=padding, ceil=False)
     small = (2, 9, *(((n + 2 * p - k) // s + 1) for n, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True)))
     want = torch.empty_like(memory.empty(small))
     want_index = torch.empty(want.numel() * reference.argmax_bytes, dtype=torch.uint8, device=DEVICE)
@@ -196,7 +196,8 @@ def test_max_pool(kernel, stride, padding, dtype):
 def test_a_gradient_looks_only_into_windows_that_may_hold_the_pixel(kernel, stride, windows, monkeypatch):
     memory, loads, load = Memory(torch.float32), [], tiles.load_float32
     monkeypatch.setattr(tiles, "load_float32", lambda *arguments: loads.append(1) or load(*arguments))
-    state, g = stage_of(kernel=(kernel, kernel), stride=(stride, stride)), memory.values((1, 8, 1, 1))
+    mean = windows.pooled(kernel, 1, kernel, stride, 0, True)._replace(size=stride)
+    state, g = stage_of(rows=mean, columns=mean), memory.values((1, 8, 1, 1))
     tensors = {"g": g, "other": None, "mask": None, "dx": memory.empty((1, 8, kernel, kernel))}
     both(torch.float32)[1].avg_pool_backward(state, tensors)()
     programs = -(-kernel * kernel // 32)
@@ -210,8 +211,10 @@ def test_a_gradient_looks_only_into_windows_that_may_hold_the_pixel(kernel, stri
 def test_avg_pool(kernel, stride, dtype):
     memory, shape = Memory(dtype), (2, 13, 7, 6)
     reference, ours = both(dtype)
-    x, state = memory.values(shape, SPECIAL[:1]), stage_of(kernel=kernel, stride=stride)
     small = (2, 13, *(((n - k) // s + 1) for n, k, s in zip(shape[2:], kernel, stride, strict=True)))
+    sizes = zip(shape[2:], small[2:], kernel, stride, strict=True)
+    rows, columns = (windows.pooled(*numbers, 0, True) for numbers in sizes)
+    x, state = memory.values(shape, SPECIAL[:1]), stage_of(rows=rows, columns=columns)
     want, got = torch.empty_like(memory.empty(small)), memory.empty(small)
     reference.avg_pool(state, {"x": x, "y": want})()
     ours.avg_pool(state, {"x": x, "y": got})()

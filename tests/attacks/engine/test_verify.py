@@ -18,12 +18,13 @@ class Kinds(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         self.norm = nn.BatchNorm2d(8)
-        self.branch = nn.Conv2d(8, 8, 3, padding=1)
+        self.branch, self.both = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 1)
         self.layer_norm, self.head = nn.LayerNorm(8), nn.Linear(8, 10)
 
     def forward(self, x):
         x = self.stem(x / 2)
-        x = (self.branch(nn.functional.silu(self.norm(x).relu())) + x).relu()
+        x = (self.branch(nn.functional.silu(self.norm(x).relu())) + x).relu() / 256
+        x = self.both(torch.cat([x, x * self.branch(x).mean((2, 3), keepdim=True)], 1).relu()).relu()
         x = self.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head((x + self.norm(x).relu()).mean((2, 3)))
 
@@ -53,6 +54,11 @@ DAMAGES = {
     "activation with the wrong slope": last_image("slope"),
     "layer_norm": last_image("y"),
     "layer_norm with wrong moments": last_image("moments"),
+    "gather": last_image("y"),
+    "gather with the wrong mask": ones("mask"),
+    "product": last_image("y"),
+    "gather_backward": last_image("dx"),
+    "product_backward": last_image("dx"),
     "conv_backward": last_image("dx"),
     "affine_backward": last_image("dx"),
     "activation_backward": last_image("dx"),
@@ -73,7 +79,7 @@ def executor(name, damage):
             right()
             damage(tensors)
 
-        damaged = name != "conv" or tensors["mask"] is not None
+        damaged = name not in ("conv", "gather") or tensors["mask"] is not None
         return (lambda: None) if damage is None else run if damaged else right
 
     return type("Wrong", (TorchExecutor,), {name: bind, "name": "wrong kernels"})

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from twins_fast.attacks.engine.derivatives import differentiable_functions, without_own_backward
 from twins_fast.attacks.engine.graph import (
     Reading,
+    arguments,
     aten,
     draws_nothing,
     is_aten,
@@ -30,6 +32,7 @@ from twins_fast.attacks.engine.graph import (
 )
 from twins_fast.attacks.engine.nodes import (
     Call,
+    Derived,
     Node,
     NotCaptured,
     Param,
@@ -39,7 +42,7 @@ from twins_fast.attacks.engine.nodes import (
     tensor_of,
     tensors_of,
 )
-from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
+from twins_fast.attacks.engine.patterns import PATTERNS, Match, several, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
@@ -215,10 +218,14 @@ class Reader(Reading):
             target = node.target
         elif not (callable(target) and target.__module__ in ("_operator", "operator", "math")):
             raise NotCaptured(f"{module_of(node)}: {target}")
-        if target in _SAME or is_switched_off(node) or (target in _SAME_IF_ALIKE and self._alike(node)):
+        same = target in _SAME or is_switched_off(node) or _is_whole(node)
+        if same or (target in _SAME_IF_ALIKE and self._alike(node)):
             self.values[node] = value(node.args[0])
             if not is_switched_off(node) and not share_memory(node, node.args[0]):
                 self.shared |= {node, node.args[0]}  # a copy: a write to either would have to tell them apart
+            return
+        if all(isinstance(value(n), (torch.Tensor, Param, Derived)) for n in node.all_input_nodes):
+            self.values[node] = Derived(self._call_of(node))
             return
         if is_aten(target) and target._schema.name.partition("::")[2] in _ABOUT_MEMORY:
             raise NotCaptured(f"{module_of(node)}: {target} looks at how memory is laid out")
@@ -227,7 +234,12 @@ class Reader(Reading):
             self.values[node] = Ref(len(self.nodes) - 1)
             return
         pattern = PATTERNS.get(target._schema.name.partition("::")[2]) if is_aten(target) else None
-        match = pattern(self, node) if pattern and self.exactly is None else None
+        planned = is_aten(target) and self.exactly is None
+        results = several(self, node) if planned else None
+        if results is not None:
+            self.values[node] = results
+            return
+        match = pattern(self, node) if pattern and planned else None
         self.values[node] = self._planned(node, match) if match else self._generic(node)
 
     def _without_autocast(self, node: fx.Node) -> None:
@@ -262,7 +274,7 @@ class Reader(Reading):
         plain = getattr(getattr(aten, name.removesuffix("_"), None), node.target._overloadname, None)
         if written != [0] or not name.endswith("_") or plain is None:
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to its operands")
-        if not isinstance(value, Ref) or value.index == 0:
+        if not isinstance(value, Derived) and (not isinstance(value, Ref) or value.index == 0):
             changed = value.name if isinstance(value, Param) else "the images"
             raise NotCaptured(f"{module_of(node)}: {node.target} changes {changed}")
         if subject in self.shared:
@@ -324,3 +336,12 @@ class Reader(Reading):
             if node.call is not None:
                 node.call = (node.call[0], *map_values(moved, node.call[1:]))
         self.nodes[:] = remaining
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """A slice of everything."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, dim, start, end, step = arguments(node, lambda v: v)
+    size = node.args[0].meta["val"].shape[dim]
+    return start in (None, 0) and step == 1 and (end is None or end == sys.maxsize or end == size)

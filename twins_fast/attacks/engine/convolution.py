@@ -8,7 +8,11 @@ from math import gcd, prod
 
 @dataclass(frozen=True)
 class Convolution:
-    """The geometry of a convolution of an image that was upsampled ``upsample`` times (nearest neighbour)."""
+    """The geometry of a convolution of an image that was upsampled ``upsample`` times (nearest neighbour).
+
+    Attributes:
+        padding: in front; behind the image there is as much as ``out_size`` needs.
+    """
 
     in_channels: int
     in_size: tuple[int, int]
@@ -20,6 +24,19 @@ class Convolution:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     upsample: tuple[int, int] = (1, 1)
+
+    @property
+    def padding_behind(self) -> tuple[int, ...]:
+        """Negative where the last rows or columns are not looked at."""
+        sizes = zip(self.in_size, self.upsample, self.out_size, self.kernel, self.stride, self.dilation, strict=True)
+        needed = [(out - 1) * s + d * (k - 1) + 1 - size * f for size, f, out, k, s, d in sizes]
+        return tuple(n - p for n, p in zip(needed, self.padding, strict=True))
+
+    @property
+    def pads_alike(self) -> bool:
+        """Whether PyTorch pads so, given :attr:`padding` alone."""
+        lost = [p - behind for p, behind in zip(self.padding, self.padding_behind, strict=True)]
+        return all(0 <= n < s for n, s in zip(lost, self.stride, strict=True))
 
     @property
     def weights(self) -> int:

@@ -125,11 +125,13 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 def _op(stage: Stage) -> str:
     names = {
         "conv": "convolution", "affine": "batch norm", "layer_norm": "layer norm", "pointwise": "",
-        "max_pool": "max-pool", "avg_pool": "mean",
+        "max_pool": "max-pool", "avg_pool": "mean", "gather": "channels", "product": "product",
     }  # fmt: skip
     if stage.kind == "segment":
         listed = list(dict.fromkeys(n.call[0].__name__.partition(".")[0] for _, n in stage.nodes if n.call))
         return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+    first = stage.nodes[0][1].op
+    names |= {"avg_pool": first} if first in ("upsample", "pad", "crop") else {"gather": first}
     parts = [stage.options["activation"].kind if stage.kind == "activation" else names[stage.kind]]
     if stage.kind == "conv":
         g = stage.options["geometry"]
@@ -137,8 +139,9 @@ def _op(stage: Stage) -> str:
         parts[0] += f" /{g.stride[0]}" if g.stride != (1, 1) else ""
         parts[0] += f" groups {g.groups}" if g.groups > 1 else ""
         parts[0] += f" of {g.upsample[0]}x upsampled" if g.upsample != (1, 1) else ""
+    if stage.kind != "affine":
         parts += ["folded batch norm"] if "norm" in stage.options else []
-        parts += ["folded gain"] if "gain" in stage.options else []
+    parts += ["arithmetic"] if "then" in stage.options else []
     parts += ["sum"] if stage.other is not None else []
     parts += ["ReLU"] if stage.relu else []
     return " + ".join(part for part in parts if part)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.executors.torch import State, TorchExecutor
-from twins_fast.attacks.engine.nodes import Param, tensor_of
+from twins_fast.attacks.engine.nodes import Derived, Param, Parameters
 from twins_fast.attacks.engine.plan import Plan
 
 
@@ -22,21 +22,23 @@ class Fold:
         self._shape = shape
         self._executor = executor
         self._input: Input | None = None
-        self._vectors = _Vectors(states, model, executor.device)
+        self._vectors = _Vectors(plan, states, model, executor.device)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Input:
         """The path of the images into the network, with the current parameters."""
-        self._vectors.fill(model)
+        parameters = Parameters(model)
+        self._vectors.fill(parameters)
         for state in self._states:
             if state.convolution is not None:
-                weight = _float32(tensor_of(model, state.stage.options["weight"].name))
-                weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+                g = state.stage.options["geometry"]
+                weight = _float32(parameters[state.stage.options["weight"]])
+                weight = weight.reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
                 state.convolution.fold(weight.contiguous(), state.scale)
             elif state.segment is not None:
-                state.segment.parameters = {n: tensor_of(model, n).detach() for n in state.segment.names()}
+                state.segment.parameters = {source: parameters[source] for source in state.segment.sources()}
         steps = [
-            (kind, *(_float32(tensor_of(model, a.name)) if isinstance(a, Param) else a for a in arguments))
+            (kind, *(_float32(parameters[a]) if isinstance(a, (Param, Derived)) else a for a in arguments))
             for kind, *arguments in self._plan.program
         ]
         if self._input is None:
@@ -47,13 +49,14 @@ class Fold:
 
 
 class _Vectors:
-    """Scale and shift of all layers, computed together: per layer that would be many small operations."""
+    """Scale and shift of all layers; batch norms are computed together: one by one they would be many operations."""
 
-    def __init__(self, states: list[State], model: nn.Module, device: torch.device):
-        self._layers = [s for s in states if s.stage.kind in ("conv", "affine")]
+    def __init__(self, plan: Plan, states: list[State], model: nn.Module, device: torch.device):
+        parameters = Parameters(model)
+        self._layers = [s for s in states if s.stage.kind in ("conv", "affine", "gather")]
         self._layer_norms = [s for s in states if s.stage.kind == "layer_norm"]
         self._norms = [s for s in self._layers if "norm" in s.stage.options]
-        lengths = [self._length(s, model) for s in self._norms]
+        lengths = [parameters[s.stage.options["norm"]["mean"]].numel() for s in self._norms]
         self._eps = torch.cat(
             [
                 torch.full((n,), s.stage.options["norm"]["eps"], dtype=torch.float32)
@@ -69,51 +72,63 @@ class _Vectors:
         for state, (scale, shift) in zip(self._norms, parts, strict=True):
             state.scale, state.shift = scale, shift
         for state in self._layers:
-            if "norm" not in state.stage.options:
-                length, gained = state.stage.options["geometry"].out_channels, "gain" in state.stage.options
-                state.scale = torch.empty(length, device=device) if gained else None
-                state.shift = self._empty_like(state, "bias", model, device)
+            if state.scale is not None:
+                continue
+            channels = plan.values[state.stage.outputs[0]].channels
+            if state.stage.options.get("then"):
+                state.scale, state.shift = (torch.empty(channels, device=device) for _ in range(2))
+            elif state.stage.options.get("bias") is not None:
+                state.shift = torch.empty(channels, device=device)
         for state in self._layer_norms:
-            state.scale, state.shift = (self._empty_like(state, entry, model, device) for entry in ("weight", "bias"))
+            channels = plan.values[state.stage.outputs[0]].channels
+            given = (state.stage.options[entry] is not None for entry in ("weight", "bias"))
+            state.scale, state.shift = (torch.empty(channels, device=device) if one else None for one in given)
 
-    @staticmethod
-    def _empty_like(state: State, entry: str, model: nn.Module, device: torch.device) -> Tensor | None:
-        name = state.stage.options[entry]
-        return None if name is None else torch.empty(tensor_of(model, name.name).numel(), device=device)
-
-    @staticmethod
-    def _length(state: State, model: nn.Module) -> int:
-        return tensor_of(model, state.stage.options["norm"]["mean"].name).numel()
-
-    def fill(self, model: nn.Module) -> None:
+    def fill(self, parameters: Parameters) -> None:
         if self._norms:
             weight, bias, mean, var = (
-                torch.cat([self._vector(model, s, entry, n) for s, n in zip(self._norms, self._lengths, strict=True)])
+                torch.cat(
+                    [self._vector(parameters, s, entry, n) for s, n in zip(self._norms, self._lengths, strict=True)]
+                )
                 for entry in ("weight", "bias", "mean", "var")
             )
             torch.mul(weight, torch.rsqrt(var + self._eps), out=self._scale)
             torch.addcmul(bias, mean, self._scale, value=-1, out=self._shift)
         for state in self._layers:
             options = state.stage.options
-            own, gain = options.get("bias"), options.get("gain")
+            own, then = options.get("bias"), options.get("then", ())
+            if then and "norm" not in options:
+                state.scale.fill_(1), state.shift.zero_()
             if own is not None:
-                own = _float32(tensor_of(model, own.name))
-                state.shift.addcmul_(own, state.scale) if "norm" in options else state.shift.copy_(own)
-            if gain is not None:
-                gain = _float32(tensor_of(model, gain.name)).flatten() if isinstance(gain, Param) else gain
-                state.scale.mul_(gain) if "norm" in options else state.scale.fill_(1).mul_(gain)
-                if state.shift is not None:
-                    state.shift.mul_(gain)
+                own = _float32(parameters[own])
+                state.shift.copy_(own) if state.scale is None else state.shift.addcmul_(own, state.scale)
+            for kind, other in then:
+                _ARITHMETIC[kind](state.scale, state.shift, self._operand(parameters, other))
         for state in self._layer_norms:
             for entry, vector in (("weight", state.scale), ("bias", state.shift)):
                 if vector is not None:
-                    vector.copy_(_float32(tensor_of(model, state.stage.options[entry].name)))
+                    vector.copy_(_float32(parameters[state.stage.options[entry]]))
 
-    def _vector(self, model: nn.Module, state: State, entry: str, length: int) -> Tensor:
-        name = state.stage.options["norm"][entry]
-        if name is None:
+    @staticmethod
+    def _operand(parameters: Parameters, other):
+        other = parameters[other] if isinstance(other, (Param, Derived)) else other
+        return _float32(other).flatten() if isinstance(other, Tensor) else other
+
+    def _vector(self, parameters: Parameters, state: State, entry: str, length: int) -> Tensor:
+        source = state.stage.options["norm"][entry]
+        if source is None:
             return (self._ones if entry == "weight" else self._zeros)[:length]
-        return _float32(tensor_of(model, name.name))
+        return _float32(parameters[source])
+
+
+# What becomes of scale and shift by an operation with one more number per channel.
+_ARITHMETIC = {
+    "add": lambda scale, shift, other: shift.add_(other),
+    "sub": lambda scale, shift, other: shift.sub_(other),
+    "mul": lambda scale, shift, other: (scale.mul_(other), shift.mul_(other)),
+    "div": lambda scale, shift, other: (scale.div_(other), shift.div_(other)),
+    "rsub": lambda scale, shift, other: (scale.neg_(), shift.neg_().add_(other)),
+}
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -21,10 +21,20 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
 
 
+Call = tuple[Any, tuple, dict]  # function, arguments, keywords; results of nodes are Refs in them, tensors Sources
+
+
 class Param(NamedTuple):
     """A parameter, buffer or tensor attribute, by its name in the model: read anew at every attack."""
 
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """What an operation makes of parameters alone: computed anew whenever they are read."""
+
+    call: Call
 
 
 class Ref(NamedTuple):
@@ -33,7 +43,7 @@ class Ref(NamedTuple):
     index: int
 
 
-Call = tuple[Any, tuple, dict]  # function, arguments, keywords; results of nodes are Refs in them, tensors Params
+Source = Param | Derived
 
 
 @dataclass
@@ -41,15 +51,16 @@ class Node:
     """One operation.
 
     Attributes:
-        op: ``conv``, ``linear``, ``batch_norm``, ``layer_norm``, ``relu``, ``activation``, ``clamp``, ``add``,
-            ``max_pool``, ``avg_pool``, ``same`` (another shape of the same memory); ``arithmetic`` on the image, or
-            behind a layer that takes it over; on the image also ``upsample``; ``input``; ``rows`` (the number of
+        op: ``conv``, ``linear``, ``batch_norm``, ``layer_norm``, ``arithmetic`` (with what is the same for all images),
+            ``relu``, ``activation``, ``clamp``, ``add``, ``product``, ``max_pool``, ``avg_pool``, ``upsample``,
+            ``crop``, ``pad`` (with zeros), ``concat``, ``slice`` and ``shuffle`` (of channels), ``same`` (another shape
+            of the same memory), ``flatten`` (in an order that is not the memory's); ``input``; ``rows`` (the number of
             images); ``call`` (any other ATen operation, unchanged).
         inputs: the nodes whose gradient it passes on.
         shape: of its result without the batch; None if that is no batched tensor.
         where: the module that it comes from.
         per_sample: whether each row of the result depends on that row of the batch alone.
-        options: what the operation needs to know, Params included.
+        options: what the operation needs to know, Sources included.
         call: what PyTorch runs where the node is not planned.
         dtype: of its result; None if that is no tensor.
     """
@@ -65,8 +76,8 @@ class Node:
 
 
 def map_values(function, value):
-    """``value`` with ``function`` applied to every Ref and Param in it."""
-    if isinstance(value, (Ref, Param)):
+    """``value`` with ``function`` applied to every Ref and Source in it."""
+    if isinstance(value, (Ref, Param, Derived)):
         return function(value)
     if isinstance(value, (list, tuple)):
         return type(value)(map_values(function, item) for item in value)
@@ -82,6 +93,22 @@ def tensor_of(model: nn.Module, name: str) -> Tensor | None:
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) else None
+
+
+class Parameters:
+    """Parameters of a model as they are now, and what is derived of them."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._derived: dict[Derived, Any] = {}
+
+    def __getitem__(self, source: Source) -> Any:
+        if isinstance(source, Param):
+            return tensor_of(self._model, source.name).detach()
+        if source not in self._derived:
+            function, arguments, keywords = map_values(self.__getitem__, source.call)
+            self._derived[source] = function(*arguments, **keywords)
+        return self._derived[source]
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -64,14 +64,17 @@ class Pass:
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [n, classes] of float32 images ``x``, good until the next pass."""
-        bound, images = self.bound, len(x)
         if not self._prepared:
-            self._input.prepare(x, bound.image[:images])
-            if images < bound.rows:
-                bound.image[images:].zero_()
+            self.prepare(x)
         self._prepared = False
-        _run(bound.forward)
-        return bound.logits[:images].float()
+        _run(self.bound.forward)
+        return self.bound.logits[: len(x)].float()
+
+    def prepare(self, x: Tensor) -> None:
+        """What the first layers read."""
+        self._input.prepare(x, self.bound.image[: len(x)])
+        if len(x) < self.bound.rows:
+            self.bound.image[len(x) :].zero_()
 
     def gradient(self, x: Tensor, logits_gradient: Tensor) -> Tensor:
         """The gradient of ``x``, float32, from that of their logits, float32 [n, classes]."""

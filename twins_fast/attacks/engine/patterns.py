@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from twins_fast.attacks.engine.activations import Activation
+from twins_fast.attacks.engine.executors.pixels import sources_of
 from twins_fast.attacks.engine.graph import Reading, arguments, aten, module_of, pair, shape_of, size_of
 from twins_fast.attacks.engine.layout import FIRST, LAST
-from twins_fast.attacks.engine.nodes import Call, Node, NotCaptured, Param, Ref, tensor_of
+from twins_fast.attacks.engine.nodes import Call, Derived, Node, NotCaptured, Param, Ref
+from twins_fast.attacks.engine.windows import Windows, adaptive, copied, moved, pooled
 from twins_fast.models.clamp import clamp as clamp_passing_at_bounds
 from twins_fast.models.clamp import torch_passes_at_bounds
 
@@ -51,21 +53,30 @@ def pattern(*names: str):
     return enter
 
 
+def _is_source(value: Any) -> bool:
+    return isinstance(value, (Param, Derived))
+
+
 @pattern("conv2d")
 def conv2d(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias, stride, padding, dilation, groups = arguments(node, reading.value)
-    if not reading.is_image(x) or not isinstance(weight, Param) or isinstance(padding, str):
+    if not reading.is_image(x) or not _is_source(weight):
         return None
-    if bias is not None and not isinstance(bias, Param):
+    if bias is not None and not _is_source(bias):
         return None
+    kernel = size_of(node.args[1])[2:]
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":  # what is odd is at the end
+        padding = [d * (k - 1) // 2 for d, k in zip(pair(dilation), kernel, strict=True)]
     sizes = {"stride": pair(stride), "padding": pair(padding), "dilation": pair(dilation), "groups": groups}
-    return Match("conv", [x], {"weight": weight, "bias": bias, "kernel": size_of(node.args[1])[2:], **sizes})
+    return Match("conv", [x], {"weight": weight, "bias": bias, "kernel": kernel, **sizes})
 
 
 @pattern("linear")
 def linear(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias = arguments(node, reading.value)
-    if not isinstance(x, Ref) or not isinstance(weight, Param) or not (bias is None or isinstance(bias, Param)):
+    if not isinstance(x, Ref) or not _is_source(weight) or not (bias is None or _is_source(bias)):
         return None
     return Match("linear", [x], {"weight": weight, "bias": bias}) if reading.nodes[x.index].shape else None
 
@@ -76,7 +87,7 @@ def layer_norm(reading: Reading, node: fx.Node) -> Match | None:
     x, sizes, weight, bias, eps, _ = arguments(node, reading.value)
     if not reading.is_batched(x) or len(sizes) != 1 or reading.nodes[x.index].dtype != torch.float32:
         return None
-    if not all(v is None or isinstance(v, Param) for v in (weight, bias)):
+    if not all(v is None or _is_source(v) for v in (weight, bias)):
         return None
     return Match("layer_norm", [x], {"weight": weight, "bias": bias, "eps": eps})
 
@@ -84,9 +95,9 @@ def layer_norm(reading: Reading, node: fx.Node) -> Match | None:
 @pattern("batch_norm")
 def batch_norm(reading: Reading, node: fx.Node) -> Match | None:
     x, weight, bias, mean, var, training, _, eps, _ = arguments(node, reading.value)
-    if training or not reading.is_image(x) or not all(v is None or isinstance(v, Param) for v in (weight, bias)):
+    if training or not _is_feature(reading, x) or not all(v is None or _is_source(v) for v in (weight, bias)):
         return None
-    if not isinstance(mean, Param) or not isinstance(var, Param):
+    if not _is_source(mean) or not _is_source(var):
         return None
     return Match("batch_norm", [x], {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps})
 
@@ -96,7 +107,7 @@ def twin_batch_norm(reading: Reading, node: fx.Node) -> tuple[Ref, None, None]:
     x, residual, split, mean, var, weight, bias, *_, eps, relu, _, _ = arguments(node, reading.value)
     rows = isinstance(split, Ref) and reading.nodes[split.index].op == "rows"
     vectors = (mean, var, weight, bias)
-    if not rows or not reading.is_image(x) or not all(v is None or isinstance(v, Param) for v in vectors):
+    if not rows or not reading.is_image(x) or not all(v is None or _is_source(v) for v in vectors):
         raise NotCaptured(f"{module_of(node)}: two wings at once")
     options = {"weight": weight, "bias": bias, "mean": mean, "var": var, "eps": eps}
     shape, where = reading.nodes[x.index].shape, module_of(node)
@@ -181,16 +192,27 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
                 return Match("activation", [one], {"activation": Activation("silu")}, (aten.silu.default, (one,), {}))
     if isinstance(x, Ref) and isinstance(other, Ref):
         alike = reading.is_batched(x) and reading.nodes[x.index].shape == reading.nodes[other.index].shape
+        if kind == "mul":
+            return _product(reading, x, other)
+        if kind == "sub" and alike and _is_feature(reading, x) and _is_feature(reading, other):
+            made = reading.nodes[other.index]
+            negated = {"kind": "mul", "other": -1.0}
+            call = (aten.mul.Tensor, (other, -1.0), {})
+            reading.nodes.append(Node("arithmetic", [other.index], made.shape, made.where, True, negated, call))
+            negative = Ref(len(reading.nodes) - 1)
+            return Match("add", [x, negative], {}, (aten.add.Tensor, (x, negative), {}))
         return Match("add", [x, other], {}) if kind == "add" and alike else None
+    operand = node.args[1]
     if not isinstance(x, Ref):
-        if kind not in ("add", "mul"):
+        if kind not in ("add", "mul", "sub"):
             return None
-        x, other = other, x
+        kind = "rsub" if kind == "sub" else kind
+        x, other, operand = other, x, node.args[0]
     if not reading.is_batched(x):
         return None
     of, channels = reading.nodes[x.index].shape, None
-    if isinstance(other, (Param, Tensor)):
-        tensor = other if isinstance(other, Tensor) else tensor_of(reading.model, other.name)
+    if _is_source(other) or isinstance(other, Tensor):
+        tensor = operand.meta["val"]
         if tensor.dim() and tensor.dtype != torch.float32:
             return None  # the result is of another type
         alike = (1,) * (len(of) + 1 - tensor.dim()) + tuple(tensor.shape)
@@ -205,30 +227,114 @@ def arithmetic(reading: Reading, node: fx.Node) -> Match | None:
     return Match("arithmetic", [x], {"kind": kind, "other": other, "channels": channels})
 
 
+def _is_feature(reading: Reading, x: Any) -> bool:
+    """An image, or a vector for each of them, in float32."""
+    return (
+        reading.is_batched(x)
+        and len(reading.nodes[x.index].shape) in (1, 3)
+        and reading.nodes[x.index].dtype == torch.float32
+    )
+
+
+def _product(reading: Reading, x: Ref, gate: Ref) -> Match | None:
+    """Of two alike values, or of an image and one number per channel or per pixel."""
+    if not (_is_feature(reading, x) and _is_feature(reading, gate)):
+        return None
+    if prod(reading.nodes[x.index].shape) < prod(reading.nodes[gate.index].shape):
+        x, gate = gate, x
+    made = reading.nodes[gate.index]
+    if made.op == "call" and made.call[0] in (aten.expand_as.default, aten.expand.default):
+        gate = made.call[1][0]
+        if not (isinstance(gate, Ref) and _is_feature(reading, gate)):
+            return None
+    shape, of_gate = (reading.nodes[ref.index].shape for ref in (x, gate))
+    fits = of_gate in (shape, (*shape[:1], *[1] * (len(shape) - 1)), (1, *shape[1:]))
+    if not fits or len(shape) != len(of_gate):
+        return None
+    channels = [(FIRST, FIRST), (LAST, LAST)] if shape == of_gate else None
+    return Match("product", [x, gate], {"channels": channels}, (aten.mul.Tensor, (x, gate), {}))
+
+
+@pattern("rsub")
+def rsub(reading: Reading, node: fx.Node) -> Match | None:
+    x, other, alpha = arguments(node, reading.value)
+    if not _is_feature(reading, x) or not isinstance(other, (int, float)) or alpha != 1:
+        return None
+    return Match("arithmetic", [x], {"kind": "rsub", "other": other})
+
+
+@pattern("cat")
+def cat(reading: Reading, node: fx.Node) -> Match | None:
+    parts, dim, *_ = (*(reading.value(a) for a in node.args), 0)
+    refs = [reading.value(part) for part in parts]
+    if not all(_is_feature(reading, ref) for ref in refs) or dim % len(size_of(node)) != 1:
+        return None
+    return Match("concat", refs, {})
+
+
+@pattern("slice")
+def slice_(reading: Reading, node: fx.Node) -> Match | None:
+    x, dim, start, end, step = arguments(node, reading.value)
+    dim %= len(size_of(node))
+    if not _is_feature(reading, x) or dim == 0:
+        return None
+    before, after = reading.nodes[x.index].shape, shape_of(node)
+    first = range(*slice(start, end).indices(before[dim - 1])).start
+    if dim == 1:
+        return Match("slice", [x], {"first": first, "step": step})
+    axes = [moved(size, size, 0) for size in before[1:]]
+    axes[dim - 2] = moved(before[dim - 1], after[dim - 1], first, step)
+    return _pooled(x, *axes, op="crop")
+
+
+@pattern("constant_pad_nd", "pad")
+def pad(reading: Reading, node: fx.Node) -> Match | None:
+    x, sizes, *rest = arguments(node, reading.value)
+    if not reading.is_image(x) or len(sizes) not in (2, 4) or not all(type(n) is int for n in sizes):
+        return None
+    if rest not in ([0], ["constant", None], ["constant", 0]):
+        return None
+    left, _, top, _ = (*sizes, 0, 0)[:4]
+    sizes = zip(reading.nodes[x.index].shape[1:], shape_of(node)[1:], (-top, -left), strict=True)
+    rows, columns = (moved(*numbers) for numbers in sizes)
+    return Match("pad", [x], {"padding": (top, left), "rows": rows, "columns": columns})
+
+
 @pattern("max_pool2d")
 def max_pool2d(reading: Reading, node: fx.Node) -> Match | None:
     x, kernel, stride, padding, dilation, ceil = arguments(node, reading.value)
     kernel = pair(kernel)
-    if not reading.is_image(x) or pair(dilation) != (1, 1) or ceil or kernel[0] * kernel[1] > 255:
+    if not reading.is_image(x) or pair(dilation) != (1, 1) or kernel[0] * kernel[1] > 255:
         return None
-    return Match("max_pool", [x], {"kernel": kernel, "stride": pair(stride or kernel), "padding": pair(padding)})
+    sizes = {"kernel": kernel, "stride": pair(stride or kernel), "padding": pair(padding), "ceil": ceil}
+    return Match("max_pool", [x], sizes)
 
 
 @pattern("avg_pool2d")
 def avg_pool2d(reading: Reading, node: fx.Node) -> Match | None:
-    x, kernel, stride, padding, ceil, _, divisor = arguments(node, reading.value)
-    if not reading.is_image(x) or pair(padding) != (0, 0) or ceil or divisor is not None:
+    x, kernel, stride, padding, _, counts_padding, divisor = arguments(node, reading.value)
+    if not reading.is_image(x):
         return None
-    return Match("avg_pool", [x], {"kernel": pair(kernel), "stride": pair(stride or kernel)})
+    results, size = shape_of(node)[1:], reading.nodes[x.index].shape[1:]
+    sizes = zip(size, results, pair(kernel), pair(stride or kernel), pair(padding), strict=True)
+    rows, columns = (pooled(*numbers, counts_padding) for numbers in sizes)
+    if divisor is not None:
+        rows = rows._replace(weight=(1 / divisor,) * results[0])
+        columns = columns._replace(weight=(1.0,) * results[1])
+    return _pooled(x, rows, columns)
+
+
+def _pooled(x: Ref, rows: Windows, columns: Windows, op: str = "avg_pool") -> Match:
+    return Match(op, [x], {"rows": rows, "columns": columns})
 
 
 @pattern("adaptive_avg_pool2d")
 def adaptive_avg_pool2d(reading: Reading, node: fx.Node) -> Match | None:
     x = reading.value(node.args[0])
-    if not reading.is_image(x) or shape_of(node)[1:] != (1, 1):
+    if not reading.is_image(x):
         return None
-    size = reading.nodes[x.index].shape[1:]
-    return Match("avg_pool", [x], {"kernel": size, "stride": size})
+    sizes = zip(reading.nodes[x.index].shape[1:], shape_of(node)[1:], strict=True)
+    return _pooled(x, *(adaptive(*numbers) for numbers in sizes))
 
 
 @pattern("mean")
@@ -243,15 +349,18 @@ def mean(reading: Reading, node: fx.Node) -> Match | None:
     if len(dims) != len(of) - 1 or dims != list(range(dims[0], dims[0] + len(dims))):
         return None
     sizes = [of[d - 1] for d in dims]
-    size = tuple(sizes) if len(sizes) == 2 else (prod(sizes), 1)
+    rows, columns = (adaptive(n, 1) for n in (sizes if len(sizes) == 2 else (prod(sizes), 1)))
     channels = [(LAST, LAST)] if dims[0] == 1 else [(FIRST, FIRST)]
-    return Match("avg_pool", [x], {"kernel": size, "stride": size, "channels": channels})
+    return Match("avg_pool", [x], {"rows": rows, "columns": columns, "channels": channels})
 
 
 @pattern("flatten", "view", "reshape", "permute", "transpose")
 def same(reading: Reading, node: fx.Node) -> Match | None:
     """The pixels in another arrangement, or the channels moved from the first place to the last or back."""
     x, to = reading.value(node.args[0]), shape_of(node)
+    groups = _shuffled_groups(reading, node.args[0], to)
+    if groups:
+        return Match("shuffle", [groups[0]], {"groups": groups[1]}, (shuffle, groups, {}))
     if not reading.is_batched(x) or not to:
         return None
     of, call = reading.nodes[x.index].shape, None
@@ -262,6 +371,8 @@ def same(reading: Reading, node: fx.Node) -> Match | None:
     elif prod(of) == prod(to):
         channels = [(kept, kept) for kept, place in ((FIRST, 0), (LAST, -1)) if of and of[place] == to[place]]
         call = (aten.reshape.default, (x, [-1, *to]), {})  # names no number of images, which nothing needs
+        if not channels and reading.is_image(x) and len(to) == 1:
+            return Match("flatten", [x], {}, call)
     else:
         return None
     return Match("same", [x], {"channels": channels}, call) if channels else None
@@ -275,6 +386,26 @@ def _order(node: fx.Node, dimensions: list[int]) -> list[int]:
     return [b if d == a else a if d == b else d for d in dimensions]
 
 
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    """The channels of each group in turn."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _shuffled_groups(reading: Reading, source: fx.Node, after: tuple[int, ...] | None) -> tuple[Ref, int] | None:
+    """What is shuffled by a view of ``source``, and in how many groups, if that exchanges groups and their channels."""
+    while source.target in (aten.contiguous.default, aten.clone.default):
+        source = source.args[0]
+    if source.target is not aten.transpose.int or {d % 5 for d in source.args[1:]} != {1, 2}:
+        return None
+    grouped = source.args[0]
+    if grouped.target not in (aten.view.default, aten.reshape.default):
+        return None
+    x, shape = reading.value(grouped.args[0]), shape_of(grouped)
+    if not _is_feature(reading, x) or shape is None or reading.nodes[x.index].shape != after:
+        return None
+    return (x, shape[0]) if shape[2:] == after[1:] and shape[0] * shape[1] == after[0] else None
+
+
 @pattern("upsample_nearest2d")
 def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match | None:
     x, *sizes = arguments(node, reading.value)
@@ -286,4 +417,41 @@ def upsample_nearest2d(reading: Reading, node: fx.Node) -> Match | None:
     # With a scale, PyTorch looks up pixels by it and not by the sizes' ratio.
     if any(old * scale != new for old, scale, new in zip(before, scales, after, strict=False)):
         return None
-    return Match("upsample", [x], {})
+    sizes = zip(before, after, strict=True)
+    return _pooled(x, *(copied(small, sources_of(small, big)) for small, big in sizes), op="upsample")
+
+
+def several(reading: Reading, node: fx.Node) -> tuple[Ref | None, ...] | None:
+    """The results of an operation that gives more than one; None if it is not planned."""
+    name = node.target._schema.name.partition("::")[2]
+    if name in ("chunk", "split", "split_with_sizes"):
+        return _split(reading, node)
+    return _largest(reading, node) if name == "adaptive_max_pool2d" else None
+
+
+def _split(reading: Reading, node: fx.Node) -> tuple[Ref, ...] | None:
+    """Slices of one value."""
+    x, _, *dim = (reading.value(a) for a in node.args)
+    if not _is_feature(reading, x) or not dim or dim[0] % (len(reading.nodes[x.index].shape) + 1) != 1:
+        return None
+    parts, first = [], 0
+    for size in (part.shape[1] for part in node.meta["val"]):
+        call = (aten.slice.Tensor, (x, 1, first, first + size), {})
+        shape = (size, *reading.nodes[x.index].shape[1:])
+        options = {"first": first, "step": 1}
+        reading.nodes.append(Node("slice", [x.index], shape, module_of(node), True, options, call))
+        parts.append(Ref(len(reading.nodes) - 1))
+        first += size
+    return tuple(parts)
+
+
+def _largest(reading: Reading, node: fx.Node) -> tuple[Ref, None] | None:
+    """The maximum of a whole image; nobody asks where it is."""
+    x, results = (reading.value(a) for a in node.args)
+    if not reading.is_image(x) or pair(results) != (1, 1) or prod(reading.nodes[x.index].shape[1:]) > 255:
+        return None
+    channels, *size = reading.nodes[x.index].shape
+    options = {"kernel": tuple(size), "stride": tuple(size), "padding": (0, 0), "ceil": False}
+    call = (torch.amax, (x, (2, 3), True), {})
+    reading.nodes.append(Node("max_pool", [x.index], (channels, 1, 1), module_of(node), True, options, call))
+    return Ref(len(reading.nodes) - 1), None

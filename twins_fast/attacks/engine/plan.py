@@ -1,7 +1,7 @@
 """The explicit program of an attack step: fused stages, the steps of both passes, and what lives in memory when.
 
 The forward pass keeps what the input gradient needs and nothing else: one mask per ReLU, the arg-max of max-pooling,
-the moments of layer norms.
+the moments of layer norms, the factors of products.
 Nothing here knows a device; :mod:`twins_fast.attacks.engine.executors` has what runs the steps.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from twins_fast.attacks.engine.nodes import Node
 
@@ -39,16 +39,36 @@ class Value:
         return self.shape[-1] if self.shape else 1
 
 
+SEGMENTS = ("segment", "segment_backward")  # steps that PyTorch runs, whatever the executor
+
+
+class Part(NamedTuple):
+    """Channels ``first + i * step`` of an input, which become channels ``y_first + i * y_step`` of an output.
+
+    Attributes:
+        input, output: which one of the stage's.
+    """
+
+    input: int
+    first: int
+    step: int
+    channels: int
+    output: int
+    y_first: int
+    y_step: int
+
+
 @dataclass
 class Stage:
     """What is computed in one pass: ``y = relu(op(x) + other)``.
 
     Attributes:
-        kind: ``conv``, ``affine`` (a batch norm by itself), ``layer_norm`` (over channels), ``pointwise`` (sum or ReLU
-            alone), ``activation`` (any other one), ``max_pool``, ``avg_pool`` or ``segment`` (any operations,
-            differentiated by PyTorch).
-        inputs, outputs: indices of values; all kinds but segments have one output, and a sum's second operand is
-            ``other``.
+        kind: ``conv``, ``affine`` (a batch norm or arithmetic by itself), ``layer_norm`` (over channels), ``pointwise``
+            (sum or ReLU alone), ``activation`` (any other one), ``product`` (of two values), ``gather`` (channels of
+            several values side by side, or some of one), ``max_pool``, ``avg_pool`` (any sums over windows) or
+            ``segment`` (any operations, differentiated by PyTorch).
+        inputs, outputs: indices of values; segments and gathers may have several outputs, and a sum's second operand
+            is ``other``.
     """
 
     kind: str
@@ -69,11 +89,13 @@ class Step:
         operation: name of the executor's method.
         stage: index of the stage.
         tensors: role -> slot, of the tensors that it reads and writes.
+        part: the output that it computes, or the input whose gradient it does.
     """
 
     operation: str
     stage: int
     tensors: dict[str, Any]
+    part: int = 0
 
 
 @dataclass
@@ -100,6 +122,7 @@ class Plan:
         program: steps of the input's program, see :class:`~twins_fast.attacks.engine.executors.pixels.Input`.
         resized: (height, width) that the image is upsampled to, or None.
         loss: the time between the passes.
+        keeps_image: whether the backward pass reads the image.
         per_sample: whether the batch may be cut into chunks.
     """
 
@@ -115,4 +138,5 @@ class Plan:
     logits: int
     logits_gradient: int
     loss: int
+    keeps_image: bool
     per_sample: bool

@@ -19,7 +19,7 @@ from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.passes import Bound, Kept, Pass
-from twins_fast.attacks.engine.plan import LIKE_VALUES, Plan
+from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Plan
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 
@@ -157,6 +157,8 @@ class Program:
                     rows = slice(begin, begin := min(len(x), begin + len(data)))
                     network = Pass(part.bound or self.bound(len(data)), self.input, self._segments)
                     network.restore(data, part.segments)
+                    if self.plan.keeps_image:
+                        network.prepare(x[rows])
                     result[rows] = network.gradient(x[rows], gradient[rows])
             finally:
                 self._release()
@@ -249,15 +251,19 @@ class Program:
         plan = self.plan
         tensors = [self._tensor(index, rows) for index in range(len(plan.slots))]
 
+        def image_of(slot):
+            return _as_image(tensors[slot], plan.slots[slot].kind)
+
         def runs(steps):
             bound = []
             for step in steps:
-                named = {"rows": rows}
+                named = {"rows": rows, "part": step.part}
                 for role, slot in step.tensors.items():
                     if isinstance(slot, list):
-                        named[role] = [None if s is None else tensors[s] for s in slot]
+                        plain = step.operation in SEGMENTS
+                        named[role] = [None if s is None else tensors[s] if plain else image_of(s) for s in slot]
                     else:
-                        named[role] = None if slot is None else _as_image(tensors[slot], plan.slots[slot].kind)
+                        named[role] = None if slot is None else image_of(slot)
                 bound.append(getattr(self.executor, step.operation)(self.states[step.stage], named))
             return bound
 

@@ -30,7 +30,7 @@ class _Scheduler:
         self.time = 0
         self.saved: dict[tuple[str, int], int] = {}  # (mask of a value | arg-max or slope of a stage) -> slot
         self.value_slot = {0: self._slot("value", 0)}
-        forward = [self._forward(i, stage) for i, stage in enumerate(self.stages)]
+        forward = [step for i, stage in enumerate(self.stages) for step in self._forward(i, stage)]
         self.time += 1
         loss = self.time
         logits = self._logits(fused)
@@ -60,6 +60,7 @@ class _Scheduler:
             self.value_slot[logits],
             gradient,
             loss,
+            any(0 in stage.inputs for stage in self.stages if stage.kind in ("segment", "product", "layer_norm")),
             all(node.per_sample for stage in self.stages for _, node in stage.nodes),
         )
 
@@ -74,24 +75,30 @@ class _Scheduler:
         self.slots[slot].last = max(self.slots[slot].last, self.time)
         return slot
 
-    def _step(self, operation: str, stage: int, tensors: dict[str, Any]) -> Step:
+    def _step(self, operation: str, stage: int, tensors: dict[str, Any], part: int = 0) -> Step:
         for slot in tensors.values():
             for one in slot if isinstance(slot, list) else [slot]:
                 if one is not None:
                     self._touch(one)
         self.time += 1
-        return Step(operation, stage, tensors)
+        return Step(operation, stage, tensors, part)
 
     def _mask(self, value: int) -> int:
         return self.saved["mask", value]
 
-    def _forward(self, i: int, stage: Stage) -> Step:
+    def _forward(self, i: int, stage: Stage) -> list[Step]:
         inputs = [self.value_slot[v] for v in stage.inputs]
         outputs = [self._slot("value", v) for v in stage.outputs]
         self.value_slot.update(zip(stage.outputs, outputs, strict=True))
         if stage.kind == "segment":
-            return self._step("segment", i, {"inputs": inputs, "outputs": outputs})
-        tensors = {"x": inputs[0], "y": outputs[0]}
+            return [self._step("segment", i, {"inputs": inputs, "outputs": outputs})]
+        if stage.kind == "gather" and len(outputs) > 1:
+            tensors = {"parts": inputs, "other": None, "mask": None}
+            return [self._step("gather", i, {**tensors, "y": y}, part) for part, y in enumerate(outputs)]
+        tensors = {"parts": inputs} if stage.kind == "gather" else {"x": inputs[0]}
+        tensors["y"] = outputs[0]
+        if stage.kind == "product":
+            tensors["gate"] = inputs[1]
         if stage.kind in _SAVED:
             saved = _SAVED[stage.kind]
             tensors[saved] = self.saved[saved, i] = self._slot(saved, stage.outputs[0])
@@ -100,7 +107,7 @@ class _Scheduler:
             tensors["mask"] = None
             if stage.relu:
                 tensors["mask"] = self.saved["mask", stage.outputs[0]] = self._slot("mask", stage.outputs[0])
-        return self._step(stage.kind, i, tensors)
+        return [self._step(stage.kind, i, tensors)]
 
     def _count_readers(self) -> dict[int, int]:
         readers: dict[int, int] = {}
@@ -116,13 +123,16 @@ class _Scheduler:
                 self._segment_backward(i, stage, gradients, steps)
             return
         gradient = gradients[0]
-        if gradient is None:
+        if None in gradients:
             raise NotCaptured(f"{stage.where}: no gradient comes back to it")
         if stage.other is not None:
             self._pass_on(stage.other, gradient, i, steps)
         value = stage.inputs[0]
         if stage.kind == "pointwise":
             self._pass_on(value, gradient, i, steps)
+            return
+        if stage.kind in ("gather", "product"):
+            self._parts_backward(i, stage, gradients, steps)
             return
         tensors = {"g": gradient, **self._sum_into(value)}
         if stage.kind in _SAVED:
@@ -131,6 +141,16 @@ class _Scheduler:
             tensors["x"] = self.value_slot[value]
         steps.append(self._step(f"{stage.kind}_backward", i, tensors))
         self.pending[value] = tensors["dx"]
+
+    def _parts_backward(self, i: int, stage: Stage, gradients: list[int | None], steps: list[Step]) -> None:
+        """A step for the gradient of each input."""
+        for part, value in enumerate(stage.inputs):
+            tensors: dict[str, Any] = {"gradients": gradients}
+            if stage.kind == "product":
+                tensors = {"g": gradients[0], "factor": self.value_slot[stage.inputs[1 - part]]}
+            tensors |= self._sum_into(value)
+            steps.append(self._step(f"{stage.kind}_backward", i, tensors, part))
+            self.pending[value] = tensors["dx"]
 
     def _sum_into(self, value: int, slot: int | None = None) -> dict[str, int | None]:
         """Slots for a step that adds a summand to the gradient of ``value``; the last one applies the ReLU's mask."""

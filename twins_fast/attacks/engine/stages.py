@@ -1,4 +1,4 @@
-"""Nodes fused into stages: batch norm, a gain, residual sum and ReLU go into the convolution before them."""
+"""Nodes fused into stages: batch norm, arithmetic, residual sum and ReLU go into the convolution before them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.layout import LAST, Layout, value_shape
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
-from twins_fast.attacks.engine.plan import Stage, Value
+from twins_fast.attacks.engine.plan import Part, Stage, Value
 
 _INSIDE = -1  # the value of a node inside the input program
 
@@ -66,7 +66,7 @@ class Fuser:
             node = self.nodes[user]
             if node.op == "clamp":
                 step = self._clamp(node.options)
-            elif node.op == "arithmetic":
+            elif node.op == "arithmetic" and node.options["kind"] != "rsub":
                 step = (node.options["kind"], node.options["other"])
             elif node.op == "upsample" and self.resized is None:
                 self.resized, step = node.shape[1:], None
@@ -92,22 +92,26 @@ class Fuser:
 
     def _spread_generic(self) -> None:
         """Small operations between generic ones are differentiated with them."""
-        parts: dict[int, str] = {}  # results of convolutions, and of what these take over -> the last part
+        parts: set[int] = set()  # results of convolutions, and of what these take over
         for index, node in enumerate(self.nodes):
             if index in self.value_of or index in self._generic:
                 continue
-            alone = [parts[source] for source in node.inputs if source in parts and len(self.users[source]) == 1]
-            is_gain = bool(alone) and node.op == "arithmetic" and node.options["kind"] == "mul"
-            if node.op == "upsample" or (node.op == "arithmetic" and not (is_gain and alone != ["gain"])):
+            alone = any(source in parts and len(self.users[source]) == 1 for source in node.inputs)
+            small = node.op in ("add", "relu", "same", "arithmetic")
+            if small and not alone and self._generic.intersection(node.inputs):
                 self._generic.add(index)
-            elif node.op == "layer_norm" and self.value_of.get(self._renamed(node.inputs[0])) == 0:
-                self._generic.add(index)  # the step of the pixels writes where its operand would have to stay
-            elif node.op in ("add", "relu", "same") and not alone and self._generic.intersection(node.inputs):
+            elif node.op == "flatten" and not self._is_taken(index):
                 self._generic.add(index)
-            elif node.op in ("conv", "linear") or (node.op == "batch_norm" and alone == ["layer"]):
-                parts[index] = "norm" if node.op == "batch_norm" else "layer"
-            elif alone and node.op in ("arithmetic", "same"):
-                parts[index] = "gain" if is_gain else alone[0]
+            elif node.op in ("conv", "linear") or (alone and node.op in ("batch_norm", "arithmetic", "same")):
+                parts.add(index)
+
+    def _is_taken(self, index: int) -> bool:
+        """Whether a flattened image, or a padding, becomes a part of the layers that follow."""
+        node, users = self.nodes[index], self.users[index]
+        if min(node.options.get("padding", (0,))) < 0:
+            return False
+        op = "linear" if node.op == "flatten" else "conv"
+        return all(user < len(self.nodes) and self.nodes[user].op == op for user in users)
 
     def _value(self, index: int, masked: bool = False) -> int:
         self.values.append(Value(value_shape(self.nodes[index].shape, self.channels[index]), masked))
@@ -127,7 +131,8 @@ class Fuser:
             stage = Stage("segment", node.where, [], [])
             self._own(index, stage)
             return
-        if node.op == "same":
+        taken = node.op == "same" or (node.op in ("flatten", "pad") and self._is_taken(index))
+        if taken or (node.op == "concat" and len(node.inputs) == 1):
             self.value_of[index] = ("same", node.inputs[0])
             return
         kinds = {
@@ -136,26 +141,34 @@ class Fuser:
             "add": "pointwise",
             "relu": "pointwise",
             "clamp": "activation",
+            "arithmetic": "affine",
+            "upsample": "avg_pool",
+            "pad": "avg_pool",
+            "crop": "avg_pool",
+            "concat": "gather",
+            "shuffle": "gather",
+            "slice": "gather",
         }
         kind = kinds.get(node.op, node.op)
-        stage = Stage(kind, node.where, [node.inputs[0]], [], options=dict(node.options))
-        self._own(index, stage)
-        last = index
+        inputs = node.inputs if node.op in ("concat", "product") else node.inputs[:1]
+        stage = Stage(kind, node.where, list(inputs), [], options=dict(node.options))
+        if node.op == "slice":
+            stage.outputs = self._slices(stage, index)
+            return
+        last = self._own(index, stage)
         if kind == "conv":
             self._convolution(stage, node)
-            norm = self._only_user(last, "batch_norm")
-            if norm is not None:
-                stage.options["norm"] = self.nodes[norm].options
-                last = self._own(norm, stage)
-            gain = self._only_user(last, "arithmetic")
-            if gain is not None:
-                stage.options["gain"] = self.nodes[gain].options["other"]
-                last = self._own(gain, stage)
+        elif kind == "gather":
+            last = self._gather(stage, node, index)
+        if kind == "affine":
+            stage.options = {"norm": node.options} if node.op == "batch_norm" else {"then": [self._arithmetic(node)]}
+        in_order = node.op == "concat" and all(part.y_step == 1 for part in stage.options["parts"])
+        if kind in ("conv", "affine") or in_order:
+            last = self._take_affine(stage, last)
+        if kind in ("conv", "affine", "product"):
             total = self._only_user(last, "add")
             if total is not None:
                 last = self._take_sum(stage, total, last)
-        elif kind == "affine":
-            stage.options = {"norm": node.options}
         elif node.op == "add":
             stage.other = node.inputs[1]
         elif node.op == "relu":
@@ -165,7 +178,7 @@ class Fuser:
             stage.options = {
                 "activation": Activation("clamp closed" if o["at_bounds"] else "clamp open", o["low"], o["high"])
             }
-        if kind in ("conv", "affine") or node.op == "add":
+        if kind in ("conv", "affine", "product", "gather") or node.op == "add":
             relu = self._only_user(last, "relu")
             if relu is not None:
                 stage.relu = True
@@ -176,6 +189,51 @@ class Fuser:
         self.owner[index] = stage
         stage.nodes.append((index, self.nodes[index]))
         return index
+
+    @staticmethod
+    def _arithmetic(node: Node) -> tuple[str, Any]:
+        return node.options["kind"], node.options["other"]
+
+    def _take_affine(self, stage: Stage, last: int) -> int:
+        """A batch norm, and arithmetic with numbers and parameters, behind what the stage has so far."""
+        norm = self._only_user(last, "batch_norm")
+        if norm is not None and not {"norm", "then"} & stage.options.keys():
+            stage.options["norm"] = self.nodes[norm].options
+            last = self._own(norm, stage)
+        while (more := self._only_user(last, "arithmetic")) is not None:
+            stage.options.setdefault("then", []).append(self._arithmetic(self.nodes[more]))
+            last = self._own(more, stage)
+        return last
+
+    def _gather(self, stage: Stage, node: Node, last: int) -> int:
+        """All channels of some values side by side, perhaps shuffled."""
+        sizes = [self.nodes[index].shape[0] for index in stage.inputs]
+        firsts = [sum(sizes[:k]) for k in range(len(sizes))]
+        parts = [Part(k, 0, 1, size, 0, first, 1) for k, (size, first) in enumerate(zip(sizes, firsts, strict=True))]
+        shuffle = last if node.op == "shuffle" else self._only_user(last, "shuffle")
+        if shuffle is not None:
+            groups = self.nodes[shuffle].options["groups"]
+            parts = [piece for part in parts for piece in _shuffled(part, groups, sum(sizes) // groups)]
+            last = self._own(shuffle, stage) if shuffle != last else last
+        stage.options = {"parts": parts}
+        return last
+
+    def _slices(self, stage: Stage, index: int) -> list[int]:
+        """Slices of one value that do not overlap are one stage, so that its gradient is put together in one pass."""
+        source, taken, outputs, parts = self.nodes[index].inputs[0], set(), [], []
+        for user in self.users[source]:
+            node = self.nodes[user] if user < len(self.nodes) else None
+            if node is None or node.op != "slice" or user in self.owner:
+                continue
+            first, step, channels = node.options["first"], node.options["step"], node.shape[0]
+            its = set(range(first, first + channels * step, step))
+            if its & taken:
+                continue
+            parts.append(Part(0, first, step, channels, len(outputs), 0, 1))
+            outputs.append(self._own(user, stage))
+            taken |= its
+        stage.options = {"parts": parts}
+        return outputs
 
     def _take_sum(self, stage: Stage, total: int, last: int) -> int:
         left, right = self.nodes[total].inputs
@@ -190,19 +248,28 @@ class Fuser:
         return self._renamed(node.inputs[0]) if node.op == "same" and index not in self._generic else index
 
     def _convolution(self, stage: Stage, node: Node) -> None:
-        source = self.nodes[node.inputs[0]].shape
+        index, padding = node.inputs[0], (0, 0)
+        while (before := self.nodes[index]).op in ("flatten", "pad") and isinstance(self.value_of.get(index), tuple):
+            padding = tuple(map(sum, zip(padding, before.options.get("padding", (0, 0)), strict=True)))
+            index = before.inputs[0]
+        stage.inputs, source = [index], before.shape
         if node.op == "linear":
             in_channels, *size = value_shape(source, LAST) if len(source) == 3 else (source[-1], prod(source[:-1]), 1)
             geometry = Convolution(in_channels, tuple(size), node.shape[-1], tuple(size))
+            if index != node.inputs[0]:
+                size = source[1:]
+                geometry = Convolution(source[0], tuple(size), node.shape[-1], (1, 1), tuple(size))
         else:
             sizes = {name: node.options[name] for name in ("kernel", "stride", "padding", "dilation", "groups")}
+            sizes["padding"] = tuple(map(sum, zip(padding, sizes["padding"], strict=True)))
             geometry = Convolution(source[0], tuple(source[1:]), node.shape[0], tuple(node.shape[1:]), **sizes)
         stage.options = {"geometry": geometry, "weight": node.options["weight"], "bias": node.options["bias"]}
 
     def _place(self) -> None:
         """Order the stages by their last node, join neighbouring segments, and number the values."""
         stages = {id(stage): stage for stage in self.owner.values()}
-        ordered = sorted(stages.values(), key=lambda stage: stage.nodes[-1][0])
+        # What slices are made from is there before the first of them.
+        ordered = sorted(stages.values(), key=lambda stage: stage.nodes[0 if len(stage.outputs) > 1 else -1][0])
         for stage in ordered:
             before = self.stages[-1] if self.stages else None
             if stage.kind == "segment" and before is not None and before.kind == "segment":
@@ -215,9 +282,9 @@ class Fuser:
                 continue
             stage.inputs = [self.resolve(index) for index in stage.inputs]
             stage.other = None if stage.other is None else self.resolve(stage.other)
-            last = stage.outputs[0]
-            self.value_of[last] = self._value(last, masked=stage.relu)
-            stage.outputs = [self.value_of[last]]
+            for last in stage.outputs:
+                self.value_of[last] = self._value(last, masked=stage.relu)
+            stage.outputs = [self.value_of[last] for last in stage.outputs]
 
     def _close(self, stage: Stage) -> None:
         """Which values a segment takes and gives, and which results it keeps for later segments."""
@@ -279,3 +346,14 @@ class Fuser:
         )
         self.values[0].shape = tuple(image)
         self.resized = None
+
+
+def _shuffled(part: Part, groups: int, channels: int) -> list[Part]:
+    """A part of a result whose ``groups`` of ``channels`` each then take turns: it is cut where a group ends."""
+    pieces = []
+    while part.channels:
+        group, place = divmod(part.y_first, channels)
+        taken = min(part.channels, channels - place)
+        pieces.append(part._replace(channels=taken, y_first=place * groups + group, y_step=groups))
+        part = part._replace(first=part.first + taken, channels=part.channels - taken, y_first=part.y_first + taken)
+    return pieces

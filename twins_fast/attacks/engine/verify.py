@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from twins_fast.attacks.engine.executors.torch import TorchExecutor, mask_like
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
-from twins_fast.attacks.engine.plan import LIKE_VALUES, Step
+from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Step
 from twins_fast.attacks.engine.program import Program
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
@@ -19,7 +20,6 @@ DIFFERENT = 0.05  # relative L2 distance beyond which results are not the same
 STEP_SIZE = 1 / 64  # of the pixels
 GARBAGE = 0xA5  # where a kernel is going to write bits
 
-_SEGMENTS = ("segment", "segment_backward")  # run by PyTorch, whatever the executor
 _SAVED = ("slope", "moments")  # for the backward pass, compared as results are
 _RESULTS = {"forward": ("y", "mask", "argmax", *_SAVED), "backward": ("y", "dx")}  # roles of what a step writes
 
@@ -111,7 +111,7 @@ def _wrong_step(program: Program, plain: Program, own: Bound, images: Tensor) ->
     for name, results in _RESULTS.items():
         runs = zip(getattr(program.plan, name), getattr(own, name), getattr(reference, name), strict=True)
         for step, run, run_plain in runs:
-            if step.operation in _SEGMENTS:
+            if step.operation in SEGMENTS:
                 run()
             elif not _is_right(program, step, results, (own, run), (reference, run_plain), ends):
                 return f"{program.plan.stages[step.stage].where or 'the model'}: {step.operation}"
@@ -137,7 +137,8 @@ def _is_right(
     """Run one step into garbage, and by PyTorch on the same operands."""
     (bound, run), (plain, run_plain) = own, reference
     slots = {role: slot for role, slot in step.tensors.items() if slot is not None}
-    read = {slot for role, slot in slots.items() if role not in results}
+    listed = [slot if isinstance(slot, list) else [slot] for role, slot in slots.items() if role not in results]
+    read = set(itertools.chain(*listed))
     values = [slot for slot in read if program.plan.slots[slot].kind in (*LIKE_VALUES, "moments")]
     for slot in values:
         plain.tensors[slot].copy_(bound.tensors[slot][ends])
@@ -153,7 +154,8 @@ def _is_right(
     if not all(_close(bound.tensors[one][ends], plain.tensors[one]) for one in saved):
         return False
     # What is subtracted may be larger than the difference, which then has the larger one's roundoff.
-    shift = program.states[step.stage].shift if step.operation in ("conv", "affine", "layer_norm") else None
+    added = ("conv", "affine", "layer_norm", "gather")
+    shift = program.states[step.stage].shift if step.operation in added else None
     terms = [plain.tensors[slots["other"]]] if "other" in slots else []
     terms += [] if shift is None else [shift.expand(y.numel() // len(shift), -1)]
     return _close(y, plain.tensors[slot], *terms)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attacks.engine.executors.helpers import ISAS, Result, first, last, pack, pointers, unpack
+from tests.attacks.engine.executors.helpers import ISAS, Pointer, Result, first, last, pack, pointers, unpack
 from tests.ops.cases import DTYPES, UNIT
 from twins_fast.attacks.engine.activations import KINDS, Activation, value_and_slope
+from twins_fast.attacks.engine.windows import adaptive, copied, moved, pooled
 from twins_fast.ops.native import _C, dtype_name
 
 pytestmark = pytest.mark.skipif(_C is None, reason="no compiled module")
@@ -224,7 +225,7 @@ def max_pool(x, geometry, threads=1, isa=""):
     out = sizes(*geometry)
     shape = (images, channels, *size, *out, *kernel, *stride, *pad, dtype_name(x.dtype))
     y, argmax = Result((images, *out, channels), x.dtype), Result((images, *out, channels), torch.uint8)
-    run("pool_forward", *shape, True, *pointers(x, y.tensor, argmax.tensor), threads=threads, isa=isa)
+    run("max_pool", *shape, *pointers(x, y.tensor, argmax.tensor), threads=threads, isa=isa)
     return shape, y.get(), argmax.get()
 
 
@@ -256,26 +257,65 @@ def test_max_pool(channels, dtype, isa):
         for use in (False, True):
             dx = Result(other.shape, dtype)
             operands = (other, pack(keep)) if use else (None, None)
-            run("pool_backward", *shape, True, *pointers(g, argmax, *operands, dx.tensor), threads=2, isa=isa)
+            run("max_pool_backward", *shape, *pointers(g, argmax, *operands, dx.tensor), threads=2, isa=isa)
             both = (last(want) + other.float()).where(keep.view(other.shape), 0)
             assert torch.equal(dx.get().float(), both if use else last(want))
+
+
+SUMS = [  # size, results, and the windows of an axis
+    *(
+        (size, sizes(size, kernel, stride, (0, 0)), kernel, stride, (0, 0), True)
+        for size, kernel, stride, _ in GEOMETRIES
+    ),
+    ((70, 60), (1, 1), (70, 60), (1, 1), (0, 0), True),
+    ((7, 6), (4, 3), (3, 3), (2, 2), (1, 1), True),
+    ((7, 6), (4, 4), (3, 3), (2, 2), (1, 1), False),  # the last column's window sticks out
+    ((5, 9), (2, 4), None, None, None, "adaptive"),
+    ((2, 3), (7, 7), None, None, None, "adaptive"),
+    ((3, 4), (6, 10), None, None, None, "copied"),
+    ((5, 6), (7, 3), None, None, None, "moved"),
+]
+
+
+def axes_of(size, results, kernel, stride, pad, how):
+    """Windows of rows and columns."""
+    if how == "adaptive":
+        return [adaptive(*pair) for pair in zip(size, results, strict=True)]
+    if how == "moved":
+        return [moved(size[0], results[0], -2), moved(size[1], results[1], 1, 2)]
+    if how == "copied":
+        return [copied(n, [i * n // big for i in range(big)]) for n, big in zip(size, results, strict=True)]
+    return [pooled(*numbers, how) for numbers in zip(size, results, kernel, stride, pad, strict=True)]
+
+
+def by_pytorch(x, results, kernel, stride, pad, how):
+    if how == "adaptive":
+        return F.adaptive_avg_pool2d(x, results)
+    if how == "moved":
+        return F.pad(x, (-1, 0, 2, 0))[..., ::2]
+    if how == "copied":
+        return F.interpolate(x, results, mode="nearest")
+    size = sizes(x.shape[2:], kernel, stride, pad)
+    return F.avg_pool2d(x, kernel, stride, pad, ceil_mode=size != results, count_include_pad=how)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3, 17, 33, 64, 72])
-def test_avg_pool(channels, dtype, isa):
+def test_sums_over_windows(channels, dtype, isa):
     torch.manual_seed(channels)
-    for size, kernel, stride, _ in [*GEOMETRIES, ((70, 60), (70, 60), (1, 1), (0, 0))]:
+    for size, results, *rest in SUMS:
         x = last(torch.randn(2, channels, *size).to(dtype))
-        out = sizes(size, kernel, stride, (0, 0))
-        shape = (2, channels, *size, *out, *kernel, *stride, 0, 0, dtype_name(dtype))
-        y = Result((2, *out, channels), dtype)
-        run("pool_forward", *shape, False, *pointers(x, y.tensor, None), threads=2, isa=isa)
+        axes = axes_of(size, results, *rest)
+        tables = [torch.tensor([axis.begin, axis.end], dtype=torch.int32) for axis in axes]
+        weights = [torch.tensor(axis.weight) for axis in axes]
+        shape = (2, channels, *size, *results, *pointers(*tables, *weights), dtype_name(dtype))
+        y = Result((2, *results, channels), dtype)
+        run("sum_pool", *shape, *pointers(x, y.tensor), threads=2, isa=isa)
         leaf = first(x).double().requires_grad_()
-        want = F.avg_pool2d(leaf, kernel, stride)
-        magnitude = F.avg_pool2d(leaf.abs(), kernel, stride)
-        close(first(y.get()), want, magnitude * (kernel[0] + kernel[1]) / 16, dtype)
+        want = by_pytorch(leaf, results, *rest)
+        assert want.shape[2:] == results
+        close(first(y.get()), want, 4 * by_pytorch(leaf.abs(), results, *rest), dtype)
 
         g, other = torch.randn(y.tensor.shape).to(dtype), torch.randn(x.shape).to(dtype)
         keep = torch.rand(x.numel() // channels, channels) < 0.7
@@ -285,9 +325,91 @@ def test_avg_pool(channels, dtype, isa):
         for use in (False, True):
             dx = other.clone()  # in place of other
             operands = (dx, pack(keep)) if use else (None, None)
-            run("pool_backward", *shape, False, *pointers(g, None, *operands, dx), threads=2, isa=isa)
+            run("sum_pool_backward", *shape, *pointers(g, *operands, dx), threads=2, isa=isa)
             both = (grad + other.double()).where(keep.view(x.shape), 0)
-            close(dx, both if use else grad, magnitude + other.double().abs(), dtype)
+            close(dx, both if use else grad, 2 * magnitude + other.double().abs(), dtype)
+
+
+def table(parts):
+    """As the kernel reads it: (x or None, first channel, step, channels, first and step in the result)."""
+    rows = [
+        (x.data_ptr() + first * x.itemsize if x is not None else 0, x.shape[1] if x is not None else 1, *rest)
+        for x, first, *rest in parts
+    ]
+    return Pointer(torch.tensor(rows)), len(rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather(dtype, isa):
+    """Parts that are dense, with steps, in turn, or zeros; what is around them is as for one tensor."""
+    torch.manual_seed(0)
+    for pixels, widths in ((300, (3, 40, 5)), (2, (64, 200, 1)), (0, (8, 8, 8)), (9000, (1, 2, 3))):
+        a, b, c = (integers(pixels, n).to(dtype) for n in widths)
+        n, m, k = widths
+        layouts = [
+            ([(a, 0, 1, n, 0, 1), (b, 0, 1, m, n, 1), (c, 0, 1, k, n + m, 1)], torch.cat([a, b, c], 1)),
+            ([(None, 0, 1, k, 0, 1), (b, m // 2, 1, m - m // 2, k, 1)],
+             torch.cat([torch.zeros_like(c), b[:, m // 2 :]], 1)),
+            ([(b, 0, 1, m, 0, 2), (b, 0, 1, m, 1, 2)], b.repeat_interleave(2, 1)),
+            ([(b, 0, 2, m // 2, 0, 1), (None, 0, 1, m // 2, m // 2, 1)],
+             torch.cat([b[:, ::2], torch.zeros_like(b[:, : m // 2])], 1)),
+        ]  # fmt: skip
+        for number, (parts, plain) in enumerate(layouts):
+            channels = plain.shape[1]
+            if not channels or (number == 3 and m % 2):
+                continue
+            scale, shift, other = integers(channels), integers(channels), integers(pixels, channels).to(dtype)
+            keep = torch.rand(pixels, channels) < 0.6
+            for flags in (0, 1, 2, 7):
+                norm, relu, both = (bool(flags & 1 << i) for i in range(3))
+                y = Result((pixels, channels), dtype)
+                bits = Result((pixels, (channels + 7) // 8), torch.uint8)
+                around = (scale if norm else None, shift if norm else None, other if both else None)
+                mask = pack(keep) if both else None
+                results = (relu, *pointers(y.tensor, bits.tensor if relu else None))
+                arguments = (*table(parts), *pointers(*around, mask), *results)
+                run("gather", pixels, channels, dtype_name(dtype), *arguments, threads=2, isa=isa)
+                want = plain.float() * scale + shift if norm else plain.float()
+                want = want + other.float() if both else want
+                passes = ~(want <= 0)
+                want = want.where(passes, 0) if relu else want
+                assert torch.equal(y.get().float(), want.where(keep, 0) if both else want)
+                assert not relu or torch.equal(bits.get(), pack(passes))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_products_and_their_gradients(channels, dtype, isa):
+    torch.manual_seed(channels)
+    for images, pixels in ((3, 1), (2, 49), (1, 300), (0, 5)):
+        x, g, other = (integers(images, pixels, channels, most=2).to(dtype) for _ in range(3))
+        keep = torch.rand(images * pixels, channels) < 0.6
+        for per_channel in (True, False):
+            lies = (images, 1, channels) if per_channel else (images, pixels, 1)
+            gate, summand = integers(*lies, most=2).to(dtype), integers(*lies).to(dtype)
+            shape = (images, pixels, channels, per_channel, dtype_name(dtype))
+            for around, relu in ((False, False), (True, False), (True, True)):
+                y, bits = Result(x.shape, dtype), Result((images * pixels, (channels + 7) // 8), torch.uint8)
+                operands = pointers(x, gate, other if around else None, pack(keep) if around else None)
+                results = (relu, *pointers(y.tensor, bits.tensor if relu else None))
+                run("product", *shape, *operands, *results, threads=2, isa=isa)
+                want = x.float() * gate.float() + (other.float() if around else 0)
+                passes = ~(want <= 0)
+                want = want.where(passes, 0) if relu else want
+                want = want.where(keep.view(x.shape), 0) if around else want
+                assert torch.equal(y.get().float(), want)
+                assert not relu or torch.equal(bits.get(), pack(passes.view(-1, channels)))
+            kept = torch.rand(lies) < 0.6
+            for around in (False, True):
+                dgate = Result(lies, dtype)
+                bits = pack(kept.view(-1, lies[2])) if around else None
+                operands = pointers(g, x, summand if around else None, bits)
+                run("product_sum", *shape, *operands, *pointers(dgate.tensor), threads=3, isa=isa)
+                want = (g.float() * x.float()).sum(1 if per_channel else 2, keepdim=True)
+                want = (want + summand.float()).where(kept, 0) if around else want
+                assert torch.equal(dgate.get(), want.to(dtype))
 
 
 @settings(max_examples=60, deadline=None)
@@ -309,7 +431,7 @@ def test_any_pooling(data):
     for threads in (1, 2, 3):
         shape, y, argmax = max_pool(last(x), geometry, threads)
         dx = Result((2, *size, channels), torch.float32)
-        run("pool_backward", *shape, True, *pointers(last(g), argmax, None, None, dx.tensor), threads=threads)
+        run("max_pool_backward", *shape, *pointers(last(g), argmax, None, None, dx.tensor), threads=threads)
         assert torch.equal(first(y), want) and torch.equal(first(dx.get()), grad)
 
 
@@ -317,7 +439,7 @@ def test_ceil_mode_and_absent_argmax():
     x = torch.randn(1, 4, 6, 6)
     want = F.max_pool2d(x, 3, 2, ceil_mode=True)
     y = torch.empty(1, 3, 3, 4)
-    run("pool_forward", 1, 4, 6, 6, 3, 3, 3, 3, 2, 2, 0, 0, "float32", True, *pointers(last(x), y, None))
+    run("max_pool", 1, 4, 6, 6, 3, 3, 3, 3, 2, 2, 0, 0, "float32", *pointers(last(x), y, None))
     assert torch.equal(first(y), want)
 
 
@@ -326,7 +448,7 @@ def test_what_is_refused():
     refused = "argument out of range"
 
     def max_pool(*shape, target=y):
-        return _C.pool_forward_cpu(*shape, "float32", True, *pointers(x, target, None), 1, "")
+        return _C.max_pool_cpu(*shape, "float32", *pointers(x, target, None), 1, "")
 
     def pointwise(pixels, channels, dtype="float32", scale=None, bits=None, threads=1, isa=""):
         arguments = (*pointers(x, None, scale, None, None, None), False, *pointers(y, bits))
@@ -339,9 +461,26 @@ def test_what_is_refused():
     assert max_pool(1, 1, 16, 16, 1, 1, 16, 16, 1, 1, 0, 0) == refused  # 256 places
     assert max_pool(0, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0) == ""
     shape = (1, 1, 4, 4, 2, 2, 2, 2, 2, 2, 0, 0, "float32")
-    assert _C.pool_backward_cpu(*shape, True, *pointers(x, None, None, None, y), 1, "") == refused  # without argmax
-    shape = (1, 1, 4, 4, 2, 2, 3, 3, 2, 2, 0, 0, "float32")
-    assert _C.pool_forward_cpu(*shape, False, *pointers(x, y, None), 1, "") == refused  # a mean past the image
+    assert _C.max_pool_backward_cpu(*shape, *pointers(x, None, None, None, y), 1, "") == refused  # without argmax
+
+    def sums(begin, end):
+        axis, weights = torch.tensor([begin, end], dtype=torch.int32), torch.ones(2)
+        shape = (1, 1, 4, 4, 2, 2, *pointers(axis, axis, weights, weights), "float32")
+        return _C.sum_pool_cpu(*shape, *pointers(x, y), 1, "")
+
+    assert sums([0, 2], [2, 4]) == ""
+    for begin, end in (([0, 2], [2, 5]), ([-1, 2], [2, 4]), ([2, 0], [4, 4]), ([0, 0], [2, 1]), ([0, 3], [2, 2])):
+        assert sums(begin, end) == refused
+
+    def gather(*places, channels=4, other=None):
+        parts = table([(x.view(16, 4), 0, *places)])
+        around = pointers(None, None, other, None)
+        return _C.gather_cpu(16, channels, "float32", *parts, *around, False, *pointers(y, None), 1, "")
+
+    assert gather(1, 4, 0, 1) == ""
+    assert gather(1, 4, 1, 1) == refused  # past the result's channels
+    assert gather(1, 3, 0, 1) == refused  # not all of them
+    assert gather(1, 4, 0, 1, other=y) == refused  # overwritten before it is read
     assert pointwise(8, 8, bits=y) == refused  # without a ReLU
     assert pointwise(8, 0) == refused
     for kind, slope in ((12, y), (-1, y), (0, None), (0, x)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import groupby, product
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ class LibraryConvolution(TorchConvolution):
         super().__init__(geometry, dtype, device)
         g = geometry
         self._flipped_padding = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.kernel, g.padding, strict=True)]
-        self._plain = g.stride == (1, 1) and min(self._flipped_padding) >= 0
+        self._plain = g.stride == (1, 1) and min(self._flipped_padding) >= 0 and g.pads_alike
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         g = self.geometry
@@ -229,6 +229,8 @@ class LibraryConvolution(TorchConvolution):
 
     def forward(self, x: Tensor) -> Tensor:
         g = self.geometry
+        if not g.pads_alike:
+            return super().forward(x)
         return self._run(x, self._forward, g.padding)
 
     def backward(self, gradient: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ class CpuExecutor(TorchExecutor):
         return state.convolution.bind_backward(t["g"], t["other"], t["mask"], t["dx"])
 
     def affine(self, state: State, t: Tensors) -> Run:
-        return _bind_pointwise(t["x"], t["y"], scale=state.scale, shift=state.shift, bits=t["mask"])
+        return _bind_pointwise(t["x"], t["y"], scale=state.scale, shift=state.shift, other=t["other"], bits=t["mask"])
 
     def affine_backward(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["g"], t["dx"], scale=state.scale, other=t["other"], mask=t["mask"])
@@ -306,20 +308,50 @@ class CpuExecutor(TorchExecutor):
         return _bind("layer_norm_backward", *rows_of(t["x"]), self._name, *tensors)
 
     def max_pool(self, state: State, t: Tensors) -> Run:
-        sizes = window_of(state, t["x"], t["y"])
-        return _bind("pool_forward", *sizes, self._name, True, t["x"], t["y"], t["argmax"])
+        return _bind("max_pool", *window_of(state, t["x"], t["y"]), self._name, t["x"], t["y"], t["argmax"])
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
         sizes = window_of(state, t["dx"], t["g"])
-        return _bind("pool_backward", *sizes, self._name, True, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
+        return _bind("max_pool_backward", *sizes, self._name, t["g"], t["argmax"], t["other"], t["mask"], t["dx"])
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        sizes = window_of(state, t["x"], t["y"])
-        return _bind("pool_forward", *sizes, self._name, False, t["x"], t["y"], None)
+        return _bind("sum_pool", *_windows(state, t["x"], t["y"]), self._name, t["x"], t["y"])
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
-        sizes = window_of(state, t["dx"], t["g"])
-        return _bind("pool_backward", *sizes, self._name, False, t["g"], None, t["other"], t["mask"], t["dx"])
+        sizes = _windows(state, t["dx"], t["g"])
+        return _bind("sum_pool_backward", *sizes, self._name, t["g"], t["other"], t["mask"], t["dx"])
+
+    def gather(self, state: State, t: Tensors) -> Run:
+        parts = [
+            (t["parts"][part.input], part.first, part.step, part.channels, part.y_first, part.y_step)
+            for part in state.stage.options["parts"]
+            if part.output == t["part"]
+        ]
+        return _bind_gather(parts, t["y"], scale=state.scale, shift=state.shift, bits=t["mask"])
+
+    def gather_backward(self, state: State, t: Tensors) -> Run:
+        dx = t["dx"]
+        mine = [part for part in state.stage.options["parts"] if part.input == t["part"]]
+        parts = [
+            (t["gradients"][part.output], part.y_first, part.y_step, part.channels, part.first, part.step)
+            for part in mine
+        ]
+        scale = None if state.scale is None else state.scale[mine[0].y_first :][: dx.shape[1]]
+        return _bind_gather([*parts, *_rest(parts, dx.shape[1])], dx, scale=scale, other=t["other"], mask=t["mask"])
+
+    def product(self, state: State, t: Tensors) -> Run:
+        x, gate, other, mask, y = (t[role] for role in ("x", "gate", "other", "mask", "y"))
+        if x.shape == gate.shape:
+            return _bind_pointwise(x, y, gate=gate, other=other, bits=mask)
+        return _bind("product", *_gate(x, gate), self._name, x, gate, other, None, mask is not None, y, mask)
+
+    def product_backward(self, state: State, t: Tensors) -> Run:
+        g, factor, other, mask, dx = (t[role] for role in ("g", "factor", "other", "mask", "dx"))
+        if g.shape == factor.shape == dx.shape:
+            return _bind_pointwise(g, dx, gate=factor, other=other, mask=mask)
+        if g.shape == dx.shape:
+            return _bind("product", *_gate(g, factor), self._name, g, factor, other, mask, False, dx, None)
+        return _bind("product_sum", *_gate(g, dx), self._name, g, factor, other, mask, dx)
 
     def pointwise(self, state: State, t: Tensors) -> Run:
         return _bind_pointwise(t["x"], t["y"], other=t["other"], bits=t["mask"])
@@ -345,6 +377,41 @@ def _bind_pointwise(
     """``y = mask(relu(x * gate * scale + shift + other))``, each part where given; ReLU where its ``bits`` are."""
     sizes = (*rows_of(y), dtype_name(y.dtype))
     return _bind("pointwise", *sizes, x, gate, scale, shift, other, mask, bits is not None, y, bits)
+
+
+Channels = tuple[Tensor | None, int, int, int, int, int]  # x or zeros, first, step, how many, first and step in y
+
+
+def _bind_gather(parts: list[Channels], y: Tensor, **around: Tensor | None) -> Run:
+    """Parts put together as ``y``, and around them what :func:`_bind_pointwise` does."""
+    table = [
+        (0 if x is None else x.data_ptr() + first * x.itemsize, y.shape[1] if x is None else x.shape[1], *places)
+        for x, first, *places in parts
+    ]
+    scale, shift, other, mask, bits = (around.get(name) for name in ("scale", "shift", "other", "mask", "bits"))
+    sizes = (*rows_of(y), dtype_name(y.dtype), torch.tensor(table), len(table))
+    return _bind("gather", *sizes, scale, shift, other, mask, bits is not None, y, bits)
+
+
+def _rest(parts: list[Channels], channels: int) -> list[Channels]:
+    """Zeros for the channels that no part has."""
+    covered = {i for _, _, _, count, first, step in parts for i in range(first, first + count * step, step)}
+    rest = [i for i in range(channels) if i not in covered]
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(rest), lambda pair: pair[1] - pair[0])]
+    return [(None, 0, 1, len(run), run[0], 1) for run in runs]
+
+
+def _gate(x: Tensor, gate: Tensor) -> tuple[int, int, int, bool]:
+    """Of a product: images, pixels, channels, and whether the gate has a value for each channel or for each pixel."""
+    images, channels = x.shape[:2]
+    return images, x.shape[2] * x.shape[3], channels, gate.shape[1] == channels
+
+
+def _windows(state: State, x: Tensor, y: Tensor) -> tuple:
+    """Of a sum over windows: images, channels, height, width, results' height and width, tables and weights."""
+    axes = [state.stage.options[name] for name in ("rows", "columns")]
+    tables = [torch.tensor([axis.begin, axis.end], dtype=torch.int32) for axis in axes]
+    return (*x.shape, *y.shape[2:], *tables, *(torch.tensor(axis.weight, dtype=torch.float32) for axis in axes))
 
 
 def _bind(name: str, *arguments) -> Run:
@@ -405,6 +472,7 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
     if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
         return "library"
     ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    ordinary = ordinary and g.in_size == g.out_size
     height, width = g.out_size
     if not ordinary or few or height * width == 1:
         return "gemm"

@@ -23,6 +23,7 @@ from twins_fast.attacks.engine.executors.torch import (
     TorchExecutor,
     bytes_of_bits,
     dense,
+    plain_mean,
     rows_of,
     window_of,
 )
@@ -158,20 +159,27 @@ class CudaExecutor(TorchExecutor):
         return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), t["argmax"])
 
     def max_pool_backward(self, state: State, t: Tensors) -> Run:
-        return self._pool_backward(state, t, t["argmax"])
+        window = window_of(state, t["dx"], t["g"])
+        return partial(attack.pool_backward, t["g"], t["dx"], window, t["argmax"], t["other"], t["mask"])
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        return partial(attack.pool, t["x"], t["y"], window_of(state, t["x"], t["y"]), None)
+        window = _mean_of(state, t["x"], t["y"])
+        return super().avg_pool(state, t) if window is None else partial(attack.pool, t["x"], t["y"], window, None)
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
-        return self._pool_backward(state, t, None)
-
-    def _pool_backward(self, state: State, t: Tensors, argmax: Tensor | None) -> Run:
-        window = window_of(state, t["dx"], t["g"])
-        return partial(attack.pool_backward, t["g"], t["dx"], window, argmax, t["other"], t["mask"])
+        window = _mean_of(state, t["dx"], t["g"])
+        if window is None:
+            return super().avg_pool_backward(state, t)
+        return partial(attack.pool_backward, t["g"], t["dx"], window, None, t["other"], t["mask"])
 
     def _finish(self, v, bias, other, mask, relu_mask, y) -> None:
         attack.pointwise(dense(v), y, rows_of(y), shift=bias, other=other, mask=mask, bits=relu_mask)
+
+
+def _mean_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """As :func:`window_of`; None for other sums than plain means."""
+    mean = plain_mean(state)
+    return None if mean is None else (*x.shape, *y.shape[2:], *mean[0], *mean[1], 0, 0)
 
 
 class KernelInput(Input):

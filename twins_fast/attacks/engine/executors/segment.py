@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twins_fast.attacks.engine.executors.attention import attention
 from twins_fast.attacks.engine.layout import as_result
-from twins_fast.attacks.engine.nodes import Param, Ref, map_values
+from twins_fast.attacks.engine.nodes import Ref, Source, map_values
 from twins_fast.attacks.engine.plan import Stage
 
 
@@ -20,7 +20,7 @@ class Segment:
     """Neighbouring operations that are not planned, under autocast if ``dtype`` is half precision.
 
     Attributes:
-        parameters: name -> tensor, filled in by every attack call.
+        parameters: what it reads besides values, filled in by every attack call.
         carried: results of this segment that later ones read outside autograd; shared by all segments of a plan.
     """
 
@@ -28,20 +28,18 @@ class Segment:
     dtype: torch.dtype
     device: torch.device
     carried: dict
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[Source, Tensor] = field(default_factory=dict)
     rows: int = 0
     _results: list[Tensor] = field(default_factory=list)
     _operands: list[Tensor] = field(default_factory=list)
     _again: bool = False  # whether another backward pass may follow
 
-    def names(self) -> Iterable[str]:
-        """Names of the parameters that it reads."""
-        names: dict[str, None] = {}
+    def sources(self) -> Iterable[Source]:
+        """The parameters that it reads, and what is derived of them."""
+        sources: dict[Source, None] = {}
         for _, node in self.stage.nodes:
-            map_values(
-                lambda v: names.setdefault(v.name) if isinstance(v, Param) else None, node.call and node.call[1:]
-            )
-        return names
+            map_values(lambda v: None if isinstance(v, Ref) else sources.setdefault(v), node.call and node.call[1:])
+        return sources
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         stage, views = self.stage, self.stage.options["views"]
@@ -97,7 +95,7 @@ class Segment:
             return self.rows
 
         def real(v):
-            return values[v.index] if isinstance(v, Ref) else self.parameters[v.name]
+            return values[v.index] if isinstance(v, Ref) else self.parameters[v]
 
         target, arguments, keywords = node.call
         if target is torch.ops.aten.scaled_dot_product_attention.default and self.device.type == "cpu":

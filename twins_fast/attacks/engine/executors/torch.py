@@ -17,7 +17,7 @@ from twins_fast.attacks.engine.activations import value_and_slope
 from twins_fast.attacks.engine.convolution import Convolution
 from twins_fast.attacks.engine.executors.pixels import Input
 from twins_fast.attacks.engine.executors.segment import Segment
-from twins_fast.attacks.engine.plan import Stage, Value
+from twins_fast.attacks.engine.plan import Part, Stage, Value
 
 Run = Callable[[], None]
 Tensors = dict[str, Any]  # role -> tensor, list of tensors or None; "rows" -> number of images
@@ -59,13 +59,24 @@ class TorchConvolution:
         g = self.geometry
         for axis, factor in enumerate(g.upsample):
             x = x.repeat_interleave(factor, 2 + axis) if factor > 1 else x
-        return F.conv2d(x, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
+        padding = g.padding
+        if not g.pads_alike:
+            x, padding = F.pad(x, self._borders()), (0, 0)
+        return F.conv2d(x, self.weight, None, g.stride, padding, g.dilation, g.groups)
+
+    def _borders(self) -> tuple[int, ...]:
+        """Padding as :func:`torch.nn.functional.pad` takes it."""
+        (top, left), (bottom, right) = self.geometry.padding, self.geometry.padding_behind
+        return left, right, top, bottom
 
     def backward(self, gradient: Tensor) -> Tensor:
         g = self.geometry
-        sizes = zip(g.in_size, g.upsample, g.out_size, g.stride, g.padding, g.dilation, g.kernel, strict=True)
-        rest = [size * f - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, f, out, s, p, d, k in sizes]
-        dx = F.conv_transpose2d(gradient, self.weight, None, g.stride, g.padding, rest, g.groups, g.dilation)
+        if g.pads_alike:
+            rest = [p - behind for p, behind in zip(g.padding, g.padding_behind, strict=True)]
+            dx = F.conv_transpose2d(gradient, self.weight, None, g.stride, g.padding, rest, g.groups, g.dilation)
+        else:
+            dx = F.conv_transpose2d(gradient, self.weight, None, g.stride, 0, 0, g.groups, g.dilation)
+            dx = F.pad(dx, [-border for border in self._borders()])
         if g.upsample != (1, 1):
             dx = F.avg_pool2d(dx.float(), g.upsample) * (g.upsample[0] * g.upsample[1])
         return dx.to(gradient.dtype)
@@ -150,6 +161,42 @@ class TorchExecutor:
 
         return run
 
+    def gather(self, state: State, t: Tensors) -> Run:
+        parts = [part for part in state.stage.options["parts"] if part.output == t["part"]]
+
+        def run():
+            y = torch.empty(t["y"].shape, device=self.device)
+            for part in parts:
+                x = t["parts"][part.input]
+                y[:, _channels(part.y_first, part.y_step, part)] = x[:, _channels(part.first, part.step, part)].float()
+            scaled = y if state.scale is None else y * state.scale.view(1, -1, 1, 1)
+            self._finish(scaled, state.shift, t["other"], None, t["mask"], t["y"])
+
+        return run
+
+    def gather_backward(self, state: State, t: Tensors) -> Run:
+        parts = [part for part in state.stage.options["parts"] if part.input == t["part"]]
+
+        def run():
+            dx = torch.zeros(t["dx"].shape, device=self.device)
+            for part in parts:
+                g = t["gradients"][part.output].float()
+                g = g if state.scale is None else g * state.scale.view(1, -1, 1, 1)
+                dx[:, _channels(part.first, part.step, part)] = g[:, _channels(part.y_first, part.y_step, part)]
+            self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
+
+        return run
+
+    def product(self, state: State, t: Tensors) -> Run:
+        return lambda: self._finish(t["x"].float() * t["gate"].float(), None, t["other"], None, t["mask"], t["y"])
+
+    def product_backward(self, state: State, t: Tensors) -> Run:
+        def run():
+            dx = (t["g"].float() * t["factor"].float()).sum_to_size(t["dx"].shape)
+            self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
+
+        return run
+
     def pointwise(self, state: State, t: Tensors) -> Run:
         return lambda: self._finish(t["x"], None, t["other"], None, t["mask"], t["y"])
 
@@ -162,7 +209,8 @@ class TorchExecutor:
         index = _index_like(t["argmax"], t["y"])
 
         def run():
-            y, argmax = F.max_pool2d(t["x"], o["kernel"], o["stride"], o["padding"], return_indices=True)
+            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), o["ceil"])
+            y, argmax = F.max_pool2d(t["x"], *sizes, return_indices=True)
             t["y"].copy_(y)
             index.copy_(argmax)
 
@@ -174,27 +222,37 @@ class TorchExecutor:
 
         def run():
             x = torch.empty_like(t["dx"])
-            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), False, index)
+            sizes = (o["kernel"], o["stride"], o["padding"], (1, 1), o["ceil"], index)
             dx = torch.ops.aten.max_pool2d_with_indices_backward(t["g"], x, *sizes)
             self._finish(dx, None, t["other"], t["mask"], None, t["dx"])
 
         return run
 
     def avg_pool(self, state: State, t: Tensors) -> Run:
-        o = state.stage.options
-        y = t["y"]
-        return lambda: y.copy_(F.avg_pool2d(t["x"].float(), o["kernel"], o["stride"]))
+        mean = plain_mean(state)
+        if mean is not None:
+            return lambda: t["y"].copy_(F.avg_pool2d(t["x"].float(), *mean))
+        rows, columns = self._sums(state)
+        return lambda: t["y"].copy_(rows @ t["x"].float() @ columns.T)
 
     def avg_pool_backward(self, state: State, t: Tensors) -> Run:
-        o = state.stage.options
+        mean = plain_mean(state)
+        rows, columns = self._sums(state)
 
         def run():
-            g, x = t["g"], t["dx"]
-            sizes = (o["kernel"], o["stride"], (0, 0), False, True, None)
-            dx = torch.ops.aten.avg_pool2d_backward(g.float().contiguous(), x.float().contiguous(), *sizes)
+            g, x = t["g"].float(), t["dx"]
+            if mean is not None:
+                sizes = (*mean, (0, 0), False, True, None)
+                dx = torch.ops.aten.avg_pool2d_backward(g.contiguous(), x.float().contiguous(), *sizes)
+            else:
+                dx = rows.T @ g @ columns
             self._finish(dx, None, t["other"], t["mask"], None, x)
 
         return run
+
+    def _sums(self, state: State) -> list[Tensor]:
+        """Sums over windows as matrices."""
+        return [state.stage.options[name].matrix(self.device) for name in ("rows", "columns")]
 
     def segment(self, state: State, t: Tensors) -> Run:
         return lambda: state.segment.forward(t["rows"], t["inputs"], t["outputs"])
@@ -224,6 +282,10 @@ class TorchExecutor:
         if mask is not None:
             v = v.where(mask_like(mask, y), 0)
         y.copy_(v)
+
+
+def _channels(first: int, step: int, part: Part) -> slice:
+    return slice(first, first + (part.channels - 1) * step + 1, step)
 
 
 def mask_like(mask: Tensor, y: Tensor) -> Tensor:
@@ -256,7 +318,13 @@ def rows_of(y: Tensor) -> tuple[int, int]:
     return y.numel() // channels, channels
 
 
+def plain_mean(state: State) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Kernel and stride of sums over windows that are means over windows of one size; None of others."""
+    rows, columns = (state.stage.options[name].regular for name in ("rows", "columns"))
+    return None if rows is None or columns is None else ((rows[0], columns[0]), (rows[1], columns[1]))
+
+
 def window_of(state: State, x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """Of a pooling: images, channels, height, width, results' height and width, kernel, stride, padding: 12 numbers."""
+    """Of a max-pooling: images, channels, height, width, results' height and width, kernel, stride, padding."""
     o = state.stage.options
-    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o.get("padding", (0, 0)))
+    return (*x.shape, *y.shape[2:], *o["kernel"], *o["stride"], *o["padding"])

@@ -28,7 +28,7 @@ X86_FLAGS = {
 }
 
 # Compiled once per instruction set, slowest first. Pixels are rounded as PyTorch rounds them, after every operation.
-CPU_UNITS = {"conv": "", "twin_bn": "", "pointwise": "", "pixels": "-ffp-contract=off"}
+CPU_UNITS = {"conv": "", "direct": "", "twin_bn": "", "pointwise": "", "pixels": "-ffp-contract=off"}
 
 
 def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, str, str]]:

@@ -258,13 +258,32 @@ using PyPhase = std::tuple<int64_t, int64_t, std::vector<PyTap>>;
 
 std::unique_ptr<Conv> make_conv(const std::string& algorithm, const std::string& dtype, Pair in_size,
                                 int64_t in_channels, Pair out_size, int64_t out_channels, Pair in_step, Pair out_step,
-                                const std::vector<PyPhase>& phases, const std::string& isa, bool adjoint) {
+                                const std::vector<PyPhase>& phases, const std::string& isa, bool adjoint,
+                                int64_t groups) {
   const int winograd = algorithm == "winograd" ? 2 : algorithm == "winograd4" ? 4 : 0;
-  if (!winograd && algorithm != "gemm") throw py::value_error("no algorithm " + algorithm);
-  const ConvPlan plan{winograd,        adjoint,         dtype_of(dtype), in_size.first, in_size.second,
-                      in_channels,     out_size.first,  out_size.second, out_channels,  in_step.first,
-                      in_step.second,  out_step.first,  out_step.second, 0,             nullptr,
-                      nullptr,         nullptr};
+  const bool direct = algorithm == "direct";
+  if (!winograd && !direct && algorithm != "gemm") throw py::value_error("no algorithm " + algorithm);
+  if (groups < 1 || in_channels % groups || out_channels % groups)
+    throw py::value_error("groups do not divide the channels");
+  const ConvPlan plan{winograd,
+                      adjoint,
+                      dtype_of(dtype),
+                      direct,
+                      groups,
+                      in_size.first,
+                      in_size.second,
+                      in_channels / groups,
+                      out_size.first,
+                      out_size.second,
+                      out_channels / groups,
+                      in_step.first,
+                      in_step.second,
+                      out_step.first,
+                      out_step.second,
+                      0,
+                      nullptr,
+                      nullptr,
+                      nullptr};
   std::vector<Conv::Phase> copied;
   for (const auto& [oy, ox, taps] : phases) {
     copied.push_back({oy, ox, {}});
@@ -347,7 +366,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Conv>(m, "Conv", py::module_local())
       .def(py::init(&make_conv), py::arg("algorithm"), py::arg("dtype"), py::arg("in_size"), py::arg("in_channels"),
            py::arg("out_size"), py::arg("out_channels"), py::arg("in_step"), py::arg("out_step"), py::arg("phases"),
-           py::arg("isa") = "", py::arg("adjoint") = false)
+           py::arg("isa") = "", py::arg("adjoint") = false, py::arg("groups") = 1)
       .def_property_readonly("packed_bytes", &Conv::packed_bytes)
       .def("workspace_bytes", &Conv::workspace_bytes, py::arg("threads"))
       .def("pack", pack_conv, py::arg("weight"), py::arg("kernel"), py::arg("scale"), py::arg("transposed"),

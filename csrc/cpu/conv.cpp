@@ -1,4 +1,4 @@
-// Convolutions on the CPU, as matrix products. Compiled once per instruction set, as namespace TWINS_FAST_ISA.
+// Convolutions without groups on the CPU, as matrix products. Compiled once per instruction set, as namespace TWINS_FAST_ISA.
 //
 // Every value is the sum of the same products in the same order wherever it is in a tile, and whatever thread
 // computes it.

@@ -32,13 +32,12 @@ struct Isa {
   void (*pool_forward)(const PoolForward&, int);
   void (*pool_backward)(const PoolBackward&, int);
   void (*pixels)(const PixelCall&, int);
-  const ConvUnit* conv;
+  const ConvUnit *conv, *direct;
 };
 
 #define TWINS_FAST_UNITS(isa) \
   isa::forward, isa::backward, isa::pointwise, isa::gather, isa::product, isa::product_sum, isa::activation, \
-      isa::layer_norm, isa::layer_norm_backward, \
-      isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv
+      isa::layer_norm, isa::layer_norm_backward, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv, &isa::direct
 
 #ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
@@ -158,6 +157,12 @@ void check_winograd(const ConvPlan& plan) {
   require(ordinary, "winograd needs a 3x3 convolution of stride, padding and dilation 1");
 }
 
+void check_direct(const ConvPlan& plan) {
+  const int64_t inputs = plan.in_channels, outputs = plan.out_channels;
+  require((inputs == outputs && (inputs == 1 || inputs == 2 || inputs == 4)) || (inputs % 8 == 0 && outputs % 8 == 0),
+          "direct convolutions have groups of 1, 2, 4 or multiples of 8 channels");
+}
+
 // Where the copies of each source begin.
 std::vector<int32_t> starts(const std::vector<int32_t>& sources, int64_t size) {
   require(0 < size && size <= INT32_MAX && !sources.empty() && sources.size() <= INT32_MAX, "sizes must be positive");
@@ -187,7 +192,7 @@ Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::strin
     require(0 < size && size <= kMost, "sizes, channels and steps must be in [1, 2**20]");
   const Isa* unit = find(isa);
   require(unit, "instruction set not built, or not on this CPU");
-  unit_ = unit->conv;
+  unit_ = plan_.direct ? unit->direct : unit->conv;
   std::vector<bool> covered(plan_.out_h * plan_.out_w);
   int64_t pixels = 0;
   const auto points = [](int64_t first, int64_t end, int64_t step) {
@@ -224,14 +229,17 @@ Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::strin
   plan_.phases = phases_.data();
   plan_.taps = taps_.data();
   plan_.sources = sources_.data();
+  require(0 < plan_.groups && plan_.in_pixel() <= kMost && plan_.out_pixel() <= kMost, "too many groups");
+  require(plan_.groups == 1 || plan_.direct, "only direct convolutions have groups");
+  if (plan_.direct) check_direct(plan_);
   if (plan_.winograd) check_winograd(plan_);
   else require(!plan_.adjoint, "only winograd has an adjoint");
 }
 
 Status Conv::pack(const ConvPack& args, int threads) const {
-  const int64_t inputs = args.transposed ? args.outputs : args.inputs;
-  const int64_t outputs = args.transposed ? args.inputs : args.outputs;
-  if (plan_.adjoint || !args.weight || !args.packed || threads < 1 || inputs != plan_.in_channels || outputs != plan_.out_channels)
+  const int64_t outputs = args.transposed ? plan_.in_pixel() : plan_.out_pixel();
+  const int64_t inputs = args.transposed ? plan_.out_channels : plan_.in_channels;
+  if (plan_.adjoint || !args.weight || !args.packed || threads < 1 || args.inputs != inputs || args.outputs != outputs)
     return Status::kBadArgument;
   constexpr int64_t kMost = 4096;
   if (args.kernel_h < 1 || args.kernel_w < 1 || args.kernel_h > kMost || args.kernel_w > kMost)

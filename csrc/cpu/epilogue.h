@@ -24,7 +24,7 @@ struct Epilogue {
 
   Epilogue(const ConvPlan& plan, const ConvRun& run)
       : bias(run.bias), other(static_cast<const T*>(run.other)), mask(run.mask), y(static_cast<T*>(run.y)),
-        bits(run.bits), relu(run.relu), channels(plan.out_channels), bytes_of_bits(plan.bytes_of_bits()) {
+        bits(run.bits), relu(run.relu), channels(plan.out_pixel()), bytes_of_bits(plan.bytes_of_bits()) {
     if (!plan.adjoint) return;
     const int64_t last = run.images * plan.out_h * plan.out_w - 1;  // pixels count backwards from there
     y += last * channels;
@@ -36,7 +36,11 @@ struct Epilogue {
   // Calls f(count, bias) for the vector at channel c; a whole one's count is a constant of the type.
   template <class F>
   inline __attribute__((always_inline)) void with_vector(int64_t c, F&& f) const {
-    const int count = static_cast<int>(std::min<int64_t>(channels - c, kLanes));
+    with_vector(c, static_cast<int>(std::min<int64_t>(channels - c, kLanes)), f);
+  }
+
+  template <class F>
+  inline __attribute__((always_inline)) void with_vector(int64_t c, int count, F&& f) const {
     const Floats at_c = bias ? load(bias + c, count) : Floats{};
     if (count == kLanes) f(std::integral_constant<int, kLanes>{}, at_c);
     else f(count, at_c);

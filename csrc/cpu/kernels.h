@@ -118,7 +118,7 @@ class InputProgram {
   void pool_forward(const PoolForward&, int threads);                \
   void pool_backward(const PoolBackward&, int threads);              \
   void pixels(const PixelCall&, int threads);                        \
-  extern const ConvUnit conv;                                        \
+  extern const ConvUnit conv, direct;                                \
   }
 TWINS_FAST_DECLARE(baseline)
 TWINS_FAST_DECLARE(avx2)

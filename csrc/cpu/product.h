@@ -46,6 +46,18 @@ struct Singles {
   static constexpr int kDepth = 1;  // values in a step
 
   static Floats add(Floats sum, const float* a, Floats b) { return sum + *a * b; }
+  static Floats add(Floats sum, Floats a, Floats b) { return sum + a * b; }
+  // The steps of n values.
+  template <class T>
+  static Floats steps_at(const T* p, int n) {
+    return load(p, n);
+  }
+  // One step for all lanes.
+  static Floats step_at(const float* p) { return broadcast(*p); }
+  template <class T>
+  static Floats step_at(const T* p) {
+    return as_floats(T{}, Halves{} + p->bits);
+  }
   static Floats step(Floats v, Floats) { return v; }
   // `rows` steps of `columns` packed columns, as columns and steps.
   static void exchange(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t to_stride) {
@@ -59,9 +71,20 @@ struct Pairs {
   static constexpr int kDepth = 2;
 
   static Floats add(Floats sum, const float* a, Floats b) {
+    return add(sum, step_at(a), b);
+  }
+  static Floats add(Floats sum, Floats a, Floats b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Floats steps_at(const BFloat16* p, int n) {
+    const __m256i pairs = n == kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                      : _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return (Floats)_mm512_castsi256_si512(pairs);
+  }
+  static Floats step_at(const void* p) {
     int32_t pair;
-    std::memcpy(&pair, a, sizeof pair);
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+    std::memcpy(&pair, p, sizeof pair);
+    return (Floats)_mm512_set1_epi32(pair);
   }
   static Floats step(Floats first, Floats second) {
     const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, order = lane | (lane + kLanes) << 16;

@@ -29,7 +29,9 @@ struct ConvPlan {
   int winograd;  // 2 or 4: F(2x2, 3x3) or F(4x4, 3x3), of nine taps around each pixel in one phase; 0: not at all
   bool adjoint;  // Winograd's input gradient by what is packed for the convolution that has it, so without own weights
   DType dtype;
-  int64_t in_h, in_w, in_channels;
+  bool direct;   // straight from the image
+  int64_t groups;
+  int64_t in_h, in_w, in_channels;     // channels of each group
   int64_t out_h, out_w, out_channels;
   int64_t in_step_y, in_step_x, out_step_y, out_step_x;
   int64_t phase_count;
@@ -37,14 +39,17 @@ struct ConvPlan {
   const ConvTap* taps;
   const ConvSource* sources;
 
-  int64_t bytes_of_bits() const { return (out_channels + 7) / 8; }  // per pixel
+  // Per pixel.
+  int64_t in_pixel() const { return groups * in_channels; }
+  int64_t out_pixel() const { return groups * out_channels; }
+  int64_t bytes_of_bits() const { return (out_pixel() + 7) / 8; }
 };
 
 struct ConvPack {
-  const float* weight;  // [outputs, inputs, kernel_h, kernel_w]
+  const float* weight;  // [outputs, inputs of a group, kernel_h, kernel_w]
   int64_t outputs, inputs, kernel_h, kernel_w;
   const float* scale;  // [outputs] or null
-  bool transposed;     // the plan reads `outputs` channels and writes `inputs`
+  bool transposed;     // the plan reads the outputs and writes the inputs
   void* packed;
 
   int64_t slices() const { return kernel_h * kernel_w; }

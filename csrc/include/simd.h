@@ -186,6 +186,19 @@ inline void store(T* p, Floats v, int count = kLanes) {
   return count == kLanes ? encode(p, v) : encode_some(p, v, count);
 }
 
+// Lane i of the result is lane `lanes[i]` of v.
+inline Floats permute(Floats v, Ints lanes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
+#else
+  Floats result;
+  for (int i = 0; i < kLanes; ++i) result[i] = v[lanes[i]];
+  return result;
+#endif
+}
+
 // Which lanes: a mask register, or all bits of a lane.
 #if defined(__AVX512F__)
 using Mask = __mmask16;

@@ -99,6 +99,21 @@ def test_convolutions_of_a_matrix_unit(name, monkeypatch):
     assert len(inner) > 5 and all(run == ("C++ gemm" if op == first else "oneDNN") for op, run in inner.items())
 
 
+@pytest.mark.skipif(native._C is None, reason="no compiled kernels")
+def test_groups_have_kernels_of_their_own():
+    torch.manual_seed(0)
+    model = lively(Grouped(), size=16)
+    x, y = data(2, 16)
+    assert_same_step(model, x, y)
+    layers = PGD(model).explain(x).layers
+    grouped = [layer for layer in layers if " groups " in layer["op"]]
+    assert len(grouped) == 5 and all(layer["runs"] == "C++ direct" for layer in grouped)
+    assert [layer["op"].partition(" + ")[2] for layer in grouped[-2:]] == [
+        "folded batch norm + ReLU",
+        "folded batch norm + sum + ReLU",
+    ]
+
+
 def test_a_robust_network_on_real_images():
     robust = build_model("cifar-resnet18-w16", 5)
     load_pretrained(robust, read_state_dict(assets.NETWORK))
@@ -379,10 +394,41 @@ def test_the_chunk_size_is_a_setting():
         PGD(model, chunk_size=2.5)
 
 
+class Grouped(nn.Module):
+    """Depthwise convolutions as in MobileNet and groups as in ResNeXt, of widths that do and do not fill vectors."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(inputs, outputs, kernel, groups=1, stride=1):
+            layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+        relu = nn.ReLU()
+        self.stem = nn.Sequential(conv(3, 20, 3), relu, conv(20, 20, 3, 20, 2), relu)
+        self.mobile = nn.Sequential(conv(20, 72, 1), relu, conv(72, 72, 5, 72), relu, conv(72, 20, 1))
+        self.next = nn.Sequential(conv(20, 64, 1), relu, conv(64, 64, 3, 16, 2), relu, conv(64, 96, 3, 4), relu)
+        self.last = conv(96, 96, 3, 12)
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.next(self.mobile(x) + x)
+        return self.head(F.relu(self.last(x) + x).mean((2, 3)))
+
+
+NETWORKS = {
+    "bottlenecks": lambda: TransferResNet(Bottleneck, (1, 1, 1, 1), 10, upsample=64),
+    "groups": Grouped,
+}
+
+
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
-def test_kernels_equal_the_pytorch_executor(amp_dtype, monkeypatch):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_equal_the_pytorch_executor(name, amp_dtype, monkeypatch):
     """The same plan by both executors."""
-    model = lively(TransferResNet(Bottleneck, (1, 1, 1, 1), 10, upsample=64), size=16)
+    torch.manual_seed(0)
+    model = lively(NETWORKS[name](), size=16)
     x, y = data(3, 16)
     adversarial = []
     for executor in (cache.executor_for, TorchExecutor):

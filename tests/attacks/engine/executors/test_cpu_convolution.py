@@ -23,7 +23,7 @@ from twins_fast.attacks.engine.executors.cpu import (  # noqa: E402  they need t
     Workspace,
 )
 
-ALGORITHMS = ["gemm", "winograd", "winograd4"]
+ALGORITHMS = ["gemm", "direct", "winograd", "winograd4"]
 TILES = {"winograd": 2, "winograd4": 4}  # F(2x2, 3x3) and F(4x4, 3x3)
 
 
@@ -102,19 +102,19 @@ class Layer:
         self.geometry = dict(stride=stride, padding=padding, dilation=dilation)
         self.gradient, self.dtype = options.get("gradient", False), options.get("dtype", torch.float32)
         self.algorithm, self.isa = options.get("algorithm", "gemm"), options.get("isa", "")
-        self.seed = options.get("seed", 0)
+        self.seed, self.groups = options.get("seed", 0), options.get("groups", 1)
         generator = torch.Generator().manual_seed(self.seed)
-        self.weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
+        self.weight = torch.randn(outputs, channels // self.groups, kernel, kernel, generator=generator)
         self.scale = torch.randn(outputs, generator=generator) if options.get("scale") else None
         self.adjoint = options.get("adjoint", False)  # by what is packed for the convolution
         out, *steps_and_phases = self.plan(size)
         ends = (size, channels, out, outputs), (out, outputs, size, channels)
         self.in_size, self.inputs, self.out_size, self.outputs = ends[self.gradient]
         self.x = torch.randn(images, self.inputs, *self.in_size, generator=generator).to(self.dtype)
-        self.products = kernel * kernel * self.inputs
+        self.products = kernel * kernel * self.inputs // self.groups
         shapes = self.in_size, self.inputs, self.out_size, self.outputs
         kind = self.algorithm, native.dtype_name(self.dtype)
-        self.conv = native._C.Conv(*kind, *shapes, *steps_and_phases, self.isa, self.adjoint)
+        self.conv = native._C.Conv(*kind, *shapes, *steps_and_phases, self.isa, self.adjoint, self.groups)
         self.packer = self.conv
         if self.adjoint:
             phases = forward_phases(kernel, padding, dilation)
@@ -146,8 +146,8 @@ class Layer:
             padding, stride, dilation = (self.geometry[name] for name in ("padding", "stride", "dilation"))
             full = [(n - 1) * stride - 2 * padding + dilation * (weight.shape[2] - 1) + 1 for n in self.in_size]
             rest = [want - n for want, n in zip(self.out_size, full, strict=True)]
-            return F.conv_transpose2d(x, weight, None, stride, padding, rest, 1, dilation)
-        return F.conv2d(x, weight, None, **self.geometry)
+            return F.conv_transpose2d(x, weight, None, stride, padding, rest, self.groups, dilation)
+        return F.conv2d(x, weight, None, **self.geometry, groups=self.groups)
 
     def run(self, x=None, threads=2, bias=None, other=None, mask=None, relu=False, want_bits=False, in_place=False):
         x = last(self.x if x is None else x)
@@ -166,7 +166,7 @@ class Layer:
     def magnitudes(self, x, weight):
         """Sums of the magnitudes that each result is made of."""
         x, weight = x.double().abs(), weight.abs()
-        if self.algorithm == "gemm":
+        if self.algorithm not in TILES:
             return self.exact(x, weight)
         # All of Winograd's transforms, of magnitudes: differences that cancel were rounded nevertheless.
         if self.adjoint:
@@ -209,8 +209,8 @@ def layers(draw, algorithm, isa, dtype):
     options = dict(algorithm=algorithm, isa=isa, dtype=dtype)
     options |= dict(gradient=draw(st.booleans()), scale=draw(st.booleans()), seed=draw(st.integers(0, 9)))
     options |= dict(images=draw(st.sampled_from([1, 2, 5])), pack_threads=draw(st.integers(1, 3)))
-    if algorithm == "gemm":
-        kernel, dilation = draw(st.sampled_from([1, 3, 5, 7])), draw(st.integers(1, 2))
+    if algorithm not in TILES:
+        kernel, dilation = draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([1, 1, 2]))
         options |= dict(kernel=kernel, dilation=dilation, stride=draw(st.integers(1, 3)))
         reach = dilation * (kernel - 1) + 1
         options["padding"] = draw(st.sampled_from(sorted({0, reach // 2})))
@@ -218,7 +218,12 @@ def layers(draw, algorithm, isa, dtype):
     else:
         sizes = SIZES
         options["adjoint"] = options["gradient"] and draw(st.booleans())
-    return Layer((draw(sizes), draw(sizes)), draw(CHANNELS), draw(CHANNELS), **options)
+    channels, outputs = draw(CHANNELS), draw(CHANNELS)
+    if algorithm == "direct":
+        options["groups"] = draw(st.sampled_from([1, 3, 5, 12, 17, 40]))
+        of_group = draw(st.sampled_from([(1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (24, 8), (16, 40)]))
+        channels, outputs = (n * options["groups"] for n in of_group)
+    return Layer((draw(sizes), draw(sizes)), channels, outputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
@@ -244,6 +249,11 @@ def test_random_layers(algorithm, isa, dtype):
         ("winograd4", (12, 13), 600, 70, {}),  # inputs larger than the cache
         ("winograd", (12, 13), 90, 260, dict(gradient=True, adjoint=True)),
         ("winograd4", (33, 31), 75, 260, dict(gradient=True, adjoint=True)),
+        ("direct", (30, 29), 300, 300, dict(kernel=5, groups=300)),
+        ("direct", (33, 31), 160, 160, dict(kernel=3, groups=160, stride=2, gradient=True)),
+        ("direct", (17, 19), 136, 136, dict(kernel=9, groups=136)),  # three times three taps side by side
+        ("direct", (14, 15), 192, 192, dict(groups=48)),
+        ("direct", (14, 15), 192, 288, dict(groups=4, stride=2, gradient=True)),
         ("gemm", (1, 1), 600, 130, dict(kernel=1, images=7)),  # a linear layer
         ("gemm", (30, 29), 48, 70, dict(kernel=1)),
         ("gemm", (16, 16), 64, 96, dict(stride=2, gradient=True)),
@@ -264,8 +274,8 @@ def test_large_layers(dtype, algorithm, size, channels, outputs, options):
 def test_epilogue(algorithm, isa, dtype):
     # Every combination for a panel and a part of one; a few for less than a vector.
     for outputs, gradient, every in (37, False, 1), (5, True, 7):
-        adjoint = gradient and algorithm != "gemm"
-        options = dict(algorithm=algorithm, isa=isa, dtype=dtype, gradient=gradient, adjoint=adjoint)
+        adjoint, groups = gradient and algorithm in TILES, outputs if algorithm == "direct" else 1
+        options = dict(algorithm=algorithm, isa=isa, dtype=dtype, gradient=gradient, adjoint=adjoint, groups=groups)
         layer = Layer((3, 4), outputs, outputs, **options)
         plain, plain_want = layer.run(threads=1), layer.want()
         bias, other = torch.randn(outputs), torch.randn(plain.shape).to(dtype)
@@ -299,23 +309,26 @@ def test_epilogue(algorithm, isa, dtype):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
 def test_bits_and_values_of_nan(algorithm, isa, dtype):
-    layer = Layer((7, 8), 5, 17, algorithm=algorithm, isa=isa, dtype=dtype)
+    channels, groups = (17, 17) if algorithm == "direct" else (5, 1)
+    layer = Layer((7, 8), channels, 17, algorithm=algorithm, isa=isa, dtype=dtype, groups=groups)
     clean = layer.run(relu=True)
     x = layer.x.clone()
     x[1, 3, 3, 4] = math.nan
     y, bits = layer.run(x, relu=True, want_bits=True)
     rows, columns = torch.arange(7)[:, None], torch.arange(8)
-    if algorithm == "gemm":
+    if algorithm not in TILES:
         reached = ((rows - 3).abs() <= 1) & ((columns - 4).abs() <= 1)
     else:  # tiles whose inputs, one more pixel on each side, hold it
         size = TILES[algorithm]
         top, left = rows // size * size, columns // size * size
         reached = (top - 1 <= 3) & (top + size >= 3) & (left - 1 <= 4) & (left + size >= 4)
     reached = torch.stack([torch.zeros_like(reached), reached])[:, None].expand_as(y)
+    if algorithm == "direct":
+        reached = reached & (torch.arange(17) == 3)[:, None, None]
     assert y.isfinite()[~reached].all() and torch.equal(y[~reached], clean[~reached])
     passes = first(unpack(bits, 17)[0])
     assert passes[y.isnan()].all()
-    if algorithm == "gemm":
+    if algorithm not in TILES:
         assert y[reached].isnan().all()
 
 
@@ -331,11 +344,14 @@ def test_bits_and_values_of_nan(algorithm, isa, dtype):
         ("winograd4", (2, 2), dict(gradient=True, adjoint=True)),  # panels are divided
         ("gemm", (9, 9), dict(stride=2)),
         ("gemm", (9, 9), dict(stride=2, gradient=True)),
+        ("direct", (9, 9), dict(stride=2, gradient=True, groups=100)),
+        ("direct", (9, 9), dict(groups=25)),
         ("gemm", (1, 1), dict(kernel=1)),
     ],
 )
 def test_deterministic(dtype, algorithm, size, options):
-    layer = Layer(size, 40, 100, algorithm=algorithm, dtype=dtype, images=9, **options)
+    channels = 100 if algorithm == "direct" else 40
+    layer = Layer(size, channels, 100, algorithm=algorithm, dtype=dtype, images=9, **options)
     want = layer.run(threads=1)
     for threads in 2, 3, 8:
         packed = layer.packed.clone()
@@ -411,6 +427,12 @@ def conv(**changes):
         (dict(dtype="int8"), "int8"),
         (dict(isa="none"), "instruction set"),
         (dict(adjoint=True), "only winograd"),
+        (dict(groups=2), "divide"),
+        (dict(groups=0), "divide"),
+        (dict(out_channels=4, groups=2), "only direct"),
+        (dict(algorithm="direct"), "1, 2, 4 or multiples of 8"),
+        (dict(algorithm="direct", in_channels=6, out_channels=6, groups=2), "1, 2, 4 or multiples of 8"),
+        (dict(algorithm="direct", in_channels=4, out_channels=8, groups=2), "1, 2, 4 or multiples of 8"),
         (dict(in_size=(0, 5)), "sizes"),
         (dict(in_channels=0), "sizes"),
         (dict(out_channels=-1), "sizes"),

@@ -64,9 +64,10 @@ class _Kernel:
         phases: list,
         workspace: Workspace,
         other: _Kernel | None = None,
+        groups: int = 1,
     ):
         self._adjoint = other is not None
-        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa, self._adjoint)
+        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa, self._adjoint, groups)
         self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8) if other is None else other._packed
         self._workspace = workspace
 
@@ -166,12 +167,13 @@ class KernelConvolution:
         self.runs = f"C++ {algorithm}"
         axes = list(zip(g.kernel, g.stride, g.padding, g.dilation, g.upsample, strict=True))
         inner, outer = (g.in_size, g.in_channels), (g.out_size, g.out_channels)
-        self._forward = _phased(axis_forward, axes, (*inner, *outer), algorithm, dtype, workspace)
-        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1):
+        kind = algorithm, dtype, workspace, g.groups
+        self._forward = _phased(axis_forward, axes, (*inner, *outer), *kind)
+        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1) and g.groups == 1:
             self._backward = _ImageGradient(g, dtype, workspace)
         else:
             other = self._forward if shares_weights(g, algorithm) else None
-            self._backward = _phased(axis_backward, axes, (*outer, *inner), algorithm, dtype, workspace, other)
+            self._backward = _phased(axis_backward, axes, (*outer, *inner), *kind, other)
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
         self._forward.pack(weight, scale, transposed=False)
@@ -191,6 +193,7 @@ def _phased(
     algorithm: str,
     dtype: torch.dtype,
     workspace: Workspace,
+    groups: int,
     other: _Kernel | None = None,
 ) -> _Kernel:
     (in_y, out_y, rows), (in_x, out_x, cols) = (axis(*numbers) for numbers in axes)
@@ -198,7 +201,7 @@ def _phased(
         (y, x, [(dy, dx, list(product(ky, kx))) for (dy, ky), (dx, kx) in product(rows[y], cols[x])])
         for y, x in product(range(out_y), range(out_x))
     ]
-    return _Kernel(algorithm, dtype, (*ends, (in_y, in_x), (out_y, out_x)), phases, workspace, other)
+    return _Kernel(algorithm, dtype, (*ends, (in_y, in_x), (out_y, out_x)), phases, workspace, other, groups)
 
 
 class LibraryConvolution(TorchConvolution):
@@ -463,13 +466,15 @@ class KernelInput(Input):
 
 
 def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
-    """``winograd4``, ``winograd``, ``gemm`` or ``library``.
+    """``winograd4``, ``winograd``, ``gemm``, ``direct`` or ``library``.
 
     A fixed rule made from measurements, not a measurement, so that results are the same in every run.
     """
     g = geometry
     few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
-    if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
+    if g.groups > 1:
+        return "direct" if _in_lanes(g) else "library"
+    if has_matrix_unit(dtype) and not few and g.upsample == (1, 1):
         return "library"
     ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     ordinary = ordinary and g.in_size == g.out_size
@@ -478,6 +483,12 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
         return "gemm"
     products = {size: (size + 2) ** 2 * -(-height // size) * -(-width // size) for size in (2, 4)}
     return "winograd4" if products[4] < products[2] else "winograd"
+
+
+def _in_lanes(geometry: Convolution) -> bool:
+    """Whether vectors hold whole groups, or parts of one in whole bytes of bits."""
+    inputs, outputs = (channels // geometry.groups for channels in (geometry.in_channels, geometry.out_channels))
+    return (inputs % 8 == 0 and outputs % 8 == 0) or (inputs == outputs and inputs in (1, 2, 4))
 
 
 def shares_weights(geometry: Convolution, algorithm: str) -> bool:

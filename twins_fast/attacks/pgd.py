@@ -17,6 +17,7 @@ from twins_fast.attacks.ascent import RULES, Found, Images, Network, Search, asc
 from twins_fast.attacks.balls import NORMS, Ball, norm_named
 from twins_fast.attacks.engine.cache import PlanCache, plans_of
 from twins_fast.attacks.engine.explain import Explanation, explain
+from twins_fast.attacks.engine.function import as_module, look_again
 from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.passes import Pass
@@ -65,7 +66,8 @@ class PGD:
     1] or [N, C, 1, 1]; the balls of the L2 and L1 norms have one radius for all channels.
 
     Args:
-        model: maps images [N, C, H, W] to logits [N, classes].
+        model: maps images [N, C, H, W] to logits [N, classes]: a module, or a function whose networks are found in its
+            closure, globals, arguments (of a ``partial``) or object (of a method); they are treated as a module is.
         eps: radius of the ball, a number in the units of ``bounds``.
         alpha: step size, a number in the same units.
         steps: number of gradient steps.
@@ -111,14 +113,14 @@ class PGD:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
-        TypeError: a loss or an output that is neither a name nor a function.
+        TypeError: a model that is no function, a loss or an output that is neither a name nor a function.
         ValueError: an unknown name, a negative eps, alpha or steps, a chunk_size or restarts below 1, an L-infinity
             radius above the range of pixel values, options that exclude each other.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Tensor], Any],
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
@@ -172,7 +174,7 @@ class PGD:
             raise ValueError("step_rule='apgd' has a momentum of its own, and is for the norms linf and l2")
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together")
-        self.model = model
+        self.model = as_module(model)
         self.eps = eps
         self.alpha = alpha
         self.steps = steps
@@ -248,6 +250,7 @@ class PGD:
                 a GPU are not waited for: what is wrong with them is raised by a later call, or when
                 :attr:`nan_gradients` is read.
         """
+        look_again(self.model)
         self._check_images(images)
         return self.perturb(images, labels, check_labels(labels, images), x_init)
 
@@ -259,6 +262,7 @@ class PGD:
 
     def start(self, images: Tensor, x_init: Tensor | None = None) -> Tensor:
         """Where an attack on checked images starts, [N, ...] or [restarts, N, ...]; what is random is drawn here."""
+        look_again(self.model)
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
         if torch.is_inference_mode_enabled():
@@ -330,6 +334,7 @@ class PGD:
             labels: not needed; as in a call.
             timed: also measure every step.
         """
+        look_again(self.model)
         self._check_images(images)
         with self._cache.lock, in_mode(self.model, training=False):
             program = self._program(images.detach())
@@ -346,8 +351,7 @@ class PGD:
     def forget(self) -> None:
         """Drop the captured model and its memory, and the reasons why it could not be planned, for all attacks on it.
 
-        Only needed if a forward reads anything but tensors from globals or closures, whose changes go unnoticed, or to
-        try again after an error.
+        Only needed if a forward reads what is not looked at (docs/attack.md), or to try again after an error.
         """
         with self._cache.lock:
             self._cache.forget()

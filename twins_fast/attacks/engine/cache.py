@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from twins_fast.attacks.engine.capture import capture
 from twins_fast.attacks.engine.executors import executor_for
+from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
@@ -28,19 +29,20 @@ KEPT_MODELS = 16  # of one that is kept alive by itself, such as by a method of 
 RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
 
 
-_caches: OrderedDict[int, tuple[weakref.ref[nn.Module], PlanCache]] = OrderedDict()  # by id(model)
+_caches: OrderedDict[int, tuple[weakref.ref, PlanCache]] = OrderedDict()  # by id() of a module or a function
 _caches_lock = threading.Lock()
 
 
 def plans_of(model: nn.Module) -> PlanCache:
     """The plans of ``model``, which all attacks on it share, and which go when it goes."""
+    owner = model.owner if isinstance(model, Function) else model
+    key = id(owner)
     with _caches_lock:
-        owner, cache = _caches.get(id(model), (None, None))
-        if cache is None or owner() is not model:
-            key = id(model)
+        reference, cache = _caches.get(key, (None, None))
+        if cache is None or reference() is not owner:
             cache = PlanCache()
-            _caches[key] = weakref.ref(model, lambda _: _caches.pop(key, None)), cache
-        _caches.move_to_end(id(model))
+            _caches[key] = weakref.ref(owner, lambda _: _caches.pop(key, None)), cache
+        _caches.move_to_end(key)
         while len(_caches) > KEPT_MODELS:
             _caches.popitem(last=False)
     return cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from twins_fast.attacks.engine.patterns import PATTERNS, Match, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
-from twins_fast.nn.modes import in_mode
+from twins_fast.nn.modes import in_mode, modules_of
 
 _SAME = {
     aten.contiguous.default, aten.resolve_neg.default, aten.resolve_conj.default, aten.clone.default,
@@ -90,7 +91,7 @@ def _exported(
     batch: Any = {0: torch.export.Dim.DYNAMIC}
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     shapes = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
-    with _watched(functions) as messages:
+    with _watched(functions) as messages, _without_strangers(model):
         try:
             return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), messages
         except NotCaptured:
@@ -120,6 +121,21 @@ def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
             raise NotCaptured("the forward draws random numbers")
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _without_strangers(model: nn.Module) -> Iterator[None]:
+    """Refuse networks that are called and are no part of the model: their parameters would become constants."""
+    own, thread, call = set(modules_of(model)), threading.get_ident(), nn.Module._call_impl
+
+    def checked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in own and (module._parameters or module._buffers) and threading.get_ident() == thread:
+            kind = type(module).__name__
+            raise NotCaptured(f"it calls a {kind} that is no part of it; make it an attribute of the model")
+        return call(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "_call_impl", checked):
+        yield
 
 
 class Reader(Reading):

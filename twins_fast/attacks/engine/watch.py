@@ -7,13 +7,15 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from types import CellType, FunctionType
+from types import FunctionType
 
 import numpy
 import torch
 from torch import Tensor, nn
 
+from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured
+from twins_fast.attacks.engine.reads import LONGEST, Reads, function_in
 from twins_fast.nn.guards import HOOKS, has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
 
@@ -22,7 +24,6 @@ DEEPEST, LARGEST = 4, 1 << 16  # attributes are compared by value down to this d
 _STORES = ("_parameters", "_buffers", "_modules")
 # Attributes that every module has, and one that torch.compile gives to what it wraps.
 _KNOWN = frozenset({*vars(nn.Module()), "_is_torch_compile"})
-_EMPTY = CellType()
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
@@ -128,7 +129,9 @@ class Snapshot:
         self._held = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
         self.tensors = self._facts()
         own = [pair for d in map(vars, (*modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
-        self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
+        self._reads = _reads_of(modules, self._classes)
+        values = [value for _, value in own] + [read.value for read in self._reads if _is_data(read.value)]
+        self._mutable = [(value, _frozen(value)) for value in values if not _is_fixed(value)]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether all that a fingerprint, an obstacle or the tensors' addresses depend on is surely as it was."""
@@ -142,7 +145,7 @@ class Snapshot:
         for now, (names, values) in zip(self._dictionaries((model, *self._below)), self._contents, strict=True):
             if list(now) != names or not all(map(operator.is_, now.values(), values)):
                 return False
-        if self._facts() != self.tensors:
+        if self._facts() != self.tensors or not all(read.holds() for read in self._reads):
             return False
         return all(_frozen(value) == frozen for value, frozen in self._mutable)
 
@@ -195,7 +198,7 @@ class _Same:
 def fingerprint(model: nn.Module) -> tuple:
     """All that a captured forward depends on besides values: modules, their classes and attributes, shapes, sharing.
 
-    What a forward takes from globals or closures is not seen, but for tensors.
+    Of what functions read besides, plain data, tensors and arrays are looked into.
 
     Raises:
         NotCaptured: TorchScript, whose attributes are not Python's.
@@ -218,21 +221,35 @@ def fingerprint(model: nn.Module) -> tuple:
                 (k, tuple((n, _frozen(v)) for n, v in vars(k).items() if _is_own(n))) for k in _own_classes(kind)
             )
         parts.append((name, seen.setdefault(id(module), len(seen)), kind, attributes, tensors))
-    return tuple(parts), tuple(classes.items())
+    own = list(dict.fromkeys(k for kind in classes for k in _own_classes(kind)))
+    reads = _reads_of(modules_of(model), own)
+    read = tuple((r.name, _frozen(r.value) if _is_data(r.value) else _Same(r.value)) for r in reads)
+    return tuple(parts), tuple(classes.items()), read
 
 
-def _tensors_read_by(function: FunctionType, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in closures and globals of a function and of those that it calls, of its own package."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    found = [(name, cell.cell_contents) for name, cell in cells if cell != _EMPTY]
-    found += [(name, function.__globals__.get(name)) for name in function.__code__.co_names]
-    package = (function.__module__ or "").partition(".")[0]
-    for name, value in found:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, FunctionType) and depth < DEEPEST and value is not function:
-            if (value.__module__ or "").partition(".")[0] == package:
-                yield from _tensors_read_by(value, depth + 1)
+def _reads_of(modules: Iterable[nn.Module], classes: Iterable[type]) -> Reads:
+    """What forwards read, and what in attributes can be called; of a class the methods that any of this code names."""
+    reads = Reads()
+    for module in modules:
+        if isinstance(module, Function):
+            reads.follow(module.function)
+        for name, value in vars(module).items():
+            if _is_own(name) and callable(value) and not isinstance(value, (type, nn.Module)):
+                reads.follow(value)
+    followed: set[FunctionType | None] = {None}
+    methods = [(name, function_in(entry)) for kind in classes for name, entry in vars(kind).items()]
+    while reached := {f for name, f in methods if name in reads.names | {"forward"}} - followed:
+        followed |= reached
+        for function in [f for _, f in methods if f in reached]:
+            reads.follow(function)
+    return reads
+
+
+def _is_data(value: object) -> bool:
+    """Whether a value that functions read is looked into."""
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return len(value) <= LONGEST
+    return isinstance(value, (Tensor, numpy.ndarray, *_PLAIN))
 
 
 def _own_classes(kind: type) -> list[type]:
@@ -246,9 +263,6 @@ def _frozen(value: object, depth: int = 0) -> object:
         return (_Same(value), value._version, tuple(value.shape), value.dtype)
     if isinstance(value, _PLAIN):
         return (type(value), value)
-    if isinstance(value, FunctionType):
-        read = tuple((name, _frozen(tensor)) for name, tensor in _tensors_read_by(value))
-        return (_Same(value), read) if read else _Same(value)
     if depth > DEEPEST or isinstance(value, (nn.Module, Callable)):
         return _Same(value)
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.passes import Pass
 from twins_fast.attacks.engine.program import Program
-from twins_fast.attacks.engine.watch import is_compiled, unwrapped
+from twins_fast.attacks.engine.watch import Wrapper, is_compiled, unwrapped
 from twins_fast.attacks.networks import Eager, Normalised, Passes
 from twins_fast.attacks.objectives import Loss, Objective
 from twins_fast.deferred import check_values, raise_found
@@ -296,6 +296,8 @@ class PGD:
                     program.free()
         if failure or not isinstance(program, Program):
             x, nan, blocks = self._eager(images, labels, largest_label, x)
+            if self.engine == "auto" and self.bn_mode == "eval":
+                self._cache.tell("the model is attacked in eager mode", stacklevel=4)
         if failure:  # and not the model or the loss: they would have failed again
             if isinstance(program, Program) and not passing:
                 self._cache.refuse(program, failure)
@@ -425,8 +427,8 @@ class PGD:
 
     def _eager(self, images: Tensor, labels: Tensor, largest_label: Tensor, x: Tensor) -> tuple[Tensor, Tensor, bool]:
         """The attacked images, NaN gradients, and whether a clamp of the images passes no gradient at 0 and 1."""
-        # Code of torch.compile would be compiled again inside a mode.
-        known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
+        # Code of torch.compile would be compiled again inside a mode; an accelerated network has clamps of its checks.
+        known = self._clamp_is_known or any(is_compiled(m) or isinstance(m, Wrapper) for m in self.model.modules())
         clamps = ClampMode(images.shape[1], replace=False)
         training = self.bn_mode == "train"
         with in_mode(self.model, training=training), _without_parameter_gradients(self.model), torch.no_grad():
@@ -460,6 +462,7 @@ class PGD:
         # The steps do not depend on the scale: under autocast the sum keeps small gradients from
         # underflowing; in full precision the mean gives the published code's very bits.
         half = closed or self.amp_dtype is not None or torch.is_autocast_enabled(images.device.type)
+        half = half or images.dtype.itemsize == 2
         reduce = torch.sum if half else torch.mean
         objective = Objective(values, slope if closed else None, -1 if self.targeted else 1, reduce)
         options = (self.momentum, self.step_rule, self.best, self.early_stop)

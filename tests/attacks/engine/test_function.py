@@ -170,3 +170,13 @@ def test_what_functions_read():
     assert all(read.holds() for read in reads)
     scope.a.b = 4
     assert [read.name for read in reads if not read.holds()] == ["b"]
+
+
+def test_reading_comes_to_an_end():
+    ring, chain = [], SimpleNamespace(next=None)
+    ring.append(ring)
+    for _ in range(3000):
+        chain = SimpleNamespace(next=chain)
+    reads = Reads()
+    reads.follow(lambda x: x + len(ring) + chain.next.next)
+    assert len(reads) > 3000 and reads.modules() == []

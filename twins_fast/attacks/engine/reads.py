@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-LONGEST = 64  # items of a collection that are looked at
+LONGEST, DEEPEST = 64, 4  # items of a collection that are looked at, and collections inside each other
 
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy"} - {"__main__"})  # packages that are not followed
 _EMPTY = CellType()
@@ -46,30 +46,35 @@ class Reads(list[Read]):
         super().__init__()
         self.names: set[str] = set()
         self._seen: set[tuple[int, str]] = set()
+        self._pending: list[tuple[Any, tuple[str, ...]]] = []  # values, and the names in the code that has read them
 
     def follow(self, function: Callable) -> None:
         """Add what it reads."""
-        self._visit(function, (), root=True)
+        if isinstance(function, FunctionType):  # whatever package it is of
+            self._function(function)
+        else:
+            self._pending.append((function, ()))
+        while self._pending:
+            self._visit(*self._pending.pop())
 
     def modules(self) -> list[nn.Module]:
         """Those among the values, each once."""
         return list(dict.fromkeys(module for read in self for module in _modules(read.value)))
 
-    def _visit(self, value: Any, names: tuple[str, ...], root: bool = False) -> None:
-        """Follow a value that code with these names has read."""
+    def _visit(self, value: Any, names: tuple[str, ...]) -> None:
         if isinstance(value, FunctionType):
-            if root or (value.__module__ or "").partition(".")[0] not in _FOREIGN:
+            if (value.__module__ or "").partition(".")[0] not in _FOREIGN:
                 self._function(value)
         elif isinstance(value, MethodType):
             self._read({"__self__": value.__self__}, "__self__", _names_in(value.__func__))
-            self._visit(value.__func__, names, root)
+            self._pending.append((value.__func__, names))
         elif isinstance(value, functools.partial):
             parts = {"function": value.func} | value.keywords | dict(enumerate(value.args))
             for name in parts:
                 self._read(parts, name, names)
         elif isinstance(value, (list, tuple, Mapping)):
-            for item in _items(value):
-                self._visit(item, names)
+            if not self._is_known(value, ""):
+                self._pending += [(item, names) for item in _items(value)]
         elif not isinstance(value, _LEAVES):
             self._attributes(value, names)
 
@@ -99,8 +104,7 @@ class Reads(list[Read]):
                 kinds = (vars(kind) for kind in type(value).__mro__)
                 method = next((function_in(kind[name]) for kind in kinds if name in kind), None)
                 if method is not None:
-                    self._visit(method, names)
-                    self._attributes(value, _names_in(method))
+                    self._pending += [(method, names), (value, _names_in(method))]
 
     def _is_known(self, value: Any, name: str) -> bool:
         key = (id(value), name)
@@ -111,7 +115,7 @@ class Reads(list[Read]):
     def _read(self, source: Mapping | CellType, name: Any, names: tuple[str, ...]) -> None:
         value = source.cell_contents if isinstance(source, CellType) else source[name]
         self.append(Read(source, name, value))
-        self._visit(value, names)
+        self._pending.append((value, names))
 
 
 def function_in(entry: object) -> FunctionType | None:
@@ -138,8 +142,8 @@ def _items(value: object) -> list[object]:
     return list(items) if isinstance(items, (list, tuple)) and len(items) <= LONGEST else []
 
 
-def _modules(value: object) -> Iterator[nn.Module]:
+def _modules(value: object, depth: int = 0) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-    for item in _items(value):
-        yield from _modules(item)
+    for item in _items(value) if depth < DEEPEST else ():
+        yield from _modules(item, depth + 1)

@@ -384,3 +384,24 @@ def test_the_image_is_written_while_its_gradient_is_read(model):
     bound = plans_of(model).programs()[-1].bound(2)
     ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (bound.image, bound.image_gradient)]
     assert ends[0][1] <= ends[1][0] or ends[1][1] <= ends[0][0]
+
+
+def test_a_loss_may_attack_the_same_model(model):
+    """On one thread its lock lets the second one in."""
+    fast, (x, y) = accelerate(model), data(3)
+    inner, losses = x.clone().requires_grad_(), []
+
+    def loss(logits, labels):
+        fast(inner).sum().backward()
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    for function in (loss, "ce"):
+        losses.append(PGD(model, loss=function, engine="plan", steps=2, random_start=False)(x, y))
+    assert torch.equal(*losses) and inner.grad.abs().sum() > 0
+
+
+def test_an_eager_attack_on_it_does_not_warn_of_clamps_of_its_checks():
+    net, (x, y) = small(), data(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(accelerate(net), engine="eager", steps=1)(x, y)

@@ -79,13 +79,15 @@ def test_a_clamp_that_blocks_is_told_once_and_can_be_replaced(kind, engine):
         warnings.simplefilter("always")
         for _ in range(2):
             assert torch.equal(attack(x, y), x) == blocks
-    assert [str(message.message) for message in messages] == [NOTE] * blocks
+    told = [str(message.message) for message in messages]
+    assert [text for text in told if "eager mode" not in text] == [NOTE] * blocks
     assert (NOTE in str(attack.explain(x))) == blocks
 
     passing = pass_gradient_at_bounds(model)
     attack = PGD(passing, steps=1, random_start=False, engine=engine)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*in eager mode")
         moved = attack(x, y)
     assert 0.4 < (moved != x).float().mean() < 0.6
     assert torch.equal(moved, PGD(model.body, steps=1, random_start=False, engine=engine)(x, y))

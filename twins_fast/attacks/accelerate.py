@@ -58,12 +58,12 @@ class Accelerated(Wrapper):
 
     def __init__(self, model: nn.Module, amp_dtype: torch.dtype | None = None):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"accelerate() takes an nn.Module, got {type(model).__name__}")
+            hint = "; PGD takes functions, too" if callable(model) else ""
+            raise TypeError(f"accelerate() takes an nn.Module, got {type(model).__name__}{hint}")
         check_amp_dtype(amp_dtype)
         super().__init__()
         self.module = model.module if isinstance(model, Accelerated) else model
         self.amp_dtype = amp_dtype
-        self._told = False  # whether the user knows that the model runs as it is
 
     @property
     def training(self) -> bool:
@@ -97,20 +97,20 @@ class Accelerated(Wrapper):
         model = unwrapped(self.module)
         cache = plans_of(model)
         with cache.lock:
-            program = self._program(cache, model, images)
-            reason, failed = str(program), isinstance(program, Program)
+            program, failure = self._program(cache, model, images), ""
             if isinstance(program, Program):
                 try:
                     return self._planned(program, cache, model, images)
                 except Exception as error:
-                    reason = f"the plan failed: {in_one_line(error)}"
+                    failure = f"the plan failed: {in_one_line(error)}"
                     program.free()
                     if not out_of_memory(error):
-                        cache.refuse(program, reason)
-        if failed or not self._told:
-            self._told = True
-            warnings.warn(f"{reason}; the model runs as it is", stacklevel=4)
-        return self.itself(images)
+                        cache.refuse(program, failure)
+        logits = self.itself(images)
+        if failure:
+            warnings.warn(f"{failure}; the model runs as it is", stacklevel=4)
+        cache.tell("the model runs as it is", stacklevel=4)
+        return logits
 
     def itself(self, images: Tensor) -> Tensor:
         """The logits by the model, in the precision that was asked for."""
@@ -122,7 +122,9 @@ class Accelerated(Wrapper):
     def explain(self, images: Tensor) -> Explanation:
         """How a forward on images like these [N, C, H, W] runs, layer by layer, and why; ``str()`` is a table."""
         model = unwrapped(self.module)
-        program: Program | str = "the model is in train mode, or these are no float32 images [N, C, H, W]"
+        program: Program | str = "these are no float32 images [N, C, H, W]"
+        if any(module.training for module in modules_of(self.module)):
+            program = "the model is in train mode: call .eval()"
         if self._is_plannable(images):
             with plans_of(model).lock:
                 program = self._program(plans_of(model), model, images)

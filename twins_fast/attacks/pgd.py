@@ -17,11 +17,12 @@ from twins_fast.attacks.ascent import RULES, Found, Images, Network, Search, asc
 from twins_fast.attacks.balls import NORMS, Ball, norm_named
 from twins_fast.attacks.engine.cache import PlanCache, plans_of
 from twins_fast.attacks.engine.explain import Explanation, explain
+from twins_fast.attacks.engine.function import as_module, look_again
 from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.passes import Pass
 from twins_fast.attacks.engine.program import Program
-from twins_fast.attacks.engine.watch import is_compiled, unwrapped
+from twins_fast.attacks.engine.watch import Wrapper, is_compiled, unwrapped
 from twins_fast.attacks.networks import Eager, Normalised, Passes
 from twins_fast.attacks.objectives import Loss, Objective
 from twins_fast.deferred import check_values, raise_found
@@ -65,7 +66,8 @@ class PGD:
     1] or [N, C, 1, 1]; the balls of the L2 and L1 norms have one radius for all channels.
 
     Args:
-        model: maps images [N, C, H, W] to logits [N, classes].
+        model: maps images [N, C, H, W] to logits [N, classes]: a module, or a function whose networks are found in its
+            closure, globals, arguments (of a ``partial``) or object (of a method); they are treated as a module is.
         eps: radius of the ball, a number in the units of ``bounds``.
         alpha: step size, a number in the same units.
         steps: number of gradient steps.
@@ -111,14 +113,14 @@ class PGD:
         nan_gradients: how many gradients of pixel values were NaN in the last call; such pixels did not move.
 
     Raises:
-        TypeError: a loss or an output that is neither a name nor a function.
+        TypeError: a model that is no function, a loss or an output that is neither a name nor a function.
         ValueError: an unknown name, a negative eps, alpha or steps, a chunk_size or restarts below 1, an L-infinity
             radius above the range of pixel values, options that exclude each other.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Tensor], Any],
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
@@ -172,7 +174,7 @@ class PGD:
             raise ValueError("step_rule='apgd' has a momentum of its own, and is for the norms linf and l2")
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together")
-        self.model = model
+        self.model = as_module(model)
         self.eps = eps
         self.alpha = alpha
         self.steps = steps
@@ -248,6 +250,7 @@ class PGD:
                 a GPU are not waited for: what is wrong with them is raised by a later call, or when
                 :attr:`nan_gradients` is read.
         """
+        look_again(self.model)
         self._check_images(images)
         return self.perturb(images, labels, check_labels(labels, images), x_init)
 
@@ -259,6 +262,7 @@ class PGD:
 
     def start(self, images: Tensor, x_init: Tensor | None = None) -> Tensor:
         """Where an attack on checked images starts, [N, ...] or [restarts, N, ...]; what is random is drawn here."""
+        look_again(self.model)
         if self.bn_mode == "eval":
             check_running_statistics(self.model)
         if torch.is_inference_mode_enabled():
@@ -292,6 +296,8 @@ class PGD:
                     program.free()
         if failure or not isinstance(program, Program):
             x, nan, blocks = self._eager(images, labels, largest_label, x)
+            if self.engine == "auto" and self.bn_mode == "eval":
+                self._cache.tell("the model is attacked in eager mode", stacklevel=4)
         if failure:  # and not the model or the loss: they would have failed again
             if isinstance(program, Program) and not passing:
                 self._cache.refuse(program, failure)
@@ -330,6 +336,7 @@ class PGD:
             labels: not needed; as in a call.
             timed: also measure every step.
         """
+        look_again(self.model)
         self._check_images(images)
         with self._cache.lock, in_mode(self.model, training=False):
             program = self._program(images.detach())
@@ -346,8 +353,7 @@ class PGD:
     def forget(self) -> None:
         """Drop the captured model and its memory, and the reasons why it could not be planned, for all attacks on it.
 
-        Only needed if a forward reads anything but tensors from globals or closures, whose changes go unnoticed, or to
-        try again after an error.
+        Only needed if a forward reads what is not looked at (docs/attack.md), or to try again after an error.
         """
         with self._cache.lock:
             self._cache.forget()
@@ -421,8 +427,8 @@ class PGD:
 
     def _eager(self, images: Tensor, labels: Tensor, largest_label: Tensor, x: Tensor) -> tuple[Tensor, Tensor, bool]:
         """The attacked images, NaN gradients, and whether a clamp of the images passes no gradient at 0 and 1."""
-        # Code of torch.compile would be compiled again inside a mode.
-        known = self._clamp_is_known or any(map(is_compiled, self.model.modules()))
+        # Code of torch.compile would be compiled again inside a mode; an accelerated network has clamps of its checks.
+        known = self._clamp_is_known or any(is_compiled(m) or isinstance(m, Wrapper) for m in self.model.modules())
         clamps = ClampMode(images.shape[1], replace=False)
         training = self.bn_mode == "train"
         with in_mode(self.model, training=training), _without_parameter_gradients(self.model), torch.no_grad():
@@ -456,6 +462,7 @@ class PGD:
         # The steps do not depend on the scale: under autocast the sum keeps small gradients from
         # underflowing; in full precision the mean gives the published code's very bits.
         half = closed or self.amp_dtype is not None or torch.is_autocast_enabled(images.device.type)
+        half = half or images.dtype.itemsize == 2
         reduce = torch.sum if half else torch.mean
         objective = Objective(values, slope if closed else None, -1 if self.targeted else 1, reduce)
         options = (self.momentum, self.step_rule, self.best, self.early_stop)

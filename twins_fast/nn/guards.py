@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
 
@@ -18,6 +20,17 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def has_hooks(module: nn.Module) -> bool:
     """Whether ``module`` itself, not its children, has forward or backward hooks."""
     return any(getattr(module, name, None) for name in HOOKS)
+
+
+def computed_by_hooks(module: nn.Module) -> set[str]:
+    """Attributes that PyTorch's ``weight_norm`` and ``spectral_norm`` make of parameters before every forward."""
+    hooks = module._forward_pre_hooks.values() if module._forward_pre_hooks else ()
+    return {hook.name for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` itself has hooks besides those of :func:`computed_by_hooks`."""
+    return sum(len(getattr(module, name, None) or ()) for name in HOOKS) > len(computed_by_hooks(module))
 
 
 def has_global_hooks() -> bool:

@@ -8,8 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.attacks.engine.helpers import STEP, Doubled, data, net, program_of, small
-from twins_fast import PGD
+from tests.attacks.engine.helpers import (
+    STEP,
+    Doubled,
+    assert_same_step,
+    assert_untouched,
+    data,
+    net,
+    program_of,
+    small,
+    state_of,
+)
+from twins_fast import PGD, accelerate, adversarial_loss
 from twins_fast.attacks.engine import program
 
 
@@ -67,7 +77,8 @@ def test_what_cannot_be_planned_runs_in_eager_and_says_why(make, reason):
     x, y = data(4)
     x = x.to(next(model.parameters()).dtype)
     torch.manual_seed(0)
-    adversarial = PGD(model, **STEP)(x, y)
+    with pytest.warns(UserWarning, match=reason):
+        adversarial = PGD(model, **STEP)(x, y)
     torch.manual_seed(0)
     assert torch.equal(adversarial, PGD(model, engine="eager", **STEP)(x, y))
     with pytest.raises(RuntimeError, match=f"engine='plan': .*{reason}"):
@@ -149,6 +160,7 @@ FORWARDS = {
     "one layer twice": lambda m, x: m.top(m.c2(m.c2(m.c1(x)).relu()).relu()),
     "a channel shuffle": lambda m, x: m.top(m.c1(x).view(x.size(0), 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)),
     "dropout in place": lambda m, x: m.top(F.dropout(m.c1(x).relu(), 0.5, training=False, inplace=True)),
+    "feature dropout": lambda m, x: m.top(F.feature_alpha_dropout(m.c1(x).relu(), 0.5, training=False)),
     "a flattened view": lambda m, x: m.head(F.adaptive_avg_pool2d(m.c1(x).relu(), 1).view(x.size(0), -1)),
 }
 
@@ -173,7 +185,8 @@ def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypa
 
 
 @pytest.mark.parametrize(
-    "name", ["double use", "one layer twice", "a channel shuffle", "dropout in place", "a flattened view"]
+    "name",
+    ["double use", "one layer twice", "a channel shuffle", "dropout in place", "feature dropout", "a flattened view"],
 )
 def test_common_forwards_are_planned_in_chunks(name):
     assert program_of(PGD(net(FORWARDS[name])), data(4, 8)[0]).plan.per_sample
@@ -185,6 +198,91 @@ def test_random_choices_are_not_frozen_and_the_capture_draws_none():
     random.seed(3)
     report = PGD(net(shifted)).explain(data(4, 8)[0])
     assert "random" in report.reason and random.random() == expected
+
+
+REASONS = {
+    "hook": (hooked, torch.float32, "bn1 has hooks, which a plan would not call: remove them"),
+    "double": (lambda body: body.double(), torch.float64, "images are torch.float64: a plan needs float32"),
+    "half": (lambda body: body.half(), torch.float16, "amp_dtype=torch.float16 computes in half precision"),
+    "values": (ValueDependent, torch.float32, "data-dependent"),
+    "random": (Random, torch.float32, "draw none in eval mode"),
+    "writes": (Counting, torch.float32, "changes calls"),
+    "script": (scripted, torch.float32, "attack what it was made from"),
+    "results": (Pair, torch.float32, "output= of PGD"),
+    "logits": (lambda body: net(FORWARDS["no logits"]), torch.float32, "output= of PGD"),
+    "batch": (lambda body: net(FORWARDS["a branch on the batch"]), torch.float32, "depends on the number of images"),
+    "backward": (lambda body: net(FORWARDS["own backward"]), torch.float32, "a backward pass of its own"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_reason_is_told_once_for_each_model_in_one_line(name):
+    make, dtype, words = REASONS[name]
+    (x, y), model = data(3, 8), make(small()).eval()
+    x = x.to(dtype)
+    with warnings.catch_warnings(record=True) as messages:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            accelerate(model)(x)
+            if name not in ("results", "logits"):
+                PGD(model, **STEP)(x, y)
+                adversarial_loss(model, x, y, method="at")
+    told = [str(m.message) for m in messages if "eager mode" in str(m.message) or "as it is" in str(m.message)]
+    assert len(told) == 1 and words in told[0]
+    assert len(told[0].partition("; the model ")[0]) <= 200 and "\n" not in told[0]
+    assert all(m.filename == __file__ for m in messages if str(m.message) in told)
+
+
+def test_a_warning_that_is_an_error_comes_once_and_leaves_the_model_as_it_was():
+    model, (x, y) = hooked(small()), data(3)
+    before = state_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has hooks"):
+            PGD(model, **STEP)(x, y)
+        assert_untouched(model, before)
+        PGD(model, **STEP)(x, y)
+        accelerate(model)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_and_models_of_other_types_keep_their_type(dtype):
+    model, (x, y) = small().to(dtype), data(4)
+    x = x.to(dtype)
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(model(leaf).to(torch.promote_types(dtype, torch.float32)), y, reduction="sum").backward()
+    with pytest.warns(UserWarning, match=f"images are {dtype}"):
+        adversarial = PGD(model, eps=0.25, alpha=0.125, **STEP)(x, y)
+    assert adversarial.dtype == dtype
+    assert torch.equal(adversarial, (x + 0.125 * leaf.grad.sign()).clamp(0, 1))
+    if dtype.itemsize == 2:
+        with pytest.raises(RuntimeError, match="type"):  # PyTorch's own
+            PGD(model, **STEP)(x.float(), y)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_hooks_of_pytorch_compute_are_planned(norm):
+    model, (x, y) = small(), data(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        model.conv1 = norm(model.conv1)
+    model.eval()
+    attack = PGD(model, engine="plan", **STEP)
+    before, plan = attack(x, y), program_of(attack, x)
+    assert_same_step(model, x, y)
+    with torch.no_grad():
+        for parameter in model.conv1.parameters():
+            parameter.copy_(parameter.flip(0))
+    assert not torch.equal(attack(x, y), before) and program_of(attack, x) is plan
+    assert_same_step(model, x, y)
+    handle = model.conv1.register_forward_pre_hook(lambda module, inputs: None)
+    assert "conv1 has hooks" in attack_reason(model, x)
+    handle.remove()
+    assert attack_reason(model, x) == ""
+
+
+def attack_reason(model, x):
+    return PGD(model).explain(x).reason
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from twins_fast.attacks.engine.capture import capture
 from twins_fast.attacks.engine.executors import executor_for
+from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
@@ -26,21 +27,23 @@ Kind = tuple[tuple[int, ...], torch.dtype, torch.device, Output]  # shape of an 
 KEPT_PLANS = 4
 KEPT_MODELS = 16  # of one that is kept alive by itself, such as by a method of its own, nothing else would ever go
 RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
+RESTLESSNESS = "the model's attributes change from call to call: keep what counts calls out of the model"
 
 
-_caches: OrderedDict[int, tuple[weakref.ref[nn.Module], PlanCache]] = OrderedDict()  # by id(model)
+_caches: OrderedDict[int, tuple[weakref.ref, PlanCache]] = OrderedDict()  # by id() of a module or a function
 _caches_lock = threading.Lock()
 
 
 def plans_of(model: nn.Module) -> PlanCache:
     """The plans of ``model``, which all attacks on it share, and which go when it goes."""
+    owner = model.owner if isinstance(model, Function) else model
+    key = id(owner)
     with _caches_lock:
-        owner, cache = _caches.get(id(model), (None, None))
-        if cache is None or owner() is not model:
-            key = id(model)
+        reference, cache = _caches.get(key, (None, None))
+        if cache is None or reference() is not owner:
             cache = PlanCache()
-            _caches[key] = weakref.ref(model, lambda _: _caches.pop(key, None)), cache
-        _caches.move_to_end(id(model))
+            _caches[key] = weakref.ref(owner, lambda _: _caches.pop(key, None)), cache
+        _caches.move_to_end(key)
         while len(_caches) > KEPT_MODELS:
             _caches.popitem(last=False)
     return cache
@@ -59,6 +62,8 @@ class PlanCache:
         self._obstacles: dict[tuple, str] = {}  # (dtype, device) of images -> what obstacle() said
         self._plans: OrderedDict[Kind, tuple[tuple | None, Program | str]] = OrderedDict()  # with their fingerprint
         self._changes: dict[Kind, int] = {}  # rebuilds in a row
+        self._told: set[str] = set()  # reasons
+        self._untold = ""
 
     def program(
         self,
@@ -75,7 +80,7 @@ class PlanCache:
         Args:
             chunk_size: how many images it is to take at once.
             insist: whether a device without a verdict will do, and an error in the engine itself is raised. Without,
-                it is a reason that is remembered, and a warning.
+                it is a reason that is remembered, for :meth:`tell`.
             rounded: whether it is for batches of many sizes.
             output: which of the model's results the logits are.
         """
@@ -91,12 +96,14 @@ class PlanCache:
                 self._obstacles[about] = obstacle(model, images)
             reason = self._obstacles[about]
             if reason:
+                self._note(reason)
                 return reason
             program = self._known(kind)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
                 if changes > RESTLESS:
-                    return "the model's attributes change from call to call"
+                    self._note(RESTLESSNESS)
+                    return RESTLESSNESS
                 self._plans.pop(kind, None)  # frees its memory before the new one takes some
                 program = self._build(model, images, dtype, output)
             else:
@@ -113,11 +120,20 @@ class PlanCache:
             reason = str(error) if expected else f"planning failed: {in_one_line(error)}"
             if insist and not expected:
                 raise RuntimeError(f"engine='plan': {reason}") from error
-            warned = expected or self._known(kind) == reason
             self._keep(kind, reason)
-        if not warned:
-            warnings.warn(f"{reason}; the model is attacked in eager mode", stacklevel=6)
+            self._note(reason)
         return reason
+
+    def _note(self, reason: str) -> None:
+        if reason not in self._told:
+            self._untold = reason
+
+    def tell(self, consequence: str, stacklevel: int) -> None:
+        """Warn of the last refusal, once for each reason, however many attacks on the model there are."""
+        if self._untold:
+            reason, self._untold = self._untold, ""
+            self._told.add(reason)
+            warnings.warn(f"{reason}; {consequence}", stacklevel=stacklevel + 1)
 
     def programs(self) -> list[Program]:
         """All that can run."""
@@ -126,6 +142,7 @@ class PlanCache:
     def refuse(self, program: Program, reason: str) -> None:
         """Have the model attacked in eager mode, for ``reason``, where ``program`` has been."""
         with self.lock:
+            self._told.add(reason)  # whoever refuses says why
             self._plans.update({k: (seen, reason) for k, (seen, known) in self._plans.items() if known is program})
 
     def _known(self, kind: Kind) -> Program | str | None:

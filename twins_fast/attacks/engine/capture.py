@@ -6,7 +6,9 @@ import functools
 import inspect
 import logging
 import operator
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,8 +47,8 @@ from twins_fast.attacks.engine.nodes import (
 from twins_fast.attacks.engine.patterns import PATTERNS, Match, several, twin_batch_norm
 from twins_fast.attacks.engine.per_sample import keeps_samples_apart
 from twins_fast.models.output import Output, output_of
-from twins_fast.nn.guards import random_numbers_restored
-from twins_fast.nn.modes import in_mode
+from twins_fast.nn.guards import computed_by_hooks, random_numbers_restored
+from twins_fast.nn.modes import in_mode, modules_of
 
 _SAME = {
     aten.contiguous.default, aten.resolve_neg.default, aten.resolve_conj.default, aten.clone.default,
@@ -78,9 +80,10 @@ def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device,
             if not functions:
                 raise
             exported, messages = _exported(model, images, functions)
-    for message in messages:
-        if "assigned during export" in str(message.message):
-            raise NotCaptured(f"the forward changes the model: {str(message.message).splitlines()[0][:150]}")
+    names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}
+    for text in (str(message.message).splitlines()[0] for message in messages):
+        if "assigned during export" in text and not names.issuperset(re.findall(r"self\.([\w.]*\w)", text)):
+            raise NotCaptured(f"the forward changes the model, which it must not in eval mode: {text}"[:200])
     return Reader(model, exported, shape, output).nodes
 
 
@@ -95,7 +98,7 @@ def _exported(
     batch: Any = {0: torch.export.Dim.DYNAMIC}
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     shapes = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
-    with _watched(functions) as messages:
+    with _watched(functions) as messages, _without_strangers(model):
         try:
             return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), messages
         except NotCaptured:
@@ -122,9 +125,25 @@ def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
                     warnings.simplefilter("always")
                     yield messages
         if drawn:
-            raise NotCaptured("the forward draws random numbers")
+            raise NotCaptured("the forward draws random numbers: have it draw none in eval mode")
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _without_strangers(model: nn.Module) -> Iterator[None]:
+    """Refuse networks that are called and are no part of the model: their parameters would become constants."""
+    own, thread, call = set(modules_of(model)), threading.get_ident(), nn.Module._call_impl
+
+    def checked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in own and threading.get_ident() == thread:  # an export calls a wrapper of the model, too
+            if any(m._parameters or m._buffers for m in set(module.modules()) - own):
+                kind = type(module).__name__
+                raise NotCaptured(f"it calls a {kind} that is no part of it: make it an attribute of the model")
+        return call(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "_call_impl", checked):
+        yield
 
 
 def _exact(target: Callable, device: str) -> Callable:
@@ -162,9 +181,9 @@ class Reader(Reading):
                 raise NotCaptured(f"{node.op} {node.target}")
         last = self.values.get(result) if isinstance(result, fx.Node) else None
         if not isinstance(last, Ref) or last.index == 0:
-            raise NotCaptured("the model does not return one tensor that depends on the images")
+            raise NotCaptured("the model returns no single tensor that depends on the images: output= of PGD names it")
         if self.nodes[last.index].shape is None or len(self.nodes[last.index].shape) != 1:
-            raise NotCaptured("the model does not return logits [N, classes]")
+            raise NotCaptured("the model returns no logits [N, classes]: output= of PGD names them")
         self._keep_until(last.index)
 
     def _bind(self, exported: torch.export.ExportedProgram) -> None:
@@ -211,7 +230,7 @@ class Reader(Reading):
             if target in _CHECKS:
                 return
             if torch.Tag.nondeterministic_seeded in target.tags and not draws_nothing(node):
-                raise NotCaptured(f"{module_of(node)}: {target} draws random numbers")
+                raise NotCaptured(f"{module_of(node)}: {target} draws random numbers: have it draw none in eval mode")
             node = self._functional(node)
             if node is None:
                 return
@@ -275,7 +294,7 @@ class Reader(Reading):
         if written != [0] or not name.endswith("_") or plain is None:
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to its operands")
         if not isinstance(value, Derived) and (not isinstance(value, Ref) or value.index == 0):
-            changed = value.name if isinstance(value, Param) else "the images"
+            changed = value.name if isinstance(value, Param) else "the images or a copy of them"
             raise NotCaptured(f"{module_of(node)}: {node.target} changes {changed}")
         if subject in self.shared:
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to memory that another value shares")

@@ -50,6 +50,7 @@ def is_switched_off(node: fx.Node) -> bool:
     dropouts = {
         aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
         aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default,
+        aten.feature_alpha_dropout.default, aten.feature_alpha_dropout_.default,
     }  # fmt: skip
     return node.target in dropouts and (node.args[2] is False or node.args[1] == 0)
 

@@ -7,22 +7,23 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from types import CellType, FunctionType
+from types import FunctionType
 
 import numpy
 import torch
 from torch import Tensor, nn
 
+from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured
-from twins_fast.nn.guards import HOOKS, has_global_hooks, has_hooks
+from twins_fast.attacks.engine.reads import DEEPEST, LONGEST, Reads, function_in
+from twins_fast.nn.guards import HOOKS, computed_by_hooks, has_global_hooks, has_hooks, has_other_hooks
 from twins_fast.nn.modes import modules_of
 
-DEEPEST, LARGEST = 4, 1 << 16  # attributes are compared by value down to this depth, arrays up to these bytes
+LARGEST = 1 << 16  # bytes up to which arrays are compared by value
 
 _STORES = ("_parameters", "_buffers", "_modules")
 # Attributes that every module has, and one that torch.compile gives to what it wraps.
 _KNOWN = frozenset({*vars(nn.Module()), "_is_torch_compile"})
-_EMPTY = CellType()
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type)
 
 
@@ -54,20 +55,25 @@ def obstacle(model: nn.Module, images: Tensor) -> str:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "its processes exchange buffers in every forward; attack its .module"
     if images.dtype != torch.float32:
-        return f"the images are {images.dtype}"
+        return f"the images are {images.dtype}: a plan needs float32 images and parameters{_half(images.dtype)}"
     for name, module in model.named_modules():
-        if has_hooks(module):
-            return f"{name or 'the model'} has hooks"
+        if has_other_hooks(module):
+            return f"{name or 'the model'} has hooks, which a plan would not call: remove them (handle.remove())"
     if has_global_hooks():
-        return "there are hooks on all modules"
+        return "there are hooks on all modules, which a plan would not call: remove them (handle.remove())"
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
-            return f"{name} is a {type(tensor).__name__}"
+            return f"{name} is a {type(tensor).__name__}: a plan needs plain tensors"
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"{name} is {tensor.dtype}"
+            return f"{name} is {tensor.dtype}: a plan needs a float32 model{_half(tensor.dtype)}"
         if tensor.device != images.device:
-            return f"{name} is on {tensor.device}"
+            return f"{name} is on {tensor.device} and the images are on {images.device}: move one of them"
     return ""
+
+
+def _half(dtype: torch.dtype) -> str:
+    """What to do instead of converting the model."""
+    return f"; amp_dtype={dtype} computes in half precision" if dtype.itemsize == 2 else ""
 
 
 class Watch:
@@ -124,17 +130,24 @@ class Snapshot:
         self._types = [type(module) for module in modules]
         self._classes = list(dict.fromkeys(own for kind in self._types for own in _own_classes(kind)))
         self._contents = [(list(d), list(d.values())) for d in self._dictionaries(modules)]
-        self._hooks = [vars(module)[name] for module in modules for name in HOOKS if name in vars(module)]
+        harmless = [module._forward_pre_hooks for module in modules if _computes_weights(module)]
+        hooks = [vars(module)[name] for module in modules for name in HOOKS if name in vars(module)]
+        self._hooks = [own for own in hooks if not any(own is known for known in harmless)]
+        self._harmless = [(own, list(own.values())) for own in harmless]
         self._held = [value for _, values in self._contents for value in values if isinstance(value, Tensor)]
         self.tensors = self._facts()
-        own = [pair for d in map(vars, (*modules, *self._classes)) for pair in d.items() if _is_own(pair[0])]
-        self._mutable = [(value, _frozen(value)) for _, value in own if not _is_fixed(value)]
+        entries = (*map(_attributes_of, modules), *map(vars, self._classes))
+        own = [pair for d in entries for pair in d.items() if _is_own(pair[0])]
+        self._reads = _reads_of(modules, self._classes)
+        values = [value for _, value in own] + [read.value for read in self._reads if _is_data(read.value)]
+        self._mutable = [(value, _frozen(value)) for value in values if not _is_fixed(value)]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether all that a fingerprint, an obstacle or the tensors' addresses depend on is surely as it was."""
         if (
             model is not self._model()
             or any(self._hooks)
+            or any(list(own.values()) != hooks for own, hooks in self._harmless)
             or has_global_hooks()
             or [type(module) for module in (model, *self._below)] != self._types
         ):
@@ -142,7 +155,7 @@ class Snapshot:
         for now, (names, values) in zip(self._dictionaries((model, *self._below)), self._contents, strict=True):
             if list(now) != names or not all(map(operator.is_, now.values(), values)):
                 return False
-        if self._facts() != self.tensors:
+        if self._facts() != self.tensors or not all(read.holds() for read in self._reads):
             return False
         return all(_frozen(value) == frozen for value, frozen in self._mutable)
 
@@ -154,13 +167,23 @@ class Snapshot:
 
     def _dictionaries(self, modules: Iterable[nn.Module]) -> Iterator[Mapping[str, object]]:
         for module in modules:
-            attributes = vars(module)
-            yield attributes
-            yield from (attributes[name] for name in _STORES)
+            yield _attributes_of(module)
+            yield from (vars(module)[name] for name in _STORES)
         yield from map(vars, self._classes)
 
     def _facts(self) -> list[tuple]:
         return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._held]
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    return bool(computed_by_hooks(module)) and not has_other_hooks(module)
+
+
+def _attributes_of(module: nn.Module) -> Mapping[str, object]:
+    """Without what hooks compute anew in every forward."""
+    computed = computed_by_hooks(module)
+    own = vars(module)
+    return {name: value for name, value in own.items() if name not in computed} if computed else own
 
 
 def _is_own(name: str) -> bool:
@@ -195,7 +218,7 @@ class _Same:
 def fingerprint(model: nn.Module) -> tuple:
     """All that a captured forward depends on besides values: modules, their classes and attributes, shapes, sharing.
 
-    What a forward takes from globals or closures is not seen, but for tensors.
+    Of what functions read besides, plain data, tensors and arrays are looked into.
 
     Raises:
         NotCaptured: TorchScript, whose attributes are not Python's.
@@ -205,8 +228,9 @@ def fingerprint(model: nn.Module) -> tuple:
     parts = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
-            raise NotCaptured(f"{name or 'the model'} is TorchScript")
-        attributes = tuple((key, _frozen(value)) for key, value in module.__dict__.items() if _is_own(key))
+            where = name or "the model"
+            raise NotCaptured(f"{where} is TorchScript, whose code cannot be looked at: attack what it was made from")
+        attributes = tuple((key, _frozen(value)) for key, value in _attributes_of(module).items() if _is_own(key))
         tensors = tuple(
             (key, None if t is None else (seen.setdefault(id(t), len(seen)), tuple(t.shape), t.dtype))
             for store in (module._parameters, module._buffers)
@@ -218,21 +242,35 @@ def fingerprint(model: nn.Module) -> tuple:
                 (k, tuple((n, _frozen(v)) for n, v in vars(k).items() if _is_own(n))) for k in _own_classes(kind)
             )
         parts.append((name, seen.setdefault(id(module), len(seen)), kind, attributes, tensors))
-    return tuple(parts), tuple(classes.items())
+    own = list(dict.fromkeys(k for kind in classes for k in _own_classes(kind)))
+    reads = _reads_of(modules_of(model), own)
+    read = tuple((r.name, _frozen(r.value) if _is_data(r.value) else _Same(r.value)) for r in reads)
+    return tuple(parts), tuple(classes.items()), read
 
 
-def _tensors_read_by(function: FunctionType, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in closures and globals of a function and of those that it calls, of its own package."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    found = [(name, cell.cell_contents) for name, cell in cells if cell != _EMPTY]
-    found += [(name, function.__globals__.get(name)) for name in function.__code__.co_names]
-    package = (function.__module__ or "").partition(".")[0]
-    for name, value in found:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, FunctionType) and depth < DEEPEST and value is not function:
-            if (value.__module__ or "").partition(".")[0] == package:
-                yield from _tensors_read_by(value, depth + 1)
+def _reads_of(modules: Iterable[nn.Module], classes: Iterable[type]) -> Reads:
+    """What forwards read, and what in attributes can be called; of a class the methods that any of this code names."""
+    reads = Reads()
+    for module in modules:
+        if isinstance(module, Function):
+            reads.follow(module.function)
+        for name, value in vars(module).items():
+            if _is_own(name) and callable(value) and not isinstance(value, (type, nn.Module)):
+                reads.follow(value)
+    followed: set[FunctionType | None] = {None}
+    methods = [(name, function_in(entry)) for kind in classes for name, entry in vars(kind).items()]
+    while reached := {f for name, f in methods if name in reads.names | {"forward"}} - followed:
+        followed |= reached
+        for function in [f for _, f in methods if f in reached]:
+            reads.follow(function)
+    return reads
+
+
+def _is_data(value: object) -> bool:
+    """Whether a value that functions read is looked into."""
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return len(value) <= LONGEST
+    return isinstance(value, (Tensor, numpy.ndarray, *_PLAIN))
 
 
 def _own_classes(kind: type) -> list[type]:
@@ -246,9 +284,6 @@ def _frozen(value: object, depth: int = 0) -> object:
         return (_Same(value), value._version, tuple(value.shape), value.dtype)
     if isinstance(value, _PLAIN):
         return (type(value), value)
-    if isinstance(value, FunctionType):
-        read = tuple((name, _frozen(tensor)) for name, tensor in _tensors_read_by(value))
-        return (_Same(value), read) if read else _Same(value)
     if depth > DEEPEST or isinstance(value, (nn.Module, Callable)):
         return _Same(value)
     if isinstance(value, (list, tuple)):

@@ -13,29 +13,13 @@ import pytest
 import torch
 
 from tests.graph_emulator import Device
-from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, refused, train
+from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, assert_same_run, refused, train
 from twins_fast.checkpoints import load_checkpoint, save_checkpoint
 from twins_fast.methods import METHODS, TwinsAT
 from twins_fast.models import build_model
 from twins_fast.ops.backend import use_backend
 from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
-
-
-def assert_same_run(left, right):
-    """Bit-equal checkpoints and metrics, times apart."""
-    for name in ("last.safetensors", "best.safetensors"):
-        (a, meta_a), (b, meta_b) = load_checkpoint(left / name), load_checkpoint(right / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        assert meta_a == meta_b and (left / name).read_bytes() == (right / name).read_bytes()
-
-    def lines(folder):
-        return [
-            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")}
-            for line in RunFolder(folder).read_metrics()
-        ]
-
-    assert lines(left) == lines(right)
 
 
 @pytest.mark.parametrize("method", ["at", "twins-at", "twins-trades"])
@@ -71,10 +55,10 @@ def test_resuming_continues_the_very_same_trajectory(tmp_path, npz, monkeypatch,
     monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
     step = trainer.Trainer.train_step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *batch):
         if self.step == killed_at:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     assert train(tmp_path / "cut", npz, "--method", "twins-at") == 130
@@ -113,10 +97,10 @@ def test_a_signal_waits_for_the_step_and_says_how_to_resume(tmp_path, npz, numbe
 import os, sys
 from twins_fast.train import cli, trainer
 step = trainer.Trainer.train_step
-def signalled(self, images, labels):
+def signalled(self, *batch):
     if self.step == 3:
         os.killpg(0, {int(number)})
-    return step(self, images, labels)
+    return step(self, *batch)
 trainer.Trainer.train_step = signalled
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -393,10 +377,10 @@ def test_a_run_folder_of_version_0_1_resumes(tmp_path, npz, monkeypatch):
     assert train(tmp_path / "whole", npz, *options) == 0
     step = trainer.Trainer.train_step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *batch):
         if self.step == 3 and "trades" not in self.folder.folder.name:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     folder = RunFolder(tmp_path / "old")

@@ -24,6 +24,17 @@ class Logits(NamedTuple):
 
     adversarial: Tensor  # [B, classes]
     clean: Tensor | None = None  # [B, classes], of methods that look at clean images too
+    penalty: Tensor | None = None  # a term of the loss, [], that is not of these logits
+
+
+class Beside(NamedTuple):
+    """What a step looks at besides the network and its batch."""
+
+    kept: Any = None  # what the method's ``keep`` made
+    source: tuple[Tensor, Tensor] | None = None  # images and labels of the pre-training
+
+
+NOTHING = Beside()
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,11 @@ class Method:
 
     name: ClassVar[str]
     wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
+    needs_clean: ClassVar[bool] = False  # whether the loss looks at the logits of the clean images, too
+    needs_pretrained: ClassVar[bool] = False  # whether ``keep`` makes something of the pre-trained network
+    needs_source: ClassVar[bool] = False  # whether a step needs images of the pre-training, and the network their head
+    dropped: ClassVar[tuple[str, ...]] = ()  # children that ``prepare`` gives the network for training alone
+    takes_soft_labels: ClassVar[bool] = True  # whether the loss is defined for probabilities of classes
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -46,6 +62,20 @@ class Method:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The network that the method trains, made from a pre-trained one (in place)."""
         return model
+
+    def keep(self, model: nn.Module, attack: Any) -> Any:
+        """What a step needs besides the network, made of the prepared one before the first step; it is never saved.
+
+        A run that resumes makes it again, of the pre-trained network if ``needs_pretrained``.
+        """
+        return None
+
+    def length_of_warmup(self, steps_per_epoch: int) -> int:
+        """How many batches :meth:`warm_up` is given before the first step."""
+        return 0
+
+    def warm_up(self, attack: Attack, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Learn from a batch whatever is to be known before training; no parameter moves."""
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Those that the optimiser moves."""
@@ -69,6 +99,8 @@ class Method:
         """
         check_images(images, model)
         largest_label = check_labels(labels, images)
+        if labels.is_floating_point():
+            self.check_soft_labels("labels that are probabilities")
         self._check_wings(model)
         if len(images) < self.wings:
             raise ValueError(f"method {self.name!r} needs at least {self.wings} image(s), got {len(images)}")
@@ -88,13 +120,21 @@ class Method:
             return attack.perturb(images, labels, largest_label, x_init)
         return attack(images, labels, x_init=x_init)
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
-        """Run the model on what the loss needs, adversarial images first."""
-        return Logits(checked_logits(model(adversarial), len(images), largest_label))
+    def forward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        adversarial: Tensor,
+        largest_label: Tensor,
+        beside: Beside = NOTHING,
+    ) -> Logits:
+        """Run the model on what the loss needs, adversarial images first: running statistics depend on the order."""
+        trained_on = checked_logits(model(adversarial), len(images), largest_label)
+        return Logits(trained_on, checked_logits(model(images), len(images), None) if self.needs_clean else None)
 
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:
-        """The training loss, a scalar."""
-        raise NotImplementedError
+        """The training loss, a scalar; cross-entropy if a method does not say otherwise."""
+        return self._cross_entropy(logits.adversarial, labels)
 
     def metrics(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
         """Detached accuracies in [0, 1] on the images that were trained on."""
@@ -103,6 +143,23 @@ class Method:
     def parts(self, rows: int) -> list[tuple[float, slice]]:
         """The weight and the rows of each wing's part of the batch."""
         return [(1.0, slice(0, rows))]
+
+    @classmethod
+    def check_soft_labels(cls, what: str) -> None:
+        """Refuse what makes probabilities of labels if the loss needs one class for each image."""
+        if not cls.takes_soft_labels:
+            raise ValueError(f"the loss of method {cls.name!r} needs one class for each image: it cannot have {what}")
+
+    def _both(self, logits: Logits) -> tuple[Tensor, Tensor]:
+        """The logits of the adversarial and of the clean images."""
+        if logits.clean is None:
+            raise ValueError(f"method {self.name!r} needs the logits of the clean images, too")
+        return logits.adversarial, logits.clean
+
+    def _penalty(self, logits: Logits) -> Tensor:
+        if logits.penalty is None:
+            raise ValueError(f"method {self.name!r} has a term that its forward computes")
+        return logits.penalty
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A mean over the rows of each part, weighted and summed."""

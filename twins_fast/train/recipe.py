@@ -35,6 +35,10 @@ class Data:
     """Which images; --data-root says where they are."""
     classes: Names = ()
     """Subset of the classes of an .npz file, in label order; empty for all."""
+    source: str = ""
+    """Images of the pre-training, which joint needs: an .npz file, or a folder with train/CLASS/* images."""
+    source_classes: Names = ()
+    """Subset of the classes of an .npz file with such images, in the order of the pre-trained head; empty for all."""
     augmentation: Literal[tuple(AUGMENTATIONS)] = "cifar"
     """Of training images: none; crop and flip of 32 x 32 pixels; resize, crop and flip to 224 x 224."""
     batch_size: Annotated[int, short("--batch-size")] = 128
@@ -54,13 +58,19 @@ class Network:
     """Name of a network; twins_fast.models.register adds one."""
     checkpoint: Annotated[str, arg(aliases=("--checkpoint",), metavar="FILE|embedded|none")] = ""
     """Pre-trained network; none for random weights, which two-wing methods train from only if it is said."""
+    init_head: Literal["random", "adversarial-probe"] = "random"
+    """Where the head starts; adversarial-probe trains it alone first, into RUN/head (RoLI, arXiv 2312.05716)."""
+    probe_epochs: int = 20
+    """Epochs of the adversarial probe."""
+    probe_lr: Fraction = 1e-2
+    """Learning rate of the adversarial probe, from the first to the last epoch."""
     upsample: OptionalInteger = None
     """Side in pixels to which the network upsamples its images; none for their own."""
     channels_last: bool = False
     """Whether images and network are channels-last in memory."""
 
     def __post_init__(self):
-        check_options(self, least={"upsample": 1})
+        check_options(self, least={"upsample": 1, "probe_epochs": 1})
         check_choice("arch", self.arch, ARCHITECTURES)
 
 
@@ -98,19 +108,48 @@ class Optimizer:
     """Momentum of SGD."""
     weight_decay: float = 1e-5
     """Weight decay of SGD, on every parameter."""
-    schedule: Literal["multistep", "onecycle"] = "multistep"
-    """Learning rate: divided at milestones, or linear up from and down to zero."""
+    schedule: Literal["multistep", "onecycle", "auto"] = "multistep"
+    """Learning rate: divided at milestones; linear up from and down to zero; halved when validation stops improving."""
     milestones: Integers = (30, 50)
     """Epochs after which multistep multiplies the learning rate by gamma."""
     gamma: float = 0.1
     """Factor of multistep."""
     warmup: float = 0.3
     """Part of the run, in (0, 1), in which onecycle rises."""
+    patience: int = 2
+    """Evaluations in a row without a more robust network after which auto halves the learning rate."""
 
     def __post_init__(self):
-        check_options(self, least={"epochs": 1})
+        check_options(self, least={"epochs": 1, "patience": 1})
         if not 0 < self.warmup < 1:
             raise ValueError(f"warmup must be in (0, 1), got {self.warmup!r}")
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """What goes around the method, whichever it is; 0 leaves it out."""
+
+    label_smoothing: float = 0.0
+    """Part of each label, in [0, 1), that the loss spreads over all classes (the attack does not)."""
+
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Each image mixed with another one before the attack (arXiv 1710.09412, 1905.04899), where the loss allows it."""
+    mix_alpha: float = 1.0
+    """Both parameters of the Beta distribution of the mixing ratio."""
+    awp: float = 0.0
+    """Relative length by which weights are moved to where the loss is worst, such as 0.005 (AWP, NeurIPS 2020)."""
+    awp_warmup: int = 0
+    """Epochs before weights are moved."""
+    ema: float = 0.0
+    """Decay, in [0, 1), of a moving average of the weights, which is evaluated instead, such as 0.995."""
+
+    def __post_init__(self):
+        check_options(self)
+        for name in ("label_smoothing", "ema"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be less than 1, got {getattr(self, name)}")
+        if self.mix_alpha == 0:
+            raise ValueError("mix_alpha must be greater than 0, got 0")
 
 
 @dataclass(frozen=True)
@@ -169,8 +208,20 @@ class Recipe(Generic[M]):
     network: Network = Network()
     attack: Attack = Attack()
     optimizer: Optimizer = Optimizer()
+    regularisation: Regularisation = Regularisation()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+
+    def __post_init__(self):
+        if self.optimizer.schedule == "auto" and self.evaluation.choose_on == "test":
+            raise ValueError("schedule 'auto' looks at validation images, but evaluation.choose_on is 'test'")
+        soft = {
+            "label smoothing": self.regularisation.label_smoothing,
+            "mixed images": self.regularisation.mix != "none",
+        }
+        for what in (name for name, wanted in soft.items() if wanted):
+            for method in (self.method, *(METHODS[name] for name in self.run.baselines)):
+                method.check_soft_labels(what)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: a table for each section."""
@@ -215,9 +266,9 @@ class Recipe(Generic[M]):
             new |= {k: updated(getattr(self, k), table, k) for k, table in sections.items() if k in SECTIONS}
             if "method" in sections:
                 new["method"] = _replaced_method(self.method, sections["method"])
+            return dataclasses.replace(self, **new)
         except ValueError as error:
             raise RecipeError(f"recipe {self.name!r}: {error}") from None
-        return dataclasses.replace(self, **new)
 
 
 SECTIONS = {
@@ -225,6 +276,7 @@ SECTIONS = {
     "network": Network,
     "attack": Attack,
     "optimizer": Optimizer,
+    "regularisation": Regularisation,
     "evaluation": Evaluation,
     "run": Run,
 }

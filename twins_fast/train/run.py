@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
+from twins_fast.checkpoints.names import layer_of
+from twins_fast.nn.heads import HEAD
 from twins_fast.train.build import make_network
 from twins_fast.train.datasets import load_datasets
 from twins_fast.train.loaders import Loaders, loaders
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipe import Data, Evaluation, Recipe, RecipeError
 from twins_fast.train.run_folder import RunFolder
+from twins_fast.train.state import weights
 from twins_fast.train.trainer import Trainer
 
 
@@ -64,15 +67,25 @@ def run_recipe(
     resumes = resume and folder.last.exists()
     if not resume and recipe.network.checkpoint not in ("", "none", "embedded"):  # a resume may start elsewhere
         recipe = recipe.replaced(network={"checkpoint": os.path.abspath(recipe.network.checkpoint)})
-    if recipe.method.wings > 1 and not (recipe.network.checkpoint or resumes):
+    pretrained = recipe.method.wings > 1 or recipe.method.needs_pretrained
+    if pretrained and not (recipe.network.checkpoint or resumes):
         raise RecipeError(
             f"method {recipe.method.name!r} fine-tunes a pre-trained network: say --checkpoint FILE, "
             "or --checkpoint none for random weights"
         )
-    batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
-    # A run that resumes no longer needs the pre-trained file.
-    network = recipe.replaced(network={"checkpoint": "none"}).network if resumes else recipe.network
-    model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
+    if recipe.method.needs_source and (recipe.network.checkpoint == "none" or not recipe.data.source):
+        raise RecipeError(
+            f"method {recipe.method.name!r} goes on with the pre-training: say --checkpoint FILE, and --data.source D "
+            "for its images"
+        )
+    batches, classes = data_loaders(
+        recipe.data, recipe.evaluation, data_root, recipe.run.seed, source=recipe.method.needs_source
+    )
+    network = recipe.network
+    if resumes and not recipe.method.needs_pretrained:  # anything else is in the run's last checkpoint
+        network = recipe.replaced(network={"checkpoint": "none"}).network
+    made = make_network(network, len(classes), recipe.run.seed, source_head=recipe.method.needs_source)
+    model = recipe.method.prepare(made)
     with folder.locked():
         if resume and folder.exists():
             folder.update(recipe, data_root)
@@ -83,21 +96,46 @@ def run_recipe(
             f"images, {len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
             flush=True,
         )
+        if recipe.network.init_head == "adversarial-probe" and not resumes:
+            model.load_state_dict(_probed_head(recipe, folder, data_root, device), strict=False)
         return Trainer(recipe, folder, model, batches, classes, device).fit()
 
 
+def _probed_head(
+    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The entries of a head that a run of its own has trained alone, under attack, inside of the run's folder."""
+    probe = recipe.replaced(
+        method="adversarial-linear-probe",
+        network={"init_head": "random"},
+        optimizer={
+            "epochs": recipe.network.probe_epochs,
+            "lr": recipe.network.probe_lr,
+            "schedule": "multistep",
+            "milestones": (),
+        },
+        evaluation={"before": False},
+        run={"baselines": ()},
+    )
+    inside = RunFolder(folder.folder / "head")
+    run_recipe(probe, inside, data_root, device, resume=True)
+    return {name: value for name, value in weights(inside.last).items() if layer_of(name).endswith(HEAD)}
+
+
 def data_loaders(
-    data: Data, evaluation: Evaluation, data_root: str | None, seed: int
+    data: Data, evaluation: Evaluation, data_root: str | None, seed: int, source: bool = False
 ) -> tuple[Loaders, tuple[str, ...]]:
-    """The loaders of a recipe, and the class names.
+    """The loaders of a recipe, with that of the images of the pre-training if ``source``, and the class names.
 
     Raises:
         DataError: no such data there, or not in the expected form.
     """
     train, test, classes = load_datasets(data.dataset, data_root, classes=data.classes, seed=seed)
+    kind = "npz" if data.source.endswith(".npz") else "folder"
     made = loaders(
         train,
         test,
+        source=load_datasets(kind, data.source, classes=data.source_classes)[0] if source else None,
         batch_size=data.batch_size,
         augmentation=data.augmentation,
         validation_part=evaluation.validation_part if evaluation.choose_on == "validation" else 0.0,

@@ -1,4 +1,4 @@
-"""All that a run needs to resume: weights, momentum, the gradient scaler and a few numbers, in one checkpoint."""
+"""All that a run needs to resume: weights, average, momentum, gradient scaler and a few numbers, in one checkpoint."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ import torch
 from torch import nn
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint
+from twins_fast.train.average import WeightAverage
 
-_WEIGHTS, _MOMENTUM = "model.", "momentum."
+_WEIGHTS, _MOMENTUM, _UNAVERAGED = "model.", "momentum.", "unaveraged."
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler, meta: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
+    meta: dict[str, Any],
 ) -> None:
     """Write everything, atomically; ``meta`` holds JSON types.
 
     Raises:
         OSError: the file cannot be written; the one before is still there.
     """
-    tensors = {_WEIGHTS + name: value for name, value in model.state_dict().items()}
+    network, tensors = model.state_dict(), {}
+    if average is not None:  # whoever reads the network gets what is evaluated
+        tensors = {_UNAVERAGED + name: value.clone() for name, value in model.named_parameters()}
+        with average.in_place():
+            network = {name: value.clone() for name, value in network.items()}
+    tensors |= {_WEIGHTS + name: value for name, value in network.items()}
     for name, parameter in model.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
@@ -30,7 +41,11 @@ def save_state(
 
 
 def restore_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
 ) -> dict[str, Any]:
     """Load what :func:`save_state` wrote into the objects, and return its ``meta``.
 
@@ -39,6 +54,9 @@ def restore_state(
     """
     tensors, meta = load_checkpoint(path)
     load_state(model, _part(tensors, _WEIGHTS))
+    if average is not None:
+        average.take()
+        model.load_state_dict(_part(tensors, _UNAVERAGED), strict=False)
     momentum = _part(tensors, _MOMENTUM)
     for name, parameter in model.named_parameters():
         if name in momentum:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
+from twins_fast.checkpoints.names import covered
 from twins_fast.deferred import raise_found
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
-from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
+from twins_fast.train.average import WeightAverage
+from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, mix, training_attack
+from twins_fast.train.diagnosis import origin
 from twins_fast.train.interruption import Interruption
-from twins_fast.train.loaders import Loaders
+from twins_fast.train.loaders import Loaders, from_step
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import Recipe
@@ -69,6 +74,8 @@ class Trainer:
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
         self.best_robust = -1.0
+        self.halvings = self.stale = 0  # of the learning rate; evaluations without a better network since the last one
+        self.saved: int | None = None  # the step of the last checkpoint
         self.started = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
@@ -79,8 +86,13 @@ class Trainer:
             attack=training_attack(recipe, self.model),
             amp_dtype=AMP_DTYPES[recipe.run.amp],
             scaler=self.scaler,
+            awp=recipe.regularisation.awp,
+            label_smoothing=recipe.regularisation.label_smoothing,
         )
+        self.mix = mix(recipe, len(classes))
         self.evaluation_attack = evaluation_attack(recipe, self.model)
+        ema = recipe.regularisation.ema
+        self.average = WeightAverage(self.model, ema) if ema else None
 
     def fit(self) -> dict:
         """Train to the end and return the content of ``result.json``.
@@ -89,7 +101,8 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C or SIGTERM, once the step at hand and a checkpoint are complete.
             TrainingError: the loss is not finite.
         """
-        if self.folder.last.exists():
+        resumes = self.folder.last.exists()
+        if resumes:
             self._restore()
         lines = self.folder.rewind_metrics(self.step, self.evaluated)
         # What the processes before this one spent counts, too.
@@ -99,6 +112,8 @@ class Trainer:
             return result
         with Progress(self.total_steps, self.step) as progress, Interruption() as interruption:
             try:
+                if not resumes:
+                    self._warm_up()
                 while True:
                     if self._evaluation_is_due():
                         self._evaluate_epoch(progress)
@@ -113,31 +128,54 @@ class Trainer:
                 raise
             return self._finish()
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def train_step(
+        self, images: Tensor, labels: Tensor, source: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, float]:
         """One optimiser step on images [B, 3, H, W] in [0, 1] and labels [B]; returns the metrics."""
         recipe = self.recipe
         torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
         self.model.train()
-        layout = torch.channels_last if recipe.network.channels_last else torch.contiguous_format
-        images = images.to(self.device, memory_format=layout, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
-        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate).items()}
+        images, labels = self.mix(*self._on_device(images, labels))
+        source = None if source is None else self._on_device(*source)
+        rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch, self.halvings)
+        warm = self.step >= recipe.regularisation.awp_warmup * self.steps_per_epoch
+        self.training_step.awp = recipe.regularisation.awp if warm else 0.0
+        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
-            raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
+            kept = (
+                "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
+            )
+            where = f"at step {self.step}, learning rate {rate:g}: {origin(self.model, images)}"
+            raise TrainingError(f"the loss is {metrics['loss']} {where}; {kept}")
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         return {**metrics, "lr": rate}
+
+    def _warm_up(self) -> None:
+        """What comes before the first step; cut short, it is made again."""
+        length = self.recipe.method.length_of_warmup(self.steps_per_epoch)
+        for number, (images, labels) in zip(range(length), from_step(self.loaders.train, 0), strict=False):
+            torch.manual_seed(derived_seed("warm-up", self.recipe.run.seed, number))
+            self.model.train()
+            self.recipe.method.warm_up(self.training_step.attack, self.model, *self._on_device(images, labels))
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        layout = torch.channels_last if self.recipe.network.channels_last else torch.contiguous_format
+        images = images.to(self.device, memory_format=layout, non_blocking=True)
+        return images, labels.to(self.device, non_blocking=True)
 
     def _train_epoch(self, progress: Progress, interruption: Interruption) -> None:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         batches = self.loaders.train.batch_sampler
         batches.epoch, batches.first = epoch, done
+        source = repeat(None) if self.loaders.source is None else from_step(self.loaders.source, self.step)
         saved = time.monotonic()
-        for images, labels in self.loaders.train:
+        for (images, labels), of_source in zip(self.loaders.train, source, strict=False):
             with interruption.held():
                 started = time.monotonic()
-                metrics = self.train_step(images, labels)
+                metrics = self.train_step(images, labels, of_source)
                 speed = len(labels) / (time.monotonic() - started)
                 self._log("train", images_per_second=round(speed, 1), **metrics)
                 progress.step(speed, metrics)
@@ -162,16 +200,28 @@ class Trainer:
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
         )
-        if epoch and accuracy.robust > self.best_robust:
+        better = epoch > 0 and accuracy.robust > self.best_robust
+        if better:
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
-            save_checkpoint(self.folder.best, self.model.state_dict(), meta)
-            self.best_robust = accuracy.robust
-        self.evaluated = self.step  # last: whatever stops this is made again
+            with self._averaged():
+                state = self.model.state_dict()
+                kept = {name: value for name, value in state.items() if not covered(name, self.recipe.method.dropped)}
+                save_checkpoint(self.folder.best, kept, meta)
+        stale = 0 if better or epoch == 0 else self.stale + 1
+        halves = stale == self.recipe.optimizer.patience
+        # Last: whatever stops this is made again.
+        self.best_robust = accuracy.robust if better else self.best_robust
+        self.stale, self.halvings = 0 if halves else stale, self.halvings + halves
+        self.evaluated = self.step
         self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
-        with autocast(self.recipe.run.amp, self.device):
+        with self._averaged(), autocast(self.recipe.run.amp, self.device):
             return evaluate(self.model, batches, self.evaluation_attack, device=self.device, wing=wing)
+
+    def _averaged(self) -> AbstractContextManager:
+        """Inside the block the model has the weights that are evaluated."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _finish(self) -> dict:
         tests = {line["step"]: line for line in self.folder.read_metrics() if line["kind"] == "test"}
@@ -197,8 +247,9 @@ class Trainer:
         if is_twin(self.model):
             result["after_frozen_wing"] = measured("frozen")
         if self.folder.best.exists():
+            self.average = None  # it is in what is loaded
             state, meta = load_checkpoint(self.folder.best)
-            load_state(self.model, state)
+            load_state(self.model, state, allow_missing=self.recipe.method.dropped)
             best = {"epoch": meta["epoch"], "chosen_on": meta.get("chosen_on", "test")}
             result["best"] = best | on_test(meta["step"])
         result |= {"seconds": round(time.monotonic() - self.started, 1), "threads": torch.get_num_threads()}
@@ -219,14 +270,17 @@ class Trainer:
         return known | {"images": len(self.loaders.train.dataset), "step": self.step, **more}
 
     def _save_last(self) -> None:
-        meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust)
-        save_state(self.folder.last, self.model, self.optimizer, self.scaler, meta)
+        schedule = {"halvings": self.halvings, "stale": self.stale}
+        meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust, **schedule)
+        save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, meta)
+        self.saved = self.step
 
     def _restore(self) -> None:
-        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler)
+        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average)
         for what, now in (("classes", list(self.classes)), ("images", len(self.loaders.train.dataset))):
             if meta.get(what, now) != now:
                 before = meta[what]
                 raise TrainingError(f"the data has changed since the run began: its {what} were {before}, now {now}")
         self.step, self.best_robust = meta["step"], meta["best_robust"]
+        self.halvings, self.stale, self.saved = meta.get("halvings", 0), meta.get("stale", 0), self.step
         self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated

@@ -19,7 +19,7 @@ from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.passes import Bound, Kept, Pass
-from twins_fast.attacks.engine.plan import LIKE_VALUES, Plan
+from twins_fast.attacks.engine.plan import LIKE_VALUES, Plan, Stage
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 
@@ -253,11 +253,12 @@ class Program:
             bound = []
             for step in steps:
                 named = {"rows": rows}
+                sizes = _sizes(plan.stages[step.stage], step.operation)
                 for role, slot in step.tensors.items():
                     if isinstance(slot, list):
                         named[role] = [None if s is None else tensors[s] for s in slot]
                     else:
-                        named[role] = None if slot is None else _as_image(tensors[slot], plan.slots[slot].kind)
+                        named[role] = None if slot is None else self._operand(slot, tensors, sizes.get(role))
                 bound.append(getattr(self.executor, step.operation)(self.states[step.stage], named))
             return bound
 
@@ -268,6 +269,10 @@ class Program:
             rows, runs(plan.forward), runs(plan.backward), tensors, image, image_gradient,
             logits.view(flat), logits_gradient.view(flat), self._memory(0, self._saved_bytes, rows).view(rows, -1),
         )  # fmt: skip
+
+    def _operand(self, slot: int, tensors: list[Tensor], size: tuple[int, int] | None) -> Tensor:
+        alike = self.plan.slots[slot].kind in LIKE_VALUES
+        return _as_image(tensors[slot], size) if alike else tensors[slot]
 
     def slot_bytes(self, index: int) -> int:
         """Per image."""
@@ -300,11 +305,21 @@ class Program:
         return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _as_image(tensor: Tensor, kind: str) -> Tensor:
-    """Rows of channels [N, ..., C] as [N, C, pixels, 1]."""
-    if kind not in LIKE_VALUES or tensor.dim() in (1, 4):
+def _sizes(stage: Stage, operation: str) -> dict[str, tuple[int, int]]:
+    """Height and width of an operation's tensors, where they matter: others may have arranged the pixels otherwise."""
+    if stage.kind not in ("conv", "max_pool", "avg_pool") or operation == "finish":
+        return {}
+    sizes = stage.options["geometry"] if stage.kind == "conv" else stage.options["sizes"]
+    of, to = sizes.in_size, sizes.out_size
+    return {"g": to, "dx": of, "other": of} if operation.endswith("_backward") else {"x": of, "y": to, "other": to}
+
+
+def _as_image(tensor: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """An image [N, C, H, W] of that size; of none, rows of channels [N, ..., C] are [N, C, pixels, 1]."""
+    if tensor.dim() == 1 or (tensor.dim() == 4 and size is None):
         return tensor
-    return tensor.view(len(tensor), -1, 1, tensor.shape[-1]).permute(0, 3, 1, 2)
+    rows = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
+    return rows.view(len(rows), *(size or (-1, 1)), rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def round_up(images: int) -> int:

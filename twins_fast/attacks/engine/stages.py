@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from twins_fast.attacks.engine.activations import Activation
-from twins_fast.attacks.engine.convolution import Convolution
-from twins_fast.attacks.engine.layout import LAST, Layout, value_shape
+from twins_fast.attacks.engine.convolution import Convolution, Sizes
+from twins_fast.attacks.engine.layout import Layout, value_shape
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
 from twins_fast.attacks.engine.plan import Stage, Value
 
@@ -141,6 +141,8 @@ class Fuser:
         stage = Stage(kind, node.where, [node.inputs[0]], [], options=dict(node.options))
         self._own(index, stage)
         last = index
+        if kind in ("max_pool", "avg_pool"):
+            stage.options["sizes"] = Sizes(self._size(node.inputs[0]), self._size(index))
         if kind == "conv":
             self._convolution(stage, node)
             norm = self._only_user(last, "batch_norm")
@@ -189,11 +191,16 @@ class Fuser:
         node = self.nodes[index]
         return self._renamed(node.inputs[0]) if node.op == "same" and index not in self._generic else index
 
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width of a result; of tokens, how many they are."""
+        shape = value_shape(self.nodes[index].shape, self.channels[index])
+        return shape[1:] if len(shape) == 3 else (prod(shape[:-1]), 1)
+
     def _convolution(self, stage: Stage, node: Node) -> None:
         source = self.nodes[node.inputs[0]].shape
         if node.op == "linear":
-            in_channels, *size = value_shape(source, LAST) if len(source) == 3 else (source[-1], prod(source[:-1]), 1)
-            geometry = Convolution(in_channels, tuple(size), node.shape[-1], tuple(size))
+            size = self._size(node.inputs[0])
+            geometry = Convolution(source[-1], size, node.shape[-1], size)
         else:
             sizes = {name: node.options[name] for name in ("kernel", "stride", "padding", "dilation", "groups")}
             geometry = Convolution(source[0], tuple(source[1:]), node.shape[0], tuple(node.shape[1:]), **sizes)

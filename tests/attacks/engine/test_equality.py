@@ -221,6 +221,14 @@ def _windows(net, x):
     return net.norm2(x.unflatten(1, (4, 4)).permute(0, 3, 1, 2).permute(0, 2, 3, 1)).mean((1, 2))
 
 
+def _local(net, x):
+    """Tokens that are an image in between."""
+    x = net.norm1(x.flatten(2).transpose(1, 2))
+    y = net.depthwise(x.transpose(1, 2).reshape(x.shape[0], -1, 4, 4)).flatten(2).transpose(1, 2)
+    x = net.norm2(x + net.gain * y).transpose(1, 2).reshape(x.shape[0], -1, 4, 4)
+    return F.max_pool2d(x, 2).flatten(2).transpose(1, 2).mean(1) + x.mean((2, 3))
+
+
 def _norm_of_the_image(net, x):
     return net.norm1(F.relu(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).relu().mean((2, 3))
 
@@ -237,6 +245,7 @@ def _both_ways(net, x):
         (_mixer, {"transpose", "transpose, add"}),
         (_convnext, set()),
         (_windows, None),
+        (_local, set()),
         (_norm_of_the_image, set()),
         (_both_ways, None),
     ],

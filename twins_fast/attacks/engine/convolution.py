@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import NamedTuple
+
+
+class Sizes(NamedTuple):
+    """Height and width of a pooling's operand and result."""
+
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from twins_fast.attacks.engine.fold import Fold
 from twins_fast.attacks.engine.memory import out_of_memory, place
 from twins_fast.attacks.engine.nodes import Node
 from twins_fast.attacks.engine.passes import Bound, Kept, Pass
-from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Plan
+from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Plan, Stage
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 
@@ -251,19 +251,20 @@ class Program:
         plan = self.plan
         tensors = [self._tensor(index, rows) for index in range(len(plan.slots))]
 
-        def image_of(slot):
-            return _as_image(tensors[slot], plan.slots[slot].kind)
+        def image_of(slot: int, size: tuple[int, int] | None = None) -> Tensor:
+            return _as_image(tensors[slot], size) if plan.slots[slot].kind in LIKE_VALUES else tensors[slot]
 
         def runs(steps):
             bound = []
             for step in steps:
                 named = {"rows": rows, "part": step.part}
+                sizes = _sizes(plan.stages[step.stage], step.operation)
                 for role, slot in step.tensors.items():
                     if isinstance(slot, list):
                         plain = step.operation in SEGMENTS
                         named[role] = [None if s is None else tensors[s] if plain else image_of(s) for s in slot]
                     else:
-                        named[role] = None if slot is None else image_of(slot)
+                        named[role] = None if slot is None else image_of(slot, sizes.get(role))
                 bound.append(getattr(self.executor, step.operation)(self.states[step.stage], named))
             return bound
 
@@ -306,11 +307,21 @@ class Program:
         return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _as_image(tensor: Tensor, kind: str) -> Tensor:
-    """Rows of channels [N, ..., C] as [N, C, pixels, 1]."""
-    if kind not in LIKE_VALUES or tensor.dim() in (1, 4):
+def _sizes(stage: Stage, operation: str) -> dict[str, tuple[int, int]]:
+    """Height and width of an operation's tensors, where they matter: others may have arranged the pixels otherwise."""
+    if stage.kind not in ("conv", "max_pool", "avg_pool") or operation == "finish":
+        return {}
+    sizes = stage.options["geometry"] if stage.kind == "conv" else stage.options["sizes"]
+    of, to = sizes.in_size, sizes.out_size
+    return {"g": to, "dx": of, "other": of} if operation.endswith("_backward") else {"x": of, "y": to, "other": to}
+
+
+def _as_image(tensor: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """An image [N, C, H, W] of that size; of none, rows of channels [N, ..., C] are [N, C, pixels, 1]."""
+    if tensor.dim() == 1 or (tensor.dim() == 4 and size is None):
         return tensor
-    return tensor.view(len(tensor), -1, 1, tensor.shape[-1]).permute(0, 3, 1, 2)
+    rows = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
+    return rows.view(len(rows), *(size or (-1, 1)), rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def round_up(images: int) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from twins_fast.attacks.engine.activations import Activation
-from twins_fast.attacks.engine.convolution import Convolution
-from twins_fast.attacks.engine.layout import LAST, Layout, value_shape
+from twins_fast.attacks.engine.convolution import Convolution, Sizes
+from twins_fast.attacks.engine.layout import Layout, value_shape
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
 from twins_fast.attacks.engine.plan import Part, Stage, Value
 
@@ -156,6 +156,8 @@ class Fuser:
             stage.outputs = self._slices(stage, index)
             return
         last = self._own(index, stage)
+        if kind in ("max_pool", "avg_pool"):
+            stage.options["sizes"] = Sizes(self._size(node.inputs[0]), self._size(index))
         if kind == "conv":
             self._convolution(stage, node)
         elif kind == "gather":
@@ -247,6 +249,11 @@ class Fuser:
         node = self.nodes[index]
         return self._renamed(node.inputs[0]) if node.op == "same" and index not in self._generic else index
 
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width of a result; of tokens, how many they are."""
+        shape = value_shape(self.nodes[index].shape, self.channels[index])
+        return shape[1:] if len(shape) == 3 else (prod(shape[:-1]), 1)
+
     def _convolution(self, stage: Stage, node: Node) -> None:
         index, padding = node.inputs[0], (0, 0)
         while (before := self.nodes[index]).op in ("flatten", "pad") and isinstance(self.value_of.get(index), tuple):
@@ -254,11 +261,12 @@ class Fuser:
             index = before.inputs[0]
         stage.inputs, source = [index], before.shape
         if node.op == "linear":
-            in_channels, *size = value_shape(source, LAST) if len(source) == 3 else (source[-1], prod(source[:-1]), 1)
-            geometry = Convolution(in_channels, tuple(size), node.shape[-1], tuple(size))
-            if index != node.inputs[0]:
-                size = source[1:]
-                geometry = Convolution(source[0], tuple(size), node.shape[-1], (1, 1), tuple(size))
+            if index == node.inputs[0]:
+                size = self._size(index)
+                geometry = Convolution(source[-1], size, node.shape[-1], size)
+            else:  # flattened
+                size = tuple(source[1:])
+                geometry = Convolution(source[0], size, node.shape[-1], (1, 1), size)
         else:
             sizes = {name: node.options[name] for name in ("kernel", "stride", "padding", "dilation", "groups")}
             sizes["padding"] = tuple(map(sum, zip(padding, sizes["padding"], strict=True)))

@@ -251,7 +251,7 @@ class LibraryConvolution(TorchConvolution):
 
 
 class CpuExecutor(TorchExecutor):
-    """Every step in C++; convolutions in groups, and most others on a CPU with a matrix unit, by oneDNN."""
+    """Every step in C++; by oneDNN convolutions in groups, and those for a matrix unit that C++ does not use."""
 
     name = "C++"
     argmax_bytes = 1
@@ -402,8 +402,10 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
     """
     g = geometry
     few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
-    if g.groups > 1 or (has_matrix_unit(dtype) and not few and g.upsample == (1, 1)):
+    if g.groups > 1:
         return "library"
+    if has_matrix_unit(dtype):
+        return "gemm" if few or g.upsample != (1, 1) or uses_matrix_unit(dtype) else "library"
     ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     height, width = g.out_size
     if not ordinary or few or height * width == 1:
@@ -422,6 +424,11 @@ def shares_weights(geometry: Convolution, algorithm: str) -> bool:
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
-    """Whether this CPU has a matrix unit for ``dtype`` (AMX), which oneDNN uses and the C++ kernels do not."""
+    """Whether this CPU has a matrix unit for ``dtype`` (AMX), which oneDNN uses."""
     has = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in has and has[dtype]()
+
+
+def uses_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels do."""
+    return dtype == torch.bfloat16 and (native.cpu_isa or _C.cpu_isas[0]) == "amx"

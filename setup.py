@@ -25,10 +25,12 @@ X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 
 # Compiled once per instruction set, slowest first. Pixels are rounded as PyTorch rounds them, after every operation.
 CPU_UNITS = {"conv": "", "direct": "", "twin_bn": "", "pointwise": "", "pixels": "-ffp-contract=off"}
+ONLY = {"amx": "conv"}  # the unit that an instruction set is for; it has others as the one before
 
 
 def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, str, str]]:
@@ -37,6 +39,8 @@ def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, st
     kernels = []
     for unit, unit_flags in CPU_UNITS.items():
         for isa in ("baseline", *isas):
+            if ONLY.get(isa, unit) != unit:
+                continue
             flags = f"-DTWINS_FAST_ISA={isa} {X86_FLAGS.get(isa, '')} {unit_flags}".strip()
             kernels.append((f"csrc/cpu/{unit}.cpp", f"{unit}_{isa}.o", flags))
     define = "-DTWINS_FAST_CUDA" if nvcc else ""

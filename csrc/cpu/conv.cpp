@@ -6,6 +6,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/matrix_unit.h"
 #include "cpu/pack.h"
 #include "cpu/winograd.h"
 
@@ -15,6 +16,9 @@ namespace {
 // Calls f with the kernel of the plan.
 template <class F>
 auto with_kernel(const ConvPlan& plan, F&& f) {
+#if defined(__AMX_BF16__)
+  if (by_matrix_unit(plan)) return f(MatrixUnit{plan});
+#endif
   const auto with_type = [&](auto type) {
     using T = decltype(type);
     if (plan.winograd == 2) return f(Winograd<T, 2>{plan});

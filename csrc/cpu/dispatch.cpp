@@ -12,6 +12,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace twins_fast {
@@ -35,9 +37,10 @@ struct Isa {
   const ConvUnit *conv, *direct;
 };
 
-#define TWINS_FAST_UNITS(isa) \
+#define TWINS_FAST_PASSES(isa) \
   isa::forward, isa::backward, isa::pointwise, isa::gather, isa::product, isa::product_sum, isa::activation, \
-      isa::layer_norm, isa::layer_norm_backward, isa::pool_forward, isa::pool_backward, isa::pixels, &isa::conv, &isa::direct
+      isa::layer_norm, isa::layer_norm_backward, isa::pool_forward, isa::pool_backward, isa::pixels
+#define TWINS_FAST_UNITS(isa) TWINS_FAST_PASSES(isa), &isa::conv, &isa::direct
 
 #ifdef TWINS_FAST_HAS_avx512
 bool has_avx512() {
@@ -46,8 +49,24 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef TWINS_FAST_HAS_amx
+// Linux lets a process use the large registers of the matrix unit once it asked for them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Isa* isas() {
   static const Isa table[] = {
+#ifdef TWINS_FAST_HAS_amx
+      {"amx", has_amx(), TWINS_FAST_PASSES(avx512_bf16), &amx::conv, &avx512_bf16::direct},
+#endif
 #ifdef TWINS_FAST_HAS_avx512_bf16
       {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), TWINS_FAST_UNITS(avx512_bf16)},
 #endif

@@ -125,5 +125,8 @@ TWINS_FAST_DECLARE(avx2)
 TWINS_FAST_DECLARE(avx512)
 TWINS_FAST_DECLARE(avx512_bf16)
 #undef TWINS_FAST_DECLARE
+namespace amx {  // the rest as in avx512_bf16
+extern const ConvUnit conv;
+}
 
 }  // namespace twins_fast

@@ -91,9 +91,10 @@ struct Pack {
 
   void pack_gemm(int64_t panel, int vectors, Range channels, const float* columns) const {
     float* packed = static_cast<float*>(args.packed);
+    const bool whole_lines = by_matrix_unit(plan), whole_steps = whole_lines || plan.in_channels % Compute::kDepth == 0;
     for (int64_t i = 0; i < plan.phase_count; ++i) {
       const ConvPhase& phase = plan.phases[i];
-      const Right matrix(phase.taps * plan.in_channels, plan.out_channels, Compute::kDepth);
+      const Right matrix(depth_of(plan, phase), plan.out_channels, Compute::kDepth);
       float* to = packed + matrix.offset(panel);
       const int64_t stride = vectors * kLanes;
       packed += matrix.floats();
@@ -102,11 +103,12 @@ struct Pack {
         for (int64_t c = channels.begin; c < channels.end; c += Compute::kDepth)
           for (int v = 0; v < vectors; ++v) {
             const auto value = [&](int64_t c) {
+              if (c >= channels.end) return Floats{};
               return weight(tap, columns + (c - channels.begin) * slices * kPanel + v * kLanes,
                             scale(2 * panel + v, c));
             };
-            const int64_t k = t * plan.in_channels + c;
-            if (plan.in_channels % Compute::kDepth == 0) {
+            const int64_t k = order_of(plan, phase, t, c);
+            if (whole_steps) {
               stream(to + k / Compute::kDepth * stride + v * kLanes,
                      Compute::step(value(c), value(c + Compute::kDepth - 1)));
               continue;
@@ -116,7 +118,14 @@ struct Pack {
               put_half(to + half / 2 * stride + v * kLanes, half % 2, value(c + half - k));
           }
       }
-      if (phase.taps * plan.in_channels % Compute::kDepth && channels.end == plan.in_channels)
+      if (whole_lines && channels.end == plan.in_channels) {
+        const int64_t first = ceil_div(channels.end, Compute::kDepth) * Compute::kDepth;
+        for (int64_t t = 0; t < phase.taps; ++t)
+          for (int64_t c = first; c % kLineChannels; c += Compute::kDepth)
+            for (int v = 0; v < vectors; ++v)
+              stream(to + order_of(plan, phase, t, c) / Compute::kDepth * stride + v * kLanes, Floats{});
+      }
+      if (depth_of(plan, phase) % Compute::kDepth && channels.end == plan.in_channels)
         for (int v = 0; v < vectors; ++v) put_half(to + (matrix.steps - 1) * stride + v * kLanes, 1, Floats{});
     }
   }

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "conv.h"
 #include "cpu/parallel.h"
 #include "cpu/transpose.h"
 #include "simd.h"
@@ -37,6 +38,31 @@ constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kLineChannels = 2 * kLine;  // of pairs
+
+// Whether a matrix unit computes a convolution: it sums whole lines of channels, all taps of one after the other. Few
+// channels would leave most of a line empty.
+bool by_matrix_unit(const ConvPlan& plan) {
+#if defined(__AMX_BF16__)
+  return plan.dtype == DType::kBFloat16 && !plan.winograd && plan.in_channels >= kLanes &&
+         std::max(plan.in_step_y, plan.in_step_x) <= 8;
+#else
+  return false;
+#endif
+}
+
+int64_t lines_of(const ConvPlan& plan) { return ceil_div(plan.in_channels, kLineChannels); }
+
+// The values that are summed for a result, and which of them an input is.
+int64_t depth_of(const ConvPlan& plan, const ConvPhase& phase) {
+  return phase.taps * (by_matrix_unit(plan) ? lines_of(plan) * kLineChannels : plan.in_channels);
+}
+
+int64_t order_of(const ConvPlan& plan, const ConvPhase& phase, int64_t tap, int64_t channel) {
+  if (!by_matrix_unit(plan)) return tap * plan.in_channels + channel;
+  return (channel / kLineChannels * phase.taps + tap) * kLineChannels + channel % kLineChannels;
+}
 
 float* aligned(void* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
 
@@ -188,12 +214,13 @@ struct Right {
 
 // Rows and panels of a product that are one thread's: rows alone are divided while there are many, since each division
 // of the panels repeats the preparation of the left side. That of a panel takes as long as some rows, if not prepared.
-std::pair<Range, Range> divide(int64_t rows, int64_t panels, int thread, int team, int64_t rows_per_panel = 0) {
-  constexpr int64_t kFewRows = 6;     // fewer take as long
+// Fewer than `few` rows take as long as these.
+std::pair<Range, Range> divide(int64_t rows, int64_t panels, int thread, int team, int64_t rows_per_panel = 0,
+                               int64_t few = 6) {
   constexpr int64_t kPreparation = 4;  // as long as this part of the product with a panel
   int64_t best = 1, least = INT64_MAX;
   for (int64_t parts = 1; parts <= std::min<int64_t>(team, panels); ++parts) {
-    const int64_t most_rows = std::max(ceil_div(rows, team / parts), kFewRows);
+    const int64_t most_rows = std::max(ceil_div(rows, team / parts), few);
     const int64_t own = kPreparation * ceil_div(panels, parts);
     const int64_t time = most_rows * (own + 1) + rows_per_panel * own;
     if (time < least) best = parts, least = time;

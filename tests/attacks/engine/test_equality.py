@@ -86,7 +86,7 @@ def test_architecture_takes_the_plan_and_equals_eager(name):
 @pytest.mark.skipif(native._C is None, reason="no compiled kernels")
 @pytest.mark.parametrize("name", ["resnet50", "cifar_resnet18", "resnet50 of upsampled images"])
 def test_convolutions_of_a_matrix_unit(name, monkeypatch):
-    """On a CPU that has one they are oneDNN's; here with vectors, and in float32, to compare them."""
+    """Where the C++ kernels do not use it they are oneDNN's; here with vectors, and in float32, to compare them."""
     monkeypatch.setattr("twins_fast.attacks.engine.executors.cpu.has_matrix_unit", lambda dtype: True)
     build, size, _ = ARCHITECTURES[name]
     torch.manual_seed(0)

@@ -346,6 +346,7 @@ def test_bits_and_values_of_nan(algorithm, isa, dtype):
         ("gemm", (9, 9), dict(stride=2, gradient=True)),
         ("direct", (9, 9), dict(stride=2, gradient=True, groups=100)),
         ("direct", (9, 9), dict(groups=25)),
+        ("gemm", (4, 5), {}),  # images share tiles
         ("gemm", (1, 1), dict(kernel=1)),
     ],
 )
@@ -360,6 +361,51 @@ def test_deterministic(dtype, algorithm, size, options):
         assert torch.equal(layer.run(threads=threads), want)
     order = torch.tensor([8, 3, 5, 0])
     assert torch.equal(layer.run(layer.x[order]), want[order])
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (4, 3)])
+def test_parts_of_tiles(kernel, stride):
+    """Tiles of 16 rows and lines of 32 channels, of which a matrix unit has whole ones."""
+    options = dict(dtype=torch.bfloat16, kernel=kernel, stride=stride, padding=kernel // 2)
+    for channels, outputs in (16, 24), (32, 16), (40, 72), (72, 40):
+        for width, images in (1, 1), (1, 17), (7, 5), (15, 1), (17, 2), (31, 1), (33, 3):
+            for gradient in False, True:
+                layer = Layer((4, 3 + width), channels, outputs, images=images, gradient=gradient, **options)
+                layer.check(layer.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=native.dtype_name)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_an_image_of_nan_is_apart(kernel, dtype):
+    for isa, size in itertools.product(ISAS, [(1, 1), (4, 4), (5, 18)]):
+        layer = Layer(size, 40, 33, kernel=kernel, isa=isa, dtype=dtype, images=6)
+        clean, x = layer.run(), layer.x.clone()
+        x[2] = math.nan
+        y = layer.run(x)
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(y[others], clean[others]) and y[2].isnan().all()
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="no matrix unit")
+def test_matrix_unit_is_shared_with_onednn():
+    """Both configure it: neither may see what the other left."""
+    layer = Layer((5, 6), 40, 33, isa="amx", dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+        for shapes in ([(48, 64), (64, 80)], [(3, 100), (100, 7)], [(2, 32, 9, 9), (48, 32, 3, 3)])
+    ]
+
+    def library():
+        return [F.conv2d(a, b, padding=1) if a.dim() == 4 else a @ b for a, b in operands]
+
+    want, mine = library(), layer.run()
+    for (a, b), y in zip(operands, want, strict=True):
+        exact = F.conv2d(a.float(), b.float(), padding=1) if a.dim() == 4 else a.float() @ b.float()
+        torch.testing.assert_close(y.float(), exact, rtol=1e-2, atol=1e-1)
+    for _ in range(3):
+        assert torch.equal(layer.run(), mine)
+        assert all(map(torch.equal, library(), want))
 
 
 class Stem(Layer):

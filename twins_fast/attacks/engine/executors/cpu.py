@@ -256,7 +256,7 @@ class LibraryConvolution(TorchConvolution):
 
 
 class CpuExecutor(TorchExecutor):
-    """Every step in C++; convolutions in groups, and most others on a CPU with a matrix unit, by oneDNN."""
+    """Every step in C++; by oneDNN convolutions in groups, and those for a matrix unit that C++ does not use."""
 
     name = "C++"
     argmax_bytes = 1
@@ -473,9 +473,10 @@ def algorithm_of(geometry: Convolution, dtype: torch.dtype) -> str:
     g = geometry
     few = min(g.in_channels, g.out_channels) < FEWEST_CHANNELS
     if g.groups > 1:
-        return "direct" if _in_lanes(g) else "library"
-    if has_matrix_unit(dtype) and not few and g.upsample == (1, 1):
-        return "library"
+        wide = g.in_channels > LANES * g.groups
+        return "direct" if _in_lanes(g) and not (wide and has_matrix_unit(dtype)) else "library"
+    if has_matrix_unit(dtype):
+        return "gemm" if few or g.upsample != (1, 1) or uses_matrix_unit(dtype) else "library"
     ordinary = (g.kernel, g.stride, g.padding, g.dilation, g.upsample) == ((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     ordinary = ordinary and g.in_size == g.out_size
     height, width = g.out_size
@@ -501,6 +502,11 @@ def shares_weights(geometry: Convolution, algorithm: str) -> bool:
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
-    """Whether this CPU has a matrix unit for ``dtype`` (AMX), which oneDNN uses and the C++ kernels do not."""
+    """Whether this CPU has a matrix unit for ``dtype`` (AMX), which oneDNN uses."""
     has = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype in has and has[dtype]()
+
+
+def uses_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels do."""
+    return dtype == torch.bfloat16 and (native.cpu_isa or _C.cpu_isas[0]) == "amx"

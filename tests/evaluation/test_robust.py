@@ -185,11 +185,11 @@ torch.set_num_threads(1)
 from tests.evaluation.helpers import batches, learned
 from twins_fast.evaluation import Record, robust_accuracy
 model, images, labels = learned(count=20)
-names = "clean,pgd5,autoattack:apgd-ce5+apgd-t2+fab-t2+square20"
+names = "clean,pgd3x2,autoattack:apgd-ce5+apgd-t2+fab-t2+square20"
 print("ready", flush=True)
 options = {"eps": (1 / 255, 2 / 255), "record": Record(sys.argv[1]), "engine": "eager"}
 results = robust_accuracy(model, batches(images, labels, 4), names, **options)
-print([(column.name, column.right.tolist()) for column in results.columns])
+print([(column.name, column.right.tolist(), column.loss) for column in results.columns])
 """
 
 

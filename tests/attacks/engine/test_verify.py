@@ -23,9 +23,9 @@ class Kinds(nn.Module):
 
     def forward(self, x):
         x = self.stem(x / 2)
+        x = self.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = (self.branch(nn.functional.silu(self.norm(x).relu())) + x).relu() / 256
         x = self.both(torch.cat([x, x * self.branch(x).mean((2, 3), keepdim=True)], 1).relu()).relu()
-        x = self.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head((x + self.norm(x).relu()).mean((2, 3)))
 
 

@@ -82,7 +82,7 @@ def test_a_method_object_and_the_short_form_are_one(tiny_model, batch, method):
     adversarial = chosen.perturb(attack, model, images, labels, largest_label)
     logits = chosen.forward(model, images, adversarial, largest_label)
     loss, metrics = chosen.loss(logits, labels), chosen.metrics(logits, labels)
-    short = {"method": method, "attack": PGD(twin, steps=2, random_start=False), "twins_lambda": 0.3}
+    short = {"method": method, "attack": chosen.attack(twin, steps=2, random_start=False), "twins_lambda": 0.3}
     other, other_metrics = adversarial_loss(twin, images, labels, trades_beta=2.0, **short)
     assert torch.equal(loss, other) and metrics == {k: v for k, v in other_metrics.items() if k != "loss"}
     assert [id(p) for p in chosen.parameters(model)] == [id(p) for p in model.parameters()]

@@ -1,7 +1,11 @@
 """Whole runs of a tiny network, through the command line."""
 
+import torch
+
+from twins_fast.checkpoints import load_checkpoint
 from twins_fast.models import ARCHITECTURES
 from twins_fast.train import cli
+from twins_fast.train.run_folder import RunFolder
 
 # Runs in a subprocess too, where monkeypatch does not reach. Width 8: with fewer channels oneDNN 3.13 corrupts the heap
 # in the channels-last backward pass of a strided 1x1 convolution on AVX2.
@@ -29,6 +33,22 @@ def refused(capsys, *arguments):
     said = capsys.readouterr().err
     assert said.startswith("twins-fast: error: ") and said.count("\n") == 1, said
     return said
+
+
+def assert_same_run(left, right):
+    """Bit-equal checkpoints and metrics, times apart."""
+    for name in ("last.safetensors", "best.safetensors"):
+        (a, meta_a), (b, meta_b) = load_checkpoint(left / name), load_checkpoint(right / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert meta_a == meta_b and (left / name).read_bytes() == (right / name).read_bytes()
+
+    def lines(folder):
+        return [
+            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")}
+            for line in RunFolder(folder).read_metrics()
+        ]
+
+    assert lines(left) == lines(right)
 
 
 # A recipe as version 0.1 wrote it into a run folder.

@@ -65,7 +65,7 @@ def test_files_that_are_no_recipes(tmp_path):
             '[data]\ndataset = "npz"\n[optimizer]\nmilestones = 3',
             "milestones must be a list (in Python a tuple), got 3",
         ),
-        ('method = "fat"\n[data]\ndataset = "npz"', "unknown method 'fat'; choose from at, standard"),
+        ('method = "fat"\n[data]\ndataset = "npz"', "unknown method 'fat'; choose from at, mart"),
         ('method = {name = "at", beta = 3}\n[data]\ndataset = "npz"', "unknown method fields: beta"),
         ("method = 3\n[data]\ndataset = 'npz'", "method must be a name or a table of fields, got 3"),
         ("dataset = 'npz'\nlr = 1\n[optimizer]\nepochs = 3", "unknown recipe sections: dataset, lr"),
@@ -123,8 +123,8 @@ def test_the_flat_form_of_version_0_1_is_read():
         Network("resnet18", checkpoint="none", channels_last=True),
         Attack(alpha=4 / 255, steps=2),
         Optimizer(epochs=2, lr=0.05, weight_decay=5e-4, milestones=(1,)),
-        Evaluation(steps=2, choose_on="test"),
-        Run(baselines=("trades",)),
+        evaluation=Evaluation(steps=2, choose_on="test"),
+        run=Run(baselines=("trades",)),
     )
     with pytest.raises(RecipeError, match="unknown recipe sections: colour"):
         Recipe.from_dict(OLD_RECIPE | {"colour": 1})

@@ -13,29 +13,13 @@ import pytest
 import torch
 
 from tests.graph_emulator import Device
-from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, refused, train
+from tests.train.helpers import OLD_RECIPE, REGISTER_TINY, TINY, assert_same_run, refused, train
 from twins_fast.checkpoints import load_checkpoint, save_checkpoint
 from twins_fast.methods import METHODS, TwinsAT
 from twins_fast.models import build_model
 from twins_fast.ops.backend import use_backend
 from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
-
-
-def assert_same_run(left, right):
-    """Bit-equal checkpoints and metrics, times apart."""
-    for name in ("last.safetensors", "best.safetensors"):
-        (a, meta_a), (b, meta_b) = load_checkpoint(left / name), load_checkpoint(right / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        assert meta_a == meta_b and (left / name).read_bytes() == (right / name).read_bytes()
-
-    def lines(folder):
-        return [
-            {k: v for k, v in line.items() if k not in ("images_per_second", "seconds")}
-            for line in RunFolder(folder).read_metrics()
-        ]
-
-    assert lines(left) == lines(right)
 
 
 @pytest.mark.parametrize("method", ["at", "twins-at", "twins-trades"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from twins_fast.attacks import PGD, named_attack
 from twins_fast.attacks.pgd import Adversary
-from twins_fast.methods.base import Logits, Method
+from twins_fast.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,3 @@ class AT(Method):
 
     def attack(self, model: nn.Module, **options: Any) -> PGD:
         return named_attack(self.adversary, model, **options)
-
-    def loss(self, logits: Logits, labels: Tensor) -> Tensor:
-        return self._cross_entropy(logits.adversarial, labels)

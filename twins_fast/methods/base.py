@@ -39,6 +39,8 @@ class Method:
 
     name: ClassVar[str]
     wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
+    needs_clean: ClassVar[bool] = False  # whether the loss looks at the logits of the clean images, too
+    takes_soft_labels: ClassVar[bool] = True  # whether the loss is defined for probabilities of classes
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -69,6 +71,8 @@ class Method:
         """
         check_images(images, model)
         largest_label = check_labels(labels, images)
+        if labels.is_floating_point():
+            self.check_soft_labels("labels that are probabilities")
         self._check_wings(model)
         if len(images) < self.wings:
             raise ValueError(f"method {self.name!r} needs at least {self.wings} image(s), got {len(images)}")
@@ -89,12 +93,13 @@ class Method:
         return attack(images, labels, x_init=x_init)
 
     def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
-        """Run the model on what the loss needs, adversarial images first."""
-        return Logits(checked_logits(model(adversarial), len(images), largest_label))
+        """Run the model on what the loss needs, adversarial images first: running statistics depend on the order."""
+        trained_on = checked_logits(model(adversarial), len(images), largest_label)
+        return Logits(trained_on, checked_logits(model(images), len(images), None) if self.needs_clean else None)
 
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:
-        """The training loss, a scalar."""
-        raise NotImplementedError
+        """The training loss, a scalar; cross-entropy if a method does not say otherwise."""
+        return self._cross_entropy(logits.adversarial, labels)
 
     def metrics(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
         """Detached accuracies in [0, 1] on the images that were trained on."""
@@ -103,6 +108,18 @@ class Method:
     def parts(self, rows: int) -> list[tuple[float, slice]]:
         """The weight and the rows of each wing's part of the batch."""
         return [(1.0, slice(0, rows))]
+
+    @classmethod
+    def check_soft_labels(cls, what: str) -> None:
+        """Refuse what makes probabilities of labels if the loss needs one class for each image."""
+        if not cls.takes_soft_labels:
+            raise ValueError(f"the loss of method {cls.name!r} needs one class for each image: it cannot have {what}")
+
+    def _both(self, logits: Logits) -> tuple[Tensor, Tensor]:
+        """The logits of the adversarial and of the clean images."""
+        if logits.clean is None:
+            raise ValueError(f"method {self.name!r} needs the logits of the clean images, too")
+        return logits.adversarial, logits.clean
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A mean over the rows of each part, weighted and summed."""

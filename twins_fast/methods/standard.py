@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from twins_fast.methods.base import Attack, Logits, Method
+from twins_fast.methods.base import Attack, Method
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,3 @@ class Standard(Method):
         x_init: Tensor | None = None,
     ) -> Tensor:
         return images
-
-    def loss(self, logits: Logits, labels: Tensor) -> Tensor:
-        return self._cross_entropy(logits.adversarial, labels)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from twins_fast.methods.at import AT
 from twins_fast.methods.base import Logits, total
-from twins_fast.validation import checked_logits
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,13 @@ class TRADES(AT):
     """
 
     name: ClassVar[str] = "trades"
+    needs_clean: ClassVar[bool] = True
 
     beta: float = 6.0
     """Weight of the KL term."""
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
-        trained_on = super().forward(model, images, adversarial, largest_label).adversarial
-        return Logits(trained_on, checked_logits(model(images), len(images), largest_label))
-
     def loss(self, logits: Logits, labels: Tensor) -> Tensor:
-        adversarial, clean = logits
-        if clean is None:
-            raise ValueError(f"method {self.name!r} needs the logits of the clean images, too")
+        adversarial, clean = self._both(logits)
         rows = len(labels)
         divergence = total(weight / rows * _kl_sum(clean[part], adversarial[part]) for weight, part in self.parts(rows))
         return self._cross_entropy(clean, labels) + self.beta * divergence

@@ -16,12 +16,13 @@ from twins_fast.attacks.engine.nodes import NotCaptured, tensors_of
 from twins_fast.attacks.engine.watch import Watch, is_compiled
 from twins_fast.devices import has_graphs
 from twins_fast.methods.base import Attack, Method
+from twins_fast.methods.labels import smoothed
 from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
 from twins_fast.nn.wings import twin_layers
 from twins_fast.ops.group import world_size
-from twins_fast.validation import check_amp_dtype, check_choice, checked_logits
+from twins_fast.validation import check_amp_dtype, check_choice, check_not_negative, checked_logits
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -46,6 +47,7 @@ class TrainingStep:
             :class:`twins_fast.PGD` of this model.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run attack and model under autocast.
         scaler: of the gradients, for float16.
+        label_smoothing: part of each label, in [0, 1), that the loss spreads over all classes; the attack does not.
 
     Attributes:
         reason: why the last step ran without a graph; empty if there is one for the next of its kind.
@@ -60,17 +62,22 @@ class TrainingStep:
         attack: Attack | None = None,
         amp_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        label_smoothing: float = 0.0,
     ):
         if isinstance(method, str):
             check_choice("method", method, METHODS)
             method = METHODS[method]()
         check_amp_dtype(amp_dtype)
+        check_not_negative(label_smoothing=label_smoothing)
+        if label_smoothing:
+            method.check_soft_labels("label smoothing")
         self.model = model
         self.optimizer = optimizer
         self.method = method
         self.attack: Any = method.attack(model) if attack is None else attack
         self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
+        self.label_smoothing = label_smoothing
         self.reason = "there has been no step"
         self._graphs: cuda_graph.Graphs | None = None
         self._watch = Watch()
@@ -109,7 +116,7 @@ class TrainingStep:
                 else:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
                 logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
-                loss = method.loss(logits, labels)
+                loss = method.loss(logits, smoothed(labels, logits.adversarial.shape[1], self.label_smoothing))
             metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
             self._update(loss, rates)
             self._drop_gradients()
@@ -213,7 +220,8 @@ class TrainingStep:
             (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
             for group in self.optimizer.param_groups
         )
-        return self.method, self.amp_dtype, options, scaling, self._watch.changes, trained, modes, state, groups
+        about = (self.method, self.amp_dtype, self.label_smoothing)
+        return *about, options, scaling, self._watch.changes, trained, modes, state, groups
 
 
 def _hooks_of_parameters(model: nn.Module) -> str:

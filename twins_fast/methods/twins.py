@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twins_fast.methods.at import AT
 from twins_fast.methods.base import Logits, Method, correct
+from twins_fast.methods.mart import MART
 from twins_fast.methods.trades import TRADES
 from twins_fast.nn import convert_twin_bn, fuse_twin_bn
 
@@ -50,3 +51,10 @@ class TwinsTRADES(TwoWings, TRADES):
     """
 
     name: ClassVar[str] = "twins-trades"
+
+
+@dataclass(frozen=True)
+class TwinsMART(TwoWings, MART):
+    """MART on both wings; BCE is a mean over the rows of each half, the KL sums are divided by B as in TWINS-TRADES."""
+
+    name: ClassVar[str] = "twins-mart"

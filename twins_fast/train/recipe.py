@@ -114,6 +114,19 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Regularisation:
+    """What goes around the method, whichever it is; 0 leaves it out."""
+
+    label_smoothing: float = 0.0
+    """Part of each label, in [0, 1), that the loss spreads over all classes (the attack does not)."""
+
+    def __post_init__(self):
+        check_options(self)
+        if self.label_smoothing >= 1:
+            raise ValueError(f"label_smoothing must be less than 1, got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Accuracy on clean images and under PGD without a random start."""
 
@@ -169,8 +182,14 @@ class Recipe(Generic[M]):
     network: Network = Network()
     attack: Attack = Attack()
     optimizer: Optimizer = Optimizer()
+    regularisation: Regularisation = Regularisation()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+
+    def __post_init__(self):
+        if self.regularisation.label_smoothing:
+            for method in (self.method, *(METHODS[name] for name in self.run.baselines)):
+                method.check_soft_labels("label smoothing")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: a table for each section."""
@@ -215,9 +234,9 @@ class Recipe(Generic[M]):
             new |= {k: updated(getattr(self, k), table, k) for k, table in sections.items() if k in SECTIONS}
             if "method" in sections:
                 new["method"] = _replaced_method(self.method, sections["method"])
+            return dataclasses.replace(self, **new)
         except ValueError as error:
             raise RecipeError(f"recipe {self.name!r}: {error}") from None
-        return dataclasses.replace(self, **new)
 
 
 SECTIONS = {
@@ -225,6 +244,7 @@ SECTIONS = {
     "network": Network,
     "attack": Attack,
     "optimizer": Optimizer,
+    "regularisation": Regularisation,
     "evaluation": Evaluation,
     "run": Run,
 }

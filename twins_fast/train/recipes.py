@@ -49,8 +49,8 @@ RECIPES: dict[str, Recipe] = {
             Network("cifar-resnet18-w16", channels_last=True),
             Attack(alpha=4 / 255, steps=3),
             Optimizer(epochs=24, lr=0.2, weight_decay=5e-4, schedule="onecycle"),
-            Evaluation(choose_on="test", images=500),
-            Run(amp="bf16"),
+            evaluation=Evaluation(choose_on="test", images=500),
+            run=Run(amp="bf16"),
         ),
     )
 }

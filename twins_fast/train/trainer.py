@@ -79,6 +79,7 @@ class Trainer:
             attack=training_attack(recipe, self.model),
             amp_dtype=AMP_DTYPES[recipe.run.amp],
             scaler=self.scaler,
+            label_smoothing=recipe.regularisation.label_smoothing,
         )
         self.evaluation_attack = evaluation_attack(recipe, self.model)
 

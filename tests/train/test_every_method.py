@@ -1,0 +1,67 @@
+"""Every method, and what goes around it, from the command line: a short run on real images that resumes bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.helpers import assert_same_run, refused
+from twins_fast.checkpoints import save_checkpoint
+from twins_fast.methods import METHODS
+from twins_fast.models import build_model
+from twins_fast.train import assets, cli, trainer
+from twins_fast.train.run_folder import RunFolder
+
+FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--steps", "1", "--evaluation.steps", "1"]
+FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
+FEW += ["--arch", "tiny"]
+WRAPPERS = {
+    "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
+}
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """8 training and 4 test images of the embedded ones, and no pictures."""
+    images, labels, classes, train_images = assets.read_images()
+    chosen = np.r_[:8, train_images : train_images + 4]
+    monkeypatch.setattr(assets, "read_images", lambda: (images[chosen], labels[chosen], classes, 8))
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains the tiny network from a pre-trained one of three other classes."""
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "source.safetensors", build_model("tiny", 3).state_dict(), {})
+    command = ["train", "--recipe", "mini", *FEW, "--checkpoint", str(tmp_path / "source.safetensors")]
+    return lambda name, *more: cli.main([*command, "--run", str(tmp_path / name), *more])
+
+
+@pytest.mark.parametrize("options", [*(["--method", name] for name in METHODS), *WRAPPERS.values()], ids=" ".join)
+def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
+    assert train("whole", *options) == 0
+    step = trainer.Trainer.train_step
+
+    def interrupted(self, images, labels):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self, images, labels)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert train("cut", *options) == 130
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    assert cli.main(["train", "--resume", str(tmp_path / "cut")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    losses = [line["loss"] for line in RunFolder(tmp_path / "cut").read_metrics() if line["kind"] == "train"]
+    assert len(losses) == 4 and all(0 < loss < 50 for loss in losses)
+
+
+def test_the_help_names_every_method(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    said = "".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--method{" + ",".join(METHODS) + "}" in said
+
+
+def test_what_a_loss_cannot_have_is_refused(capsys, tmp_path):
+    said = refused(capsys, "train", "--recipe", "mini", "--method", "mart", "--regularisation.label-smoothing", "0.1")
+    assert "'mart' needs one class for each image: it cannot have label smoothing" in said

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.train.helpers import assert_same_run, refused
-from twins_fast.checkpoints import save_checkpoint
+from twins_fast.checkpoints import load_checkpoint, save_checkpoint
 from twins_fast.methods import METHODS
 from twins_fast.models import build_model
 from twins_fast.train import assets, cli, trainer
@@ -14,7 +14,8 @@ from twins_fast.train.run_folder import RunFolder
 FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--steps", "1", "--evaluation.steps", "1"]
 FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
 FEW += ["--arch", "tiny"]
-WRAPPERS = {
+AROUND = {
+    "probed head": ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1"],
     "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
 }
 
@@ -37,7 +38,7 @@ def train(tmp_path):
     return lambda name, *more: cli.main([*command, "--run", str(tmp_path / name), *more])
 
 
-@pytest.mark.parametrize("options", [*(["--method", name] for name in METHODS), *WRAPPERS.values()], ids=" ".join)
+@pytest.mark.parametrize("options", [*(["--method", name] for name in METHODS), *AROUND.values()], ids=" ".join)
 def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
     assert train("whole", *options) == 0
     step = trainer.Trainer.train_step
@@ -65,3 +66,15 @@ def test_the_help_names_every_method(capsys):
 def test_what_a_loss_cannot_have_is_refused(capsys, tmp_path):
     said = refused(capsys, "train", "--recipe", "mini", "--method", "mart", "--regularisation.label-smoothing", "0.1")
     assert "'mart' needs one class for each image: it cannot have label smoothing" in said
+
+
+def test_a_probed_head_is_where_training_starts(tmp_path, train):
+    probed = ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1", "--method", "twins-at"]
+    assert train("run", *probed, "--lr", "0") == 0
+    head, trained = (load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("run/head", "run"))
+    assert train("other", "--method", "twins-at", "--lr", "0") == 0
+    random = load_checkpoint(tmp_path / "other/last.safetensors")[0]
+    for name in ("model.fc_downstream.weight", "model.fc_downstream.bias"):
+        assert torch.equal(head[name], trained[name]) and not torch.equal(random[name], trained[name])
+    assert torch.equal(head["model.conv1.weight"], random["model.conv1.weight"])
+    assert RunFolder(tmp_path / "run" / "head").load_config()[0].method.name == "adversarial-linear-probe"

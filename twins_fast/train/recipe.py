@@ -54,13 +54,19 @@ class Network:
     """Name of a network; twins_fast.models.register adds one."""
     checkpoint: Annotated[str, arg(aliases=("--checkpoint",), metavar="FILE|embedded|none")] = ""
     """Pre-trained network; none for random weights, which two-wing methods train from only if it is said."""
+    init_head: Literal["random", "adversarial-probe"] = "random"
+    """Where the head starts; adversarial-probe trains it alone first, into RUN/head (RoLI, arXiv 2312.05716)."""
+    probe_epochs: int = 20
+    """Epochs of the adversarial probe."""
+    probe_lr: Fraction = 1e-2
+    """Learning rate of the adversarial probe, from the first to the last epoch."""
     upsample: OptionalInteger = None
     """Side in pixels to which the network upsamples its images; none for their own."""
     channels_last: bool = False
     """Whether images and network are channels-last in memory."""
 
     def __post_init__(self):
-        check_options(self, least={"upsample": 1})
+        check_options(self, least={"upsample": 1, "probe_epochs": 1})
         check_choice("arch", self.arch, ARCHITECTURES)
 
 

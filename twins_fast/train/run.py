@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
+from twins_fast.checkpoints.names import layer_of
+from twins_fast.nn.heads import HEAD
 from twins_fast.train.build import make_network
 from twins_fast.train.datasets import load_datasets
 from twins_fast.train.loaders import Loaders, loaders
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipe import Data, Evaluation, Recipe, RecipeError
 from twins_fast.train.run_folder import RunFolder
+from twins_fast.train.state import weights
 from twins_fast.train.trainer import Trainer
 
 
@@ -83,7 +86,30 @@ def run_recipe(
             f"images, {len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
             flush=True,
         )
+        if recipe.network.init_head == "adversarial-probe" and not resumes:
+            model.load_state_dict(_probed_head(recipe, folder, data_root, device), strict=False)
         return Trainer(recipe, folder, model, batches, classes, device).fit()
+
+
+def _probed_head(
+    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The entries of a head that a run of its own has trained alone, under attack, inside of the run's folder."""
+    probe = recipe.replaced(
+        method="adversarial-linear-probe",
+        network={"init_head": "random"},
+        optimizer={
+            "epochs": recipe.network.probe_epochs,
+            "lr": recipe.network.probe_lr,
+            "schedule": "multistep",
+            "milestones": (),
+        },
+        evaluation={"before": False},
+        run={"baselines": ()},
+    )
+    inside = RunFolder(folder.folder / "head")
+    run_recipe(probe, inside, data_root, device, resume=True)
+    return {name: value for name, value in weights(inside.last).items() if layer_of(name).endswith(HEAD)}
 
 
 def data_loaders(

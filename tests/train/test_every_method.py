@@ -29,12 +29,28 @@ def few_images(monkeypatch):
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
 
+def arrays_of_source():
+    """Images of the three classes of the pre-training."""
+    images, labels = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8), np.arange(10) % 3
+    return {"train": images, "train_labels": labels, "test": images, "test_labels": labels}
+
+
 @pytest.fixture
 def train(tmp_path):
     """Trains the tiny network from a pre-trained one of three other classes."""
     torch.manual_seed(1)
     save_checkpoint(tmp_path / "source.safetensors", build_model("tiny", 3).state_dict(), {})
-    command = ["train", "--recipe", "mini", *FEW, "--checkpoint", str(tmp_path / "source.safetensors")]
+    np.savez(tmp_path / "source.npz", **arrays_of_source())
+    command = [
+        "train",
+        "--data.source",
+        str(tmp_path / "source.npz"),
+        "--recipe",
+        "mini",
+        *FEW,
+        "--checkpoint",
+        str(tmp_path / "source.safetensors"),
+    ]
     return lambda name, *more: cli.main([*command, "--run", str(tmp_path / name), *more])
 
 
@@ -43,10 +59,10 @@ def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
     assert train("whole", *options) == 0
     step = trainer.Trainer.train_step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *batch):
         if self.step == 3:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     assert train("cut", *options) == 130

@@ -55,10 +55,10 @@ def test_resuming_continues_the_very_same_trajectory(tmp_path, npz, monkeypatch,
     monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
     step = trainer.Trainer.train_step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *batch):
         if self.step == killed_at:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     assert train(tmp_path / "cut", npz, "--method", "twins-at") == 130
@@ -97,10 +97,10 @@ def test_a_signal_waits_for_the_step_and_says_how_to_resume(tmp_path, npz, numbe
 import os, sys
 from twins_fast.train import cli, trainer
 step = trainer.Trainer.train_step
-def signalled(self, images, labels):
+def signalled(self, *batch):
     if self.step == 3:
         os.killpg(0, {int(number)})
-    return step(self, images, labels)
+    return step(self, *batch)
 trainer.Trainer.train_step = signalled
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -377,10 +377,10 @@ def test_a_run_folder_of_version_0_1_resumes(tmp_path, npz, monkeypatch):
     assert train(tmp_path / "whole", npz, *options) == 0
     step = trainer.Trainer.train_step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *batch):
         if self.step == 3 and "trades" not in self.folder.folder.name:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     folder = RunFolder(tmp_path / "old")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twins_fast.checkpoints.names import CheckpointError, covered, is_frozen, layer_of, plain_name
+from twins_fast.nn.heads import HEAD, SOURCE_HEAD
 
 
 def load_state(
@@ -37,7 +38,7 @@ def load_state(
     problems = [f"missing: {name}" for name in sorted(missing) if not covered(name, allow_missing)]
     problems += [f"extra: {name}" for name in sorted(extra) if not covered(name, allow_extra)]
     shared = [name for name in own if name in state]
-    problems += [f"{name}: {why}" for name in shared if (why := _mismatch(state[name], own[name]))]
+    problems += [f"{name}: {why}" for name in shared if (why := _mismatch(state[name], own[name], name))]
     if problems:
         raise CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
     model.load_state_dict({name: state[name] for name in shared}, strict=False)
@@ -72,8 +73,26 @@ def load_pretrained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     load_state(model, body, allow_missing=("fc", "fc_downstream", "mean", "std"), allow_extra=("fc",))
 
 
-def _mismatch(value: Tensor, own: Tensor) -> str | None:
+def adopt_source_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give ``model`` the head of the pre-training as ``fc``: the checkpoint's ``fc`` or, if it has none, its head.
+
+    Raises:
+        CheckpointError: there is no linear head of that name in the checkpoint.
+    """
+    name = SOURCE_HEAD if f"{SOURCE_HEAD}.weight" in state else HEAD
+    entries = {leaf: state.get(f"{name}.{leaf}") for leaf in ("weight", "bias")}
+    weight, bias = entries["weight"], entries["bias"]
+    if weight is None or weight.dim() != 2:
+        raise CheckpointError(f"the checkpoint has no linear head, neither {SOURCE_HEAD} nor {HEAD}")
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    load_state(head, {leaf: value for leaf, value in entries.items() if value is not None})
+    setattr(model, SOURCE_HEAD, head)
+
+
+def _mismatch(value: Tensor, own: Tensor, name: str) -> str | None:
     """What is wrong with loading ``value`` into ``own``."""
+    if covered(name, (HEAD,)) and value.shape[1:] == own.shape[1:] and len(value) != len(own):
+        return f"the checkpoint is for {len(value)} classes, the model for {len(own)}"
     if value.shape != own.shape:
         return f"shape {list(value.shape)} in the checkpoint, {list(own.shape)} in the model"
     if (value.is_floating_point(), value.is_complex()) != (own.is_floating_point(), own.is_complex()):

@@ -2,7 +2,9 @@
 
 from twins_fast.methods.adversarial_loss import adversarial_loss
 from twins_fast.methods.at import AT
-from twins_fast.methods.base import Logits, Method
+from twins_fast.methods.base import Beside, Logits, Method
+from twins_fast.methods.joint import Joint
+from twins_fast.methods.lwf import LwF
 from twins_fast.methods.mart import MART
 from twins_fast.methods.noise import Noise
 from twins_fast.methods.probe import AdversarialLinearProbe, LinearProbe
@@ -15,11 +17,14 @@ from twins_fast.methods.twins import TwinsAT, TwinsMART, TwinsTRADES
 __all__ = [
     "AT",
     "AdversarialLinearProbe",
+    "Joint",
     "LinearProbe",
+    "LwF",
     "MART",
     "METHODS",
     "Noise",
     "TRADES",
+    "Beside",
     "Logits",
     "Method",
     "Standard",

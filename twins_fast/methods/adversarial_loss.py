@@ -66,6 +66,8 @@ def adversarial_loss(
     check_choice("method", method, METHODS)
     check_not_negative(twins_lambda=twins_lambda, trades_beta=trades_beta)
     chosen = known(METHODS[method], frozen_weight=twins_lambda, beta=trades_beta)
+    if chosen.needs_pretrained:
+        raise ValueError(f"method {method!r} keeps something of the pre-trained network: use TrainingStep")
     largest_label = chosen.check(model, images, labels)
     if isinstance(attack, str):
         attack = named_attack("ce" if attack == "published" else attack, model)

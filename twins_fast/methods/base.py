@@ -24,6 +24,17 @@ class Logits(NamedTuple):
 
     adversarial: Tensor  # [B, classes]
     clean: Tensor | None = None  # [B, classes], of methods that look at clean images too
+    penalty: Tensor | None = None  # a term of the loss, [], that is not of these logits
+
+
+class Beside(NamedTuple):
+    """What a step looks at besides the network and its batch."""
+
+    kept: Any = None  # what the method's ``keep`` made
+    source: tuple[Tensor, Tensor] | None = None  # images and labels of the pre-training
+
+
+NOTHING = Beside()
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Method:
     name: ClassVar[str]
     wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
     needs_clean: ClassVar[bool] = False  # whether the loss looks at the logits of the clean images, too
+    needs_pretrained: ClassVar[bool] = False  # whether ``keep`` makes something of the pre-trained network
+    needs_source: ClassVar[bool] = False  # whether a step needs images of the pre-training, and the network their head
     takes_soft_labels: ClassVar[bool] = True  # whether the loss is defined for probabilities of classes
 
     def __post_init__(self) -> None:
@@ -48,6 +61,13 @@ class Method:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The network that the method trains, made from a pre-trained one (in place)."""
         return model
+
+    def keep(self, model: nn.Module, attack: Any) -> Any:
+        """What a step needs besides the network, made of the prepared one before the first step; it is never saved.
+
+        A run that resumes makes it again, of the pre-trained network if ``needs_pretrained``.
+        """
+        return None
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Those that the optimiser moves."""
@@ -92,7 +112,14 @@ class Method:
             return attack.perturb(images, labels, largest_label, x_init)
         return attack(images, labels, x_init=x_init)
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
+    def forward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        adversarial: Tensor,
+        largest_label: Tensor,
+        beside: Beside = NOTHING,
+    ) -> Logits:
         """Run the model on what the loss needs, adversarial images first: running statistics depend on the order."""
         trained_on = checked_logits(model(adversarial), len(images), largest_label)
         return Logits(trained_on, checked_logits(model(images), len(images), None) if self.needs_clean else None)
@@ -120,6 +147,11 @@ class Method:
         if logits.clean is None:
             raise ValueError(f"method {self.name!r} needs the logits of the clean images, too")
         return logits.adversarial, logits.clean
+
+    def _penalty(self, logits: Logits) -> Tensor:
+        if logits.penalty is None:
+            raise ValueError(f"method {self.name!r} has a term that its forward computes")
+        return logits.penalty
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A mean over the rows of each part, weighted and summed."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from twins_fast.methods.at import AT
-from twins_fast.methods.base import Logits, Method
+from twins_fast.methods.base import NOTHING, Beside, Logits, Method
 from twins_fast.methods.standard import Standard
 from twins_fast.nn.heads import head_of
 from twins_fast.nn.modes import in_mode
@@ -26,7 +26,14 @@ class HeadAlone(Method):
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         return list(head_of(model).parameters())
 
-    def forward(self, model: nn.Module, images: Tensor, adversarial: Tensor, largest_label: Tensor) -> Logits:
+    def forward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        adversarial: Tensor,
+        largest_label: Tensor,
+        beside: Beside = NOTHING,
+    ) -> Logits:
         with in_mode(model, training=False):
             return super().forward(model, images, adversarial, largest_label)
 

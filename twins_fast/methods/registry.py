@@ -2,6 +2,8 @@
 
 from twins_fast.methods.at import AT
 from twins_fast.methods.base import Method
+from twins_fast.methods.joint import Joint
+from twins_fast.methods.lwf import LwF
 from twins_fast.methods.mart import MART
 from twins_fast.methods.noise import Noise
 from twins_fast.methods.probe import AdversarialLinearProbe, LinearProbe
@@ -20,6 +22,8 @@ METHODS: dict[str, type[Method]] = {
         TwinsAT,
         TwinsTRADES,
         TwinsMART,
+        LwF,
+        Joint,
         LinearProbe,
         AdversarialLinearProbe,
     )

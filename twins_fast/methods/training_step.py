@@ -15,7 +15,7 @@ from twins_fast.attacks.engine import cuda_graph
 from twins_fast.attacks.engine.nodes import NotCaptured, tensors_of
 from twins_fast.attacks.engine.watch import Watch, is_compiled
 from twins_fast.devices import has_graphs
-from twins_fast.methods.base import Attack, Method
+from twins_fast.methods.base import Attack, Beside, Method
 from twins_fast.methods.labels import smoothed
 from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
@@ -39,7 +39,8 @@ class TrainingStep:
     After a step the gradients are None.
 
     Args:
-        model: in train mode; with two-wing layers in mix mode for the two-wing methods.
+        model: in train mode; with two-wing layers in mix mode for the two-wing methods. ``lwf`` takes it for the
+            pre-trained network as it is now.
         optimizer: of the model's parameters. What a graph needs is ``torch.optim.SGD(..., fused=True)`` or
             ``Adam`` or ``AdamW`` with ``fused=True, capturable=True``.
         method: a method, or its name, for its default options.
@@ -75,6 +76,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.method = method
         self.attack: Any = method.attack(model) if attack is None else attack
+        self.kept = method.keep(model, self.attack)
         self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.label_smoothing = label_smoothing
@@ -85,13 +87,20 @@ class TrainingStep:
         self._names: list[str] = []  # of the metrics
         self._logits: Tensor | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float | None = None,
+        source: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Train on one batch.
 
         Args:
             images: [B, C, H, W] floating point in [0, 1].
             labels: [B] int64.
             lr: the learning rate of all parameters; None leaves it to the optimiser's groups.
+            source: images and labels of the pre-training, for ``joint``.
 
         Returns:
             Detached metrics: ``loss`` and the method's own, of the network before the step. Reading one waits for it.
@@ -103,6 +112,7 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         method, model, attack = self.method, self.model, self._own_attack()
+        beside = Beside(self.kept, source)
         largest_label = method.check(model, images, labels)  # reads values: never part of a graph
         start = images if attack is None else attack.start(images)
         rates = _rates(self.optimizer, images.device) if _skips_on_device(self.optimizer) else ()
@@ -115,7 +125,9 @@ class TrainingStep:
                     adversarial = method.perturb(self.attack, model, images, labels, largest_label)
                 else:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
-                logits = method.forward(model, images, adversarial, largest_label)  # of [frozen | adaptive] rows
+                logits = method.forward(
+                    model, images, adversarial, largest_label, beside
+                )  # of [frozen | adaptive] rows
                 loss = method.loss(logits, smoothed(labels, logits.adversarial.shape[1], self.label_smoothing))
             metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
             self._update(loss, rates)
@@ -187,6 +199,8 @@ class TrainingStep:
 
     def _obstacle(self, images: Tensor) -> str:
         """Why a step on images like these cannot be captured; empty if it can, as far as is known."""
+        if self.method.needs_source:
+            return f"method {self.method.name!r} attacks a second batch"
         if not has_graphs(images.device):
             return f"the images are on a {images.device.type}"
         if self.attack is not None and self._own_attack() is None:

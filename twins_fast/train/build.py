@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twins_fast.attacks import PGD
-from twins_fast.checkpoints import load_pretrained, read_state_dict
+from twins_fast.checkpoints import adopt_source_head, load_pretrained, read_state_dict
 from twins_fast.models import build_model
 from twins_fast.train import assets
 from twins_fast.train.recipe import AMP, Network, Recipe
@@ -17,8 +17,14 @@ from twins_fast.train.recipe import AMP, Network, Recipe
 AMP_DTYPES = dict(zip(AMP, (None, torch.bfloat16, torch.float16), strict=True))
 
 
-def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module:
+def make_network(network: Network, num_classes: int, seed: int = 0, source_head: bool = False) -> nn.Module:
     """The network before its method prepares it: a pre-trained body, if there is one, and a fresh head.
+
+    Args:
+        network: of a recipe.
+        num_classes: logits of the fresh head.
+        seed: of all random weights.
+        source_head: whether the head of the pre-training is kept, as ``fc``.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is of another network.
@@ -28,7 +34,10 @@ def make_network(network: Network, num_classes: int, seed: int = 0) -> nn.Module
     model = build_model(network.arch, num_classes, network.upsample)
     if network.checkpoint not in ("", "none"):
         path = assets.NETWORK if network.checkpoint == "embedded" else network.checkpoint
-        load_pretrained(model, read_state_dict(path))
+        state = read_state_dict(path)
+        if source_head:
+            adopt_source_head(model, state)
+        load_pretrained(model, state)
     return model.to(memory_format=torch.channels_last) if network.channels_last else model
 
 

@@ -31,12 +31,14 @@ class Loaders(NamedTuple):
     train: DataLoader
     validation: DataLoader | None
     test: DataLoader
+    source: DataLoader | None = None  # of the pre-training, for methods that go on with it
 
 
 def loaders(
     train: Dataset,
     test: Dataset,
     *,
+    source: Dataset | None = None,
     batch_size: int,
     augmentation: str = "cifar",
     validation_part: float = 0.0,
@@ -48,6 +50,7 @@ def loaders(
 
     Args:
         train, test: data sets of (PIL image or [H, W, 3] uint8 array, label).
+        source: the same of the pre-training, if they are needed.
         batch_size: images of a batch.
         augmentation: of training images, a key of :data:`AUGMENTATIONS`.
         validation_part: of the training images, in [0, 1): set apart for validation; 0 for none.
@@ -73,7 +76,7 @@ def loaders(
                 "'high-resolution' is for photographs"
             )
 
-    def loader(kind: str, data: Dataset, transform: Callable) -> DataLoader:
+    def loader(kind: str, data: Dataset, transform: Callable, seed: int = seed) -> DataLoader:
         if kind != "training" and 0 < evaluation_images < len(data):
             data = Subset(data, _chosen(len(data), evaluation_images, "evaluation", seed)[0])
         batches = EpochBatches(len(data), batch_size, seed, shuffle=kind == "training")
@@ -93,9 +96,22 @@ def loaders(
         apart, rest = _chosen(len(train), round(validation_part * len(train)), "validation", seed)
         validation = loader("validation", Subset(train, apart), as_tested)
         train = Subset(train, rest)
+    augmented = train_transform(augmentation)
     return Loaders(
-        loader("training", train, train_transform(augmentation)), validation, loader("test", test, as_tested)
+        loader("training", train, augmented),
+        validation,
+        loader("test", test, as_tested),
+        None if source is None else loader("training", source, augmented, derived_seed("source", seed)),
     )
+
+
+def from_step(batches: DataLoader, step: int) -> Iterator[list[Tensor]]:
+    """The batches of all epochs without end, from number ``step`` on."""
+    epoch, first = divmod(step, len(batches))
+    while True:
+        batches.batch_sampler.epoch, batches.batch_sampler.first = epoch, first
+        yield from batches
+        epoch, first = epoch + 1, 0
 
 
 def _chosen(size: int, count: int, purpose: str, seed: int) -> tuple[list[int], list[int]]:

@@ -35,6 +35,10 @@ class Data:
     """Which images; --data-root says where they are."""
     classes: Names = ()
     """Subset of the classes of an .npz file, in label order; empty for all."""
+    source: str = ""
+    """Images of the pre-training, which joint needs: an .npz file, or a folder with train/CLASS/* images."""
+    source_classes: Names = ()
+    """Subset of the classes of an .npz file with such images, in the order of the pre-trained head; empty for all."""
     augmentation: Literal[tuple(AUGMENTATIONS)] = "cifar"
     """Of training images: none; crop and flip of 32 x 32 pixels; resize, crop and flip to 224 x 224."""
     batch_size: Annotated[int, short("--batch-size")] = 128

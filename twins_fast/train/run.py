@@ -67,15 +67,25 @@ def run_recipe(
     resumes = resume and folder.last.exists()
     if not resume and recipe.network.checkpoint not in ("", "none", "embedded"):  # a resume may start elsewhere
         recipe = recipe.replaced(network={"checkpoint": os.path.abspath(recipe.network.checkpoint)})
-    if recipe.method.wings > 1 and not (recipe.network.checkpoint or resumes):
+    pretrained = recipe.method.wings > 1 or recipe.method.needs_pretrained
+    if pretrained and not (recipe.network.checkpoint or resumes):
         raise RecipeError(
             f"method {recipe.method.name!r} fine-tunes a pre-trained network: say --checkpoint FILE, "
             "or --checkpoint none for random weights"
         )
-    batches, classes = data_loaders(recipe.data, recipe.evaluation, data_root, recipe.run.seed)
-    # A run that resumes no longer needs the pre-trained file.
-    network = recipe.replaced(network={"checkpoint": "none"}).network if resumes else recipe.network
-    model = recipe.method.prepare(make_network(network, len(classes), recipe.run.seed))
+    if recipe.method.needs_source and (recipe.network.checkpoint == "none" or not recipe.data.source):
+        raise RecipeError(
+            f"method {recipe.method.name!r} goes on with the pre-training: say --checkpoint FILE, and --data.source D "
+            "for its images"
+        )
+    batches, classes = data_loaders(
+        recipe.data, recipe.evaluation, data_root, recipe.run.seed, source=recipe.method.needs_source
+    )
+    network = recipe.network
+    if resumes and not recipe.method.needs_pretrained:  # anything else is in the run's last checkpoint
+        network = recipe.replaced(network={"checkpoint": "none"}).network
+    made = make_network(network, len(classes), recipe.run.seed, source_head=recipe.method.needs_source)
+    model = recipe.method.prepare(made)
     with folder.locked():
         if resume and folder.exists():
             folder.update(recipe, data_root)
@@ -113,17 +123,19 @@ def _probed_head(
 
 
 def data_loaders(
-    data: Data, evaluation: Evaluation, data_root: str | None, seed: int
+    data: Data, evaluation: Evaluation, data_root: str | None, seed: int, source: bool = False
 ) -> tuple[Loaders, tuple[str, ...]]:
-    """The loaders of a recipe, and the class names.
+    """The loaders of a recipe, with that of the images of the pre-training if ``source``, and the class names.
 
     Raises:
         DataError: no such data there, or not in the expected form.
     """
     train, test, classes = load_datasets(data.dataset, data_root, classes=data.classes, seed=seed)
+    kind = "npz" if data.source.endswith(".npz") else "folder"
     made = loaders(
         train,
         test,
+        source=load_datasets(kind, data.source, classes=data.source_classes)[0] if source else None,
         batch_size=data.batch_size,
         augmentation=data.augmentation,
         validation_part=evaluation.validation_part if evaluation.choose_on == "validation" else 0.0,

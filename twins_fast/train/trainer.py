@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
 from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
 from twins_fast.train.interruption import Interruption
-from twins_fast.train.loaders import Loaders
+from twins_fast.train.loaders import Loaders, from_step
 from twins_fast.train.plots import draw_curves
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import Recipe
@@ -114,31 +115,38 @@ class Trainer:
                 raise
             return self._finish()
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def train_step(
+        self, images: Tensor, labels: Tensor, source: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, float]:
         """One optimiser step on images [B, 3, H, W] in [0, 1] and labels [B]; returns the metrics."""
         recipe = self.recipe
         torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
         self.model.train()
-        layout = torch.channels_last if recipe.network.channels_last else torch.contiguous_format
-        images = images.to(self.device, memory_format=layout, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
+        images, labels = self._on_device(images, labels)
+        source = None if source is None else self._on_device(*source)
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
-        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate).items()}
+        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.step += 1
         return {**metrics, "lr": rate}
 
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        layout = torch.channels_last if self.recipe.network.channels_last else torch.contiguous_format
+        images = images.to(self.device, memory_format=layout, non_blocking=True)
+        return images, labels.to(self.device, non_blocking=True)
+
     def _train_epoch(self, progress: Progress, interruption: Interruption) -> None:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         batches = self.loaders.train.batch_sampler
         batches.epoch, batches.first = epoch, done
+        source = repeat(None) if self.loaders.source is None else from_step(self.loaders.source, self.step)
         saved = time.monotonic()
-        for images, labels in self.loaders.train:
+        for (images, labels), of_source in zip(self.loaders.train, source, strict=False):
             with interruption.held():
                 started = time.monotonic()
-                metrics = self.train_step(images, labels)
+                metrics = self.train_step(images, labels, of_source)
                 speed = len(labels) / (time.monotonic() - started)
                 self._log("train", images_per_second=round(speed, 1), **metrics)
                 progress.step(speed, metrics)

@@ -15,6 +15,7 @@ FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--s
 FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
 FEW += ["--arch", "tiny"]
 AROUND = {
+    "warm-up": ["--method", "twins-at", "--method.frozen-statistics", "target", "--method.affine", "shared"],
     "probed head": ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1"],
     "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
 }

@@ -69,6 +69,13 @@ class Method:
         """
         return None
 
+    def length_of_warmup(self, steps_per_epoch: int) -> int:
+        """How many batches :meth:`warm_up` is given before the first step."""
+        return 0
+
+    def warm_up(self, attack: Attack, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Learn from a batch whatever is to be known before training; no parameter moves."""
+
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Those that the optimiser moves."""
         return list(model.parameters())

@@ -91,7 +91,8 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C or SIGTERM, once the step at hand and a checkpoint are complete.
             TrainingError: the loss is not finite.
         """
-        if self.folder.last.exists():
+        resumes = self.folder.last.exists()
+        if resumes:
             self._restore()
         lines = self.folder.rewind_metrics(self.step, self.evaluated)
         # What the processes before this one spent counts, too.
@@ -101,6 +102,8 @@ class Trainer:
             return result
         with Progress(self.total_steps, self.step) as progress, Interruption() as interruption:
             try:
+                if not resumes:
+                    self._warm_up()
                 while True:
                     if self._evaluation_is_due():
                         self._evaluate_epoch(progress)
@@ -131,6 +134,14 @@ class Trainer:
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.step += 1
         return {**metrics, "lr": rate}
+
+    def _warm_up(self) -> None:
+        """What comes before the first step; cut short, it is made again."""
+        length = self.recipe.method.length_of_warmup(self.steps_per_epoch)
+        for number, (images, labels) in zip(range(length), from_step(self.loaders.train, 0), strict=False):
+            torch.manual_seed(derived_seed("warm-up", self.recipe.run.seed, number))
+            self.model.train()
+            self.recipe.method.warm_up(self.training_step.attack, self.model, *self._on_device(images, labels))
 
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         layout = torch.channels_last if self.recipe.network.channels_last else torch.contiguous_format

@@ -1,11 +1,13 @@
 """Every method, and what goes around it, from the command line: a short run on real images that resumes bit for bit."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.train.helpers import assert_same_run, refused
-from twins_fast.checkpoints import load_checkpoint, save_checkpoint
+from twins_fast.checkpoints import load_checkpoint, read_state_dict, save_checkpoint
 from twins_fast.methods import METHODS
 from twins_fast.models import build_model
 from twins_fast.train import assets, cli, trainer
@@ -15,6 +17,8 @@ FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--s
 FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
 FEW += ["--arch", "tiny"]
 AROUND = {
+    "awp": ["--method", "twins-trades", "--regularisation.awp", "0.01", "--regularisation.awp-warmup", "1"],
+    "ema": ["--method", "at", "--regularisation.ema", "0.9"],
     "warm-up": ["--method", "twins-at", "--method.frozen-statistics", "target", "--method.affine", "shared"],
     "probed head": ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1"],
     "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
@@ -95,3 +99,18 @@ def test_a_probed_head_is_where_training_starts(tmp_path, train):
         assert torch.equal(head[name], trained[name]) and not torch.equal(random[name], trained[name])
     assert torch.equal(head["model.conv1.weight"], random["model.conv1.weight"])
     assert RunFolder(tmp_path / "run" / "head").load_config()[0].method.name == "adversarial-linear-probe"
+
+
+def test_the_average_is_what_is_evaluated_and_kept(tmp_path, train):
+    assert train("run", "--method", "at", "--regularisation.ema", "0.9", "--evaluation.every", "1") == 0
+    run = RunFolder(tmp_path / "run")
+    last, best = (load_checkpoint(path)[0] for path in (run.last, run.best))
+    own = {name: last["model." + name] for name in best}
+    assert not torch.equal(last["unaveraged.conv1.weight"], own["conv1.weight"])
+    network = read_state_dict(run.last)
+    assert network.keys() == best.keys() and all(torch.equal(network[name], own[name]) for name in own)
+    result = run.read_result()
+    if result["best"]["epoch"] == 2:
+        assert all(torch.equal(best[name], own[name]) for name in best)
+    assert cli.main(["eval", str(run.last), "--json", str(tmp_path / "eval.json")]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["robust"] == result["after"]["robust"]

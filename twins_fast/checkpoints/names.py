@@ -20,8 +20,8 @@ class CheckpointError(ValueError):
 
 
 _WRAPPERS = re.compile(r"(?:(?:module|model|attacker|_orig_mod)\.)*")
-# normaliser buffers of the robustness library's wrapper; momentum of this package's own training checkpoints
-_NOT_NETWORK = re.compile(r"(?:normalizer|normalize)\.(?:new_)?(?:mean|std)|momentum\..*")
+# normaliser buffers of the robustness library's wrapper; what else this package's own training checkpoints hold
+_NOT_NETWORK = re.compile(r"(?:normalizer|normalize)\.(?:new_)?(?:mean|std)|(?:momentum|unaveraged)\..*")
 
 
 def canonical(entries: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from twins_fast.attacks.engine import cuda_graph
 from twins_fast.attacks.engine.nodes import NotCaptured, tensors_of
 from twins_fast.attacks.engine.watch import Watch, is_compiled
 from twins_fast.devices import has_graphs
-from twins_fast.methods.base import Attack, Beside, Method
+from twins_fast.methods.awp import perturb_weights
+from twins_fast.methods.base import Attack, Beside, Logits, Method
 from twins_fast.methods.labels import smoothed
 from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
@@ -48,6 +49,8 @@ class TrainingStep:
             :class:`twins_fast.PGD` of this model.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run attack and model under autocast.
         scaler: of the gradients, for float16.
+        awp: how far, relative to their length, weights are moved to where the loss is worst before it is taken
+            (:func:`twins_fast.methods.awp.perturb_weights`); an attribute that may be changed between steps.
         label_smoothing: part of each label, in [0, 1), that the loss spreads over all classes; the attack does not.
 
     Attributes:
@@ -63,13 +66,14 @@ class TrainingStep:
         attack: Attack | None = None,
         amp_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        awp: float = 0.0,
         label_smoothing: float = 0.0,
     ):
         if isinstance(method, str):
             check_choice("method", method, METHODS)
             method = METHODS[method]()
         check_amp_dtype(amp_dtype)
-        check_not_negative(label_smoothing=label_smoothing)
+        check_not_negative(awp=awp, label_smoothing=label_smoothing)
         if label_smoothing:
             method.check_soft_labels("label smoothing")
         self.model = model
@@ -79,6 +83,7 @@ class TrainingStep:
         self.kept = method.keep(model, self.attack)
         self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
+        self.awp = awp
         self.label_smoothing = label_smoothing
         self.reason = "there has been no step"
         self._graphs: cuda_graph.Graphs | None = None
@@ -120,17 +125,28 @@ class TrainingStep:
         def step(images: Tensor, labels: Tensor, start: Tensor, *rates: Tensor) -> tuple[Tensor, ...]:
             self._drop_gradients()
             nan: list[Tensor] = []
-            with nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype):
+            with self._autocast(images):
                 if attack is None:
                     adversarial = method.perturb(self.attack, model, images, labels, largest_label)
                 else:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
-                logits = method.forward(
-                    model, images, adversarial, largest_label, beside
-                )  # of [frozen | adaptive] rows
-                loss = method.loss(logits, smoothed(labels, logits.adversarial.shape[1], self.label_smoothing))
-            metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
-            self._update(loss, rates)
+
+            def forward() -> tuple[Logits, Tensor]:
+                with self._autocast(images):  # anew, as it remembers weights
+                    logits = method.forward(model, images, adversarial, largest_label, beside)  # [frozen | adaptive]
+                    targets = smoothed(labels, logits.adversarial.shape[1], self.label_smoothing)
+                    return logits, method.loss(logits, targets)
+
+            restore = _nothing
+            if self.awp:
+                restore = perturb_weights(model, lambda: self.scaler.scale(forward()[1]), self.awp)
+            try:
+                logits, loss = forward()
+                metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
+                good = self._backward(loss, rates)
+            finally:
+                restore()
+            self._update(good, rates)
             self._drop_gradients()
             self._names, self._logits = list(metrics), logits.adversarial.detach()
             return *metrics.values(), *nan
@@ -176,21 +192,28 @@ class TrainingStep:
         self.model.zero_grad()
         self.optimizer.zero_grad()
 
-    def _update(self, loss: Tensor, rates: tuple[Tensor, ...]) -> None:
-        """Backward pass and optimiser step, unless the loss is not finite."""
+    def _autocast(self, images: Tensor) -> AbstractContextManager[Any]:
+        return nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype)
+
+    def _backward(self, loss: Tensor, rates: tuple[Tensor, ...]) -> Tensor:
+        """The backward pass, unless the host knows that the loss is not finite; returns whether it is, []."""
+        good = loss.detach().isfinite()
+        if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
+            loss = loss * (0 * loss.detach() + 1)  # 1, or NaN where the loss is not finite
+        if rates or good:
+            self.scaler.scale(loss).backward()
+        return good
+
+    def _update(self, good: Tensor, rates: tuple[Tensor, ...]) -> None:
+        """The optimiser's step, unless the loss was not finite."""
         if not rates:  # the optimiser cannot decide on the device
-            if loss.detach().isfinite():
-                self.scaler.scale(loss).backward()
+            if good:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             return
-        if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
-            loss = loss * (0 * loss.detach() + 1)  # 1, or NaN where the loss is not finite
-        else:
-            bad = ~loss.detach().isfinite()
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as GradScaler tells it
         try:
-            self.scaler.scale(loss).backward()
             with _learning_rates(self.optimizer, rates):
                 self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -234,8 +257,12 @@ class TrainingStep:
             (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
             for group in self.optimizer.param_groups
         )
-        about = (self.method, self.amp_dtype, self.label_smoothing)
+        about = (self.method, self.amp_dtype, self.awp, self.label_smoothing)
         return *about, options, scaling, self._watch.changes, trained, modes, state, groups
+
+
+def _nothing() -> None:
+    pass
 
 
 def _hooks_of_parameters(model: nn.Module) -> str:

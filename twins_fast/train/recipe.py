@@ -130,10 +130,18 @@ class Regularisation:
     label_smoothing: float = 0.0
     """Part of each label, in [0, 1), that the loss spreads over all classes (the attack does not)."""
 
+    awp: float = 0.0
+    """Relative length by which weights are moved to where the loss is worst, such as 0.005 (AWP, NeurIPS 2020)."""
+    awp_warmup: int = 0
+    """Epochs before weights are moved."""
+    ema: float = 0.0
+    """Decay, in [0, 1), of a moving average of the weights, which is evaluated instead, such as 0.995."""
+
     def __post_init__(self):
         check_options(self)
-        if self.label_smoothing >= 1:
-            raise ValueError(f"label_smoothing must be less than 1, got {self.label_smoothing}")
+        for name in ("label_smoothing", "ema"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be less than 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

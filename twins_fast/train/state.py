@@ -1,4 +1,4 @@
-"""All that a run needs to resume: weights, momentum, the gradient scaler and a few numbers, in one checkpoint."""
+"""All that a run needs to resume: weights, average, momentum, the gradient scaler and a few numbers, in one checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint
+from twins_fast.train.average import WeightAverage
 
-_WEIGHTS, _MOMENTUM = "model.", "momentum."
+_WEIGHTS, _MOMENTUM, _UNAVERAGED = "model.", "momentum.", "unaveraged."
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler, meta: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
+    meta: dict[str, Any],
 ) -> None:
     """Write everything, atomically; ``meta`` holds JSON types.
 
@@ -26,11 +32,18 @@ def save_state(
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[_MOMENTUM + name] = buffer
+    if average is not None:  # whoever reads the network gets what is evaluated
+        for name, value in average.state().items():
+            tensors[_UNAVERAGED + name], tensors[_WEIGHTS + name] = tensors[_WEIGHTS + name], value
     save_checkpoint(path, tensors, {**meta, "scaler": scaler.state_dict()})
 
 
 def restore_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
 ) -> dict[str, Any]:
     """Load what :func:`save_state` wrote into the objects, and return its ``meta``.
 
@@ -38,7 +51,10 @@ def restore_state(
         CheckpointError: a file that is broken or of another network.
     """
     tensors, meta = load_checkpoint(path)
-    load_state(model, _part(tensors, _WEIGHTS))
+    network = _part(tensors, _WEIGHTS)
+    load_state(model, network | _part(tensors, _UNAVERAGED))
+    if average is not None:
+        average.load(network)
     momentum = _part(tensors, _MOMENTUM)
     for name, parameter in model.named_parameters():
         if name in momentum:

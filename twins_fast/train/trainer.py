@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 
 import torch
@@ -16,6 +17,7 @@ from twins_fast.deferred import raise_found
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
+from twins_fast.train.average import WeightAverage
 from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders, from_step
@@ -80,9 +82,12 @@ class Trainer:
             attack=training_attack(recipe, self.model),
             amp_dtype=AMP_DTYPES[recipe.run.amp],
             scaler=self.scaler,
+            awp=recipe.regularisation.awp,
             label_smoothing=recipe.regularisation.label_smoothing,
         )
         self.evaluation_attack = evaluation_attack(recipe, self.model)
+        ema = recipe.regularisation.ema
+        self.average = WeightAverage(self.model, ema) if ema else None
 
     def fit(self) -> dict:
         """Train to the end and return the content of ``result.json``.
@@ -128,11 +133,15 @@ class Trainer:
         images, labels = self._on_device(images, labels)
         source = None if source is None else self._on_device(*source)
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
+        warm = self.step >= recipe.regularisation.awp_warmup * self.steps_per_epoch
+        self.training_step.awp = recipe.regularisation.awp if warm else 0.0
         metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
             raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         return {**metrics, "lr": rate}
 
     def _warm_up(self) -> None:
@@ -184,14 +193,19 @@ class Trainer:
         )
         if epoch and accuracy.robust > self.best_robust:
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
-            save_checkpoint(self.folder.best, self.model.state_dict(), meta)
+            with self._averaged():
+                save_checkpoint(self.folder.best, self.model.state_dict(), meta)
             self.best_robust = accuracy.robust
         self.evaluated = self.step  # last: whatever stops this is made again
         self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
-        with autocast(self.recipe.run.amp, self.device):
+        with self._averaged(), autocast(self.recipe.run.amp, self.device):
             return evaluate(self.model, batches, self.evaluation_attack, device=self.device, wing=wing)
+
+    def _averaged(self) -> AbstractContextManager:
+        """Inside the block the model has the weights that are evaluated."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _finish(self) -> dict:
         tests = {line["step"]: line for line in self.folder.read_metrics() if line["kind"] == "test"}
@@ -217,6 +231,7 @@ class Trainer:
         if is_twin(self.model):
             result["after_frozen_wing"] = measured("frozen")
         if self.folder.best.exists():
+            self.average = None  # it is in what is loaded
             state, meta = load_checkpoint(self.folder.best)
             load_state(self.model, state)
             best = {"epoch": meta["epoch"], "chosen_on": meta.get("chosen_on", "test")}
@@ -240,10 +255,10 @@ class Trainer:
 
     def _save_last(self) -> None:
         meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust)
-        save_state(self.folder.last, self.model, self.optimizer, self.scaler, meta)
+        save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, meta)
 
     def _restore(self) -> None:
-        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler)
+        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average)
         for what, now in (("classes", list(self.classes)), ("images", len(self.loaders.train.dataset))):
             if meta.get(what, now) != now:
                 before = meta[what]

@@ -16,9 +16,12 @@ from twins_fast.train.run_folder import RunFolder
 FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--steps", "1", "--evaluation.steps", "1"]
 FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
 FEW += ["--arch", "tiny"]
+# fmt: off
 AROUND = {
     "awp": ["--method", "twins-trades", "--regularisation.awp", "0.01", "--regularisation.awp-warmup", "1"],
     "ema": ["--method", "at", "--regularisation.ema", "0.9"],
+    "auto": ["--optimizer.schedule", "auto", "--optimizer.patience", "1", "--lr", "0.5", "--batch-size", "3",
+             "--evaluation.choose-on", "validation", "--evaluation.validation-part", "0.3", "--evaluation.every", "1"],
     "warm-up": ["--method", "twins-at", "--method.frozen-statistics", "target", "--method.affine", "shared"],
     "probed head": ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1"],
     "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
@@ -59,7 +62,11 @@ def train(tmp_path):
     return lambda name, *more: cli.main([*command, "--run", str(tmp_path / name), *more])
 
 
-@pytest.mark.parametrize("options", [*(["--method", name] for name in METHODS), *AROUND.values()], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(["--method", name], id=name) for name in METHODS]
+    + [pytest.param(options, id=name) for name, options in AROUND.items()],
+)
 def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
     assert train("whole", *options) == 0
     step = trainer.Trainer.train_step

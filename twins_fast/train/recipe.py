@@ -108,17 +108,19 @@ class Optimizer:
     """Momentum of SGD."""
     weight_decay: float = 1e-5
     """Weight decay of SGD, on every parameter."""
-    schedule: Literal["multistep", "onecycle"] = "multistep"
-    """Learning rate: divided at milestones, or linear up from and down to zero."""
+    schedule: Literal["multistep", "onecycle", "auto"] = "multistep"
+    """Learning rate: divided at milestones; linear up from and down to zero; halved when validation stops improving."""
     milestones: Integers = (30, 50)
     """Epochs after which multistep multiplies the learning rate by gamma."""
     gamma: float = 0.1
     """Factor of multistep."""
     warmup: float = 0.3
     """Part of the run, in (0, 1), in which onecycle rises."""
+    patience: int = 2
+    """Evaluations in a row without a more robust network after which auto halves the learning rate."""
 
     def __post_init__(self):
-        check_options(self, least={"epochs": 1})
+        check_options(self, least={"epochs": 1, "patience": 1})
         if not 0 < self.warmup < 1:
             raise ValueError(f"warmup must be in (0, 1), got {self.warmup!r}")
 
@@ -205,6 +207,8 @@ class Recipe(Generic[M]):
     run: Run = Run()
 
     def __post_init__(self):
+        if self.optimizer.schedule == "auto" and self.evaluation.choose_on == "test":
+            raise ValueError("schedule 'auto' looks at validation images, but evaluation.choose_on is 'test'")
         if self.regularisation.label_smoothing:
             for method in (self.method, *(METHODS[name] for name in self.run.baselines)):
                 method.check_soft_labels("label smoothing")

@@ -1,4 +1,4 @@
-"""All that a run needs to resume: weights, average, momentum, the gradient scaler and a few numbers, in one checkpoint."""
+"""All that a run needs to resume: weights, average, momentum, gradient scaler and a few numbers, in one checkpoint."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
 from twins_fast.train.average import WeightAverage
 from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
+from twins_fast.train.diagnosis import origin
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders, from_step
 from twins_fast.train.plots import draw_curves
@@ -72,6 +73,8 @@ class Trainer:
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
         self.best_robust = -1.0
+        self.halvings = self.stale = 0  # of the learning rate; evaluations without a better network since the last one
+        self.saved: int | None = None  # the step of the last checkpoint
         self.started = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
@@ -132,13 +135,19 @@ class Trainer:
         self.model.train()
         images, labels = self._on_device(images, labels)
         source = None if source is None else self._on_device(*source)
-        rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch)
+        rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch, self.halvings)
         warm = self.step >= recipe.regularisation.awp_warmup * self.steps_per_epoch
         self.training_step.awp = recipe.regularisation.awp if warm else 0.0
         metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
-            raise TrainingError(f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}")
+            saved = (
+                "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
+            )
+            raise TrainingError(
+                f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}: "
+                f"{origin(self.model, images)}; {saved}"
+            )
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
@@ -191,7 +200,12 @@ class Trainer:
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
         )
-        if epoch and accuracy.robust > self.best_robust:
+        better = accuracy.robust > self.best_robust
+        if epoch:
+            self.stale = 0 if better else self.stale + 1
+        if self.stale == self.recipe.optimizer.patience:
+            self.halvings, self.stale = self.halvings + 1, 0
+        if epoch and better:
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
             with self._averaged():
                 save_checkpoint(self.folder.best, self.model.state_dict(), meta)
@@ -254,8 +268,10 @@ class Trainer:
         return known | {"images": len(self.loaders.train.dataset), "step": self.step, **more}
 
     def _save_last(self) -> None:
-        meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust)
+        schedule = {"halvings": self.halvings, "stale": self.stale}
+        meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust, **schedule)
         save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, meta)
+        self.saved = self.step
 
     def _restore(self) -> None:
         meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average)
@@ -264,4 +280,5 @@ class Trainer:
                 before = meta[what]
                 raise TrainingError(f"the data has changed since the run began: its {what} were {before}, now {now}")
         self.step, self.best_robust = meta["step"], meta["best_robust"]
+        self.halvings, self.stale, self.saved = meta.get("halvings", 0), meta.get("stale", 0), self.step
         self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated

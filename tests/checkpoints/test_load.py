@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from tests.checkpoints.helpers import Body, TwoWing, assert_same, bn_names, robustness_checkpoint, save
-from twins_fast.checkpoints import CheckpointError, load_pretrained, load_state, read_state_dict
+from twins_fast.checkpoints import CheckpointError, adopt_source_head, load_pretrained, load_state, read_state_dict
+from twins_fast.models import build_model
 from twins_fast.nn import convert_twin_bn
 
 
@@ -124,3 +126,28 @@ def test_pretrained_from_a_robustness_file_into_the_package_layer(tmp_path):
     load_pretrained(early, read_state_dict(path))
     early.fc_downstream.load_state_dict(late.fc_downstream.state_dict())
     assert_same(early.state_dict(), late.state_dict())
+
+
+def test_a_head_of_other_classes_is_refused_in_these_words():
+    source, target = build_model("cifar-resnet18-w16", 5), build_model("cifar-resnet18-w16", 10)
+    with pytest.raises(CheckpointError, match=r"fc_downstream.bias: the checkpoint is for 5 classes, the model for 10"):
+        load_state(target, source.state_dict())
+
+
+class TestSourceHead:
+    def test_it_is_the_head_of_one_of_our_networks(self):
+        source, target = build_model("cifar-resnet18-w16", 5), build_model("cifar-resnet18-w16", 10)
+        adopt_source_head(target, source.state_dict())
+        load_pretrained(target, source.state_dict())
+        assert torch.equal(target.fc.weight, source.fc_downstream.weight) and target.fc.out_features == 5
+        assert target.fc_downstream.out_features == 10 and torch.equal(target.conv1.weight, source.conv1.weight)
+
+    def test_or_the_one_that_was_kept_of_whatever_size(self):
+        target, state = build_model("resnet18", 10), torchvision.models.resnet18(num_classes=7).state_dict()
+        adopt_source_head(target, state)
+        load_pretrained(target, state)
+        assert torch.equal(target.fc.weight, state["fc.weight"])
+
+    def test_a_network_without_one(self, tiny_model):
+        with pytest.raises(CheckpointError, match="the checkpoint has no linear head, neither fc nor fc_downstream"):
+            adopt_source_head(tiny_model, {"conv1.weight": torch.ones(1)})

@@ -11,6 +11,8 @@ from twins_fast.checkpoints import load_checkpoint, read_state_dict, save_checkp
 from twins_fast.methods import METHODS
 from twins_fast.models import build_model
 from twins_fast.train import assets, cli, trainer
+from twins_fast.train.build import mix
+from twins_fast.train.recipes import get_recipe
 from twins_fast.train.run_folder import RunFolder
 
 FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--steps", "1", "--evaluation.steps", "1"]
@@ -19,9 +21,11 @@ FEW += ["--arch", "tiny"]
 # fmt: off
 AROUND = {
     "awp": ["--method", "twins-trades", "--regularisation.awp", "0.01", "--regularisation.awp-warmup", "1"],
-    "ema": ["--method", "at", "--regularisation.ema", "0.9"],
+    "ema": ["--method", "twins-at", "--method.affine", "shared", "--regularisation.ema", "0.9"],
     "auto": ["--optimizer.schedule", "auto", "--optimizer.patience", "1", "--lr", "0.5", "--batch-size", "3",
              "--evaluation.choose-on", "validation", "--evaluation.validation-part", "0.3", "--evaluation.every", "1"],
+    "mixup": ["--method", "twins-at", "--regularisation.mix", "mixup"],
+    "cutmix": ["--method", "trades", "--regularisation.mix", "cutmix", "--regularisation.label-smoothing", "0.1"],
     "warm-up": ["--method", "twins-at", "--method.frozen-statistics", "target", "--method.affine", "shared"],
     "probed head": ["--network.init-head", "adversarial-probe", "--network.probe-epochs", "1"],
     "label smoothing": ["--method", "twins-trades", "--regularisation.label-smoothing", "0.1"],
@@ -92,8 +96,9 @@ def test_the_help_names_every_method(capsys):
 
 
 def test_what_a_loss_cannot_have_is_refused(capsys, tmp_path):
-    said = refused(capsys, "train", "--recipe", "mini", "--method", "mart", "--regularisation.label-smoothing", "0.1")
-    assert "'mart' needs one class for each image: it cannot have label smoothing" in said
+    for words, what in (("label-smoothing 0.1", "label smoothing"), ("mix cutmix", "mixed images")):
+        said = refused(capsys, "train", "--recipe", "mini", "--method", "mart", *f"--regularisation.{words}".split())
+        assert f"'mart' needs one class for each image: it cannot have {what}" in said
 
 
 def test_a_probed_head_is_where_training_starts(tmp_path, train):
@@ -121,3 +126,23 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path, train):
         assert all(torch.equal(best[name], own[name]) for name in best)
     assert cli.main(["eval", str(run.last), "--json", str(tmp_path / "eval.json")]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["robust"] == result["after"]["robust"]
+
+
+def test_the_branch_of_autolora_is_dropped_at_the_end(tmp_path, train):
+    assert train("run", "--method", "autolora", "--evaluation.every", "1") == 0
+    run = RunFolder(tmp_path / "run")
+    last, best = (load_checkpoint(path)[0] for path in (run.last, run.best))
+    assert any("low_rank" in name for name in last) and not any("low_rank" in name for name in best)
+    assert cli.main(["eval", str(run.folder)]) == cli.main(["eval", str(run.last)]) == 0
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_images_have_mixed_labels(kind):
+    torch.manual_seed(0)
+    recipe = get_recipe("mini", regularisation={"mix": kind})
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).clone()
+    mixed, labels = mix(recipe, 4)(images, torch.arange(4))
+    for row in range(4):  # the mean pixel is the mean number of the two images
+        assert labels[row].sum() == pytest.approx(1) and (labels[row] > 0).sum() <= 2
+        assert mixed[row].mean() == pytest.approx(float((labels[row] * torch.arange(4)).sum()), abs=1e-5)
+    assert not torch.equal(mixed, images)

@@ -65,7 +65,7 @@ def test_files_that_are_no_recipes(tmp_path):
             '[data]\ndataset = "npz"\n[optimizer]\nmilestones = 3',
             "milestones must be a list (in Python a tuple), got 3",
         ),
-        ('method = "fat"\n[data]\ndataset = "npz"', "unknown method 'fat'; choose from at, mart"),
+        ('method = "fat"\n[data]\ndataset = "npz"', "unknown method 'fat'; choose from adversarial-linear-probe"),
         ('method = {name = "at", beta = 3}\n[data]\ndataset = "npz"', "unknown method fields: beta"),
         ("method = 3\n[data]\ndataset = 'npz'", "method must be a name or a table of fields, got 3"),
         ("dataset = 'npz'\nlr = 1\n[optimizer]\nepochs = 3", "unknown recipe sections: dataset, lr"),

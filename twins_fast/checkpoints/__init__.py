@@ -7,9 +7,9 @@ from twins_fast.checkpoints.read import load_checkpoint, read_meta, read_state_d
 from twins_fast.checkpoints.write import save_checkpoint, write_atomically
 
 __all__ = [
-    "adopt_source_head",
     "WINGS",
     "CheckpointError",
+    "adopt_source_head",
     "convert_checkpoint",
     "load_checkpoint",
     "load_pretrained",

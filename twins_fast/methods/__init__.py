@@ -2,6 +2,7 @@
 
 from twins_fast.methods.adversarial_loss import adversarial_loss
 from twins_fast.methods.at import AT
+from twins_fast.methods.autolora import AutoLoRa
 from twins_fast.methods.base import Beside, Logits, Method
 from twins_fast.methods.joint import Joint
 from twins_fast.methods.lwf import LwF
@@ -16,17 +17,18 @@ from twins_fast.methods.twins import TwinsAT, TwinsMART, TwinsTRADES
 
 __all__ = [
     "AT",
-    "AdversarialLinearProbe",
-    "Joint",
-    "LinearProbe",
-    "LwF",
     "MART",
     "METHODS",
-    "Noise",
     "TRADES",
+    "AdversarialLinearProbe",
+    "AutoLoRa",
     "Beside",
+    "Joint",
+    "LinearProbe",
     "Logits",
+    "LwF",
     "Method",
+    "Noise",
     "Standard",
     "TrainingStep",
     "TwinsAT",

@@ -35,10 +35,12 @@ def perturb_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) 
                 length = gradient.norm()
                 move = gamma * weight.norm() / length * gradient
                 weight.add_(torch.where((length > 0) & length.isfinite(), move, 0.0))
+    torch.clear_autocast_cache()  # which may be somebody else's, and holds old weights
 
     def restore() -> None:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
+        torch.clear_autocast_cache()
 
     return restore

@@ -53,6 +53,7 @@ class Method:
     needs_clean: ClassVar[bool] = False  # whether the loss looks at the logits of the clean images, too
     needs_pretrained: ClassVar[bool] = False  # whether ``keep`` makes something of the pre-trained network
     needs_source: ClassVar[bool] = False  # whether a step needs images of the pre-training, and the network their head
+    dropped: ClassVar[tuple[str, ...]] = ()  # children that ``prepare`` gives the network for training alone
     takes_soft_labels: ClassVar[bool] = True  # whether the loss is defined for probabilities of classes
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """All methods, by name."""
 
 from twins_fast.methods.at import AT
+from twins_fast.methods.autolora import AutoLoRa
 from twins_fast.methods.base import Method
 from twins_fast.methods.joint import Joint
 from twins_fast.methods.lwf import LwF
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
         TwinsMART,
         LwF,
         Joint,
+        AutoLoRa,
         LinearProbe,
         AdversarialLinearProbe,
     )

@@ -132,7 +132,7 @@ class TrainingStep:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
 
             def forward() -> tuple[Logits, Tensor]:
-                with self._autocast(images):  # anew, as it remembers weights
+                with self._autocast(images):
                     logits = method.forward(model, images, adversarial, largest_label, beside)  # [frozen | adaptive]
                     targets = smoothed(labels, logits.adversarial.shape[1], self.label_smoothing)
                     return logits, method.loss(logits, targets)

@@ -37,15 +37,10 @@ class WeightAverage:
         finally:
             self._put(own)
 
-    def state(self) -> dict[str, Tensor]:
-        """The averages by name."""
-        return self._averages
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
-        for name, average in self._averages.items():
-            average.copy_(state[name])
+    def take(self) -> None:
+        """Let the network's weights as they are be the average."""
+        for name, parameter in self.model.named_parameters():
+            self._averages[name].copy_(parameter.detach())
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:

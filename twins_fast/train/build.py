@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from twins_fast.attacks import PGD
 from twins_fast.checkpoints import adopt_source_head, load_pretrained, read_state_dict
@@ -52,6 +54,14 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
         weight_decay=options.weight_decay,
         fused=True if all(p.is_cuda for p in parameters) else None,
     )
+
+
+def mix(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What makes of a batch one of mixed images, whose labels are probabilities; by default nothing."""
+    kind = {"none": None, "mixup": v2.MixUp, "cutmix": v2.CutMix}[recipe.regularisation.mix]
+    if kind is None:
+        return lambda images, labels: (images, labels)
+    return kind(alpha=recipe.regularisation.mix_alpha, num_classes=num_classes)
 
 
 def training_attack(recipe: Recipe, model: nn.Module):

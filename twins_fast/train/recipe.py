@@ -132,6 +132,10 @@ class Regularisation:
     label_smoothing: float = 0.0
     """Part of each label, in [0, 1), that the loss spreads over all classes (the attack does not)."""
 
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Each image mixed with another one before the attack (arXiv 1710.09412, 1905.04899), where the loss allows it."""
+    mix_alpha: float = 1.0
+    """Both parameters of the Beta distribution of the mixing ratio."""
     awp: float = 0.0
     """Relative length by which weights are moved to where the loss is worst, such as 0.005 (AWP, NeurIPS 2020)."""
     awp_warmup: int = 0
@@ -144,6 +148,8 @@ class Regularisation:
         for name in ("label_smoothing", "ema"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be less than 1, got {getattr(self, name)}")
+        if self.mix_alpha == 0:
+            raise ValueError("mix_alpha must be greater than 0, got 0")
 
 
 @dataclass(frozen=True)
@@ -209,9 +215,13 @@ class Recipe(Generic[M]):
     def __post_init__(self):
         if self.optimizer.schedule == "auto" and self.evaluation.choose_on == "test":
             raise ValueError("schedule 'auto' looks at validation images, but evaluation.choose_on is 'test'")
-        if self.regularisation.label_smoothing:
+        soft = {
+            "label smoothing": self.regularisation.label_smoothing,
+            "mixed images": self.regularisation.mix != "none",
+        }
+        for what in (name for name, wanted in soft.items() if wanted):
             for method in (self.method, *(METHODS[name] for name in self.run.baselines)):
-                method.check_soft_labels("label smoothing")
+                method.check_soft_labels(what)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: a table for each section."""

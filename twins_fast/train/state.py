@@ -27,14 +27,16 @@ def save_state(
     Raises:
         OSError: the file cannot be written; the one before is still there.
     """
-    tensors = {_WEIGHTS + name: value for name, value in model.state_dict().items()}
+    network, tensors = model.state_dict(), {}
+    if average is not None:  # whoever reads the network gets what is evaluated
+        tensors = {_UNAVERAGED + name: value.clone() for name, value in model.named_parameters()}
+        with average.in_place():
+            network = {name: value.clone() for name, value in network.items()}
+    tensors |= {_WEIGHTS + name: value for name, value in network.items()}
     for name, parameter in model.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[_MOMENTUM + name] = buffer
-    if average is not None:  # whoever reads the network gets what is evaluated
-        for name, value in average.state().items():
-            tensors[_UNAVERAGED + name], tensors[_WEIGHTS + name] = tensors[_WEIGHTS + name], value
     save_checkpoint(path, tensors, {**meta, "scaler": scaler.state_dict()})
 
 
@@ -51,10 +53,10 @@ def restore_state(
         CheckpointError: a file that is broken or of another network.
     """
     tensors, meta = load_checkpoint(path)
-    network = _part(tensors, _WEIGHTS)
-    load_state(model, network | _part(tensors, _UNAVERAGED))
+    load_state(model, _part(tensors, _WEIGHTS))
     if average is not None:
-        average.load(network)
+        average.take()
+        model.load_state_dict(_part(tensors, _UNAVERAGED), strict=False)
     momentum = _part(tensors, _MOMENTUM)
     for name, parameter in model.named_parameters():
         if name in momentum:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
+from twins_fast.checkpoints.names import covered
 from twins_fast.deferred import raise_found
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
 from twins_fast.train.average import WeightAverage
-from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, training_attack
+from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, mix, training_attack
 from twins_fast.train.diagnosis import origin
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders, from_step
@@ -88,6 +89,7 @@ class Trainer:
             awp=recipe.regularisation.awp,
             label_smoothing=recipe.regularisation.label_smoothing,
         )
+        self.mix = mix(recipe, len(classes))
         self.evaluation_attack = evaluation_attack(recipe, self.model)
         ema = recipe.regularisation.ema
         self.average = WeightAverage(self.model, ema) if ema else None
@@ -133,7 +135,7 @@ class Trainer:
         recipe = self.recipe
         torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
         self.model.train()
-        images, labels = self._on_device(images, labels)
+        images, labels = self.mix(*self._on_device(images, labels))
         source = None if source is None else self._on_device(*source)
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch, self.halvings)
         warm = self.step >= recipe.regularisation.awp_warmup * self.steps_per_epoch
@@ -141,13 +143,11 @@ class Trainer:
         metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
-            saved = (
+            kept = (
                 "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
             )
-            raise TrainingError(
-                f"the loss is {metrics['loss']} at step {self.step}, learning rate {rate:g}: "
-                f"{origin(self.model, images)}; {saved}"
-            )
+            where = f"at step {self.step}, learning rate {rate:g}: {origin(self.model, images)}"
+            raise TrainingError(f"the loss is {metrics['loss']} {where}; {kept}")
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
@@ -200,17 +200,19 @@ class Trainer:
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
         )
-        better = accuracy.robust > self.best_robust
-        if epoch:
-            self.stale = 0 if better else self.stale + 1
-        if self.stale == self.recipe.optimizer.patience:
-            self.halvings, self.stale = self.halvings + 1, 0
-        if epoch and better:
+        better = epoch > 0 and accuracy.robust > self.best_robust
+        if better:
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
             with self._averaged():
-                save_checkpoint(self.folder.best, self.model.state_dict(), meta)
-            self.best_robust = accuracy.robust
-        self.evaluated = self.step  # last: whatever stops this is made again
+                state = self.model.state_dict()
+                kept = {name: value for name, value in state.items() if not covered(name, self.recipe.method.dropped)}
+                save_checkpoint(self.folder.best, kept, meta)
+        stale = 0 if better or epoch == 0 else self.stale + 1
+        halves = stale == self.recipe.optimizer.patience
+        # Last: whatever stops this is made again.
+        self.best_robust = accuracy.robust if better else self.best_robust
+        self.stale, self.halvings = 0 if halves else stale, self.halvings + halves
+        self.evaluated = self.step
         self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
@@ -247,7 +249,7 @@ class Trainer:
         if self.folder.best.exists():
             self.average = None  # it is in what is loaded
             state, meta = load_checkpoint(self.folder.best)
-            load_state(self.model, state)
+            load_state(self.model, state, allow_missing=self.recipe.method.dropped)
             best = {"epoch": meta["epoch"], "chosen_on": meta.get("chosen_on", "test")}
             result["best"] = best | on_test(meta["step"])
         result |= {"seconds": round(time.monotonic() - self.started, 1), "threads": torch.get_num_threads()}

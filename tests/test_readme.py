@@ -17,8 +17,8 @@ def test_tables_are_those_of_the_files():
     assert [report.filled(text) for text in texts] == texts
 
 
-def test_the_code_runs():
-    attack, autoattack, fine_tune = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def test_the_code_runs(capsys):
+    attack, evaluation, autoattack, fine_tune = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     images, labels = torch.rand(8, 3, 16, 16), torch.randint(0, 10, (8,))
     names = {"model": build_model("cifar-resnet18-w16", 10), "images": images, "labels": labels}
     names["loader"] = [(images, labels)]
@@ -27,6 +27,8 @@ def test_the_code_runs():
     with torch.no_grad():
         wrong = (names["model"].eval()(images).argmax(1) + 1) % 10  # so that there is nothing to attack
     exec(autoattack, names | {"labels": wrong})
+    exec(evaluation, names | {"loader": [(images, wrong)]})
+    assert "| 8 images, linf | clean | PGD-10 | APGD-CE | AutoAttack | all |" in capsys.readouterr().out
     assert names["model"].training is False
     before = names["model"].conv1.weight.clone()
     exec(fine_tune, names)

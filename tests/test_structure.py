@@ -16,7 +16,8 @@ ROWS = [
     {"nn"},
     {"models"},
     {"attacks"},
-    {"methods", "evaluation", "checkpoints", "qualify"},
+    {"methods", "checkpoints", "qualify"},
+    {"evaluation"},
     {"train"},
 ]
 

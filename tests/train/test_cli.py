@@ -1,10 +1,13 @@
 """The command line: its commands, and what it refuses in one line."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,21 +105,66 @@ def test_eval_reads_what_a_run_wrote(tmp_path, npz, capsys):
         checkpoint = str(tmp_path / "run" / "last.safetensors")
         assert cli.main(["eval", checkpoint, "--wing", wing, "--json", str(tmp_path / "eval.json")]) == 0
         said = capsys.readouterr().out
-        assert f"clean {result[key]['clean']:.2%}" in said and f"{result[key]['robust']:.2%}, on 12" in said
+        assert "| 12 images, linf | clean | PGD-2 |" in said and "| eps 8/255 | " in said
         measured = json.loads((tmp_path / "eval.json").read_text())
-        assert measured["robust"] == result[key]["robust"] and measured["wing"] == wing
-        assert measured["attack"] == {
-            "name": "PGD",
-            "steps": 2,
-            "random_start": False,
-            "norm": "linf",
-            "eps": 8 / 255,
-            "alpha": 2 / 255,
-        }
+        assert measured["wing"] == wing and measured["dataset"] == "npz" and measured["alpha"] == 2 / 255
+        clean, attacked = measured["results"]
+        assert (clean["attack"], attacked["attack"], attacked["eps"]) == ("clean", "pgd2", 8 / 255)
+        assert (clean["accuracy"], attacked["accuracy"]) == (result[key]["clean"], result[key]["robust"])
     assert cli.main(["eval", str(tmp_path / "run"), "--eps", "0", "--images", "5"]) == 0  # the best network
-    clean, robust = re.findall(r"[\d.]+%", capsys.readouterr().out)
+    clean, robust = re.findall(r"[\d.]+ ± [\d.]+ %", capsys.readouterr().out)
     assert clean == robust
     assert cli.main(["eval", str(tmp_path / "run" / "at" / "best.safetensors"), "--data-root", str(npz)]) == 0
+
+
+def test_eval_with_everything(tmp_path, npz, capsys, monkeypatch):
+    train(tmp_path / "run", npz, "--method", "at", "--epochs", "1")
+    capsys.readouterr()
+    words = "--n 9 --attacks clean,pgd2,pgd2x2,autoattack:apgd-ce2+square3 --eps 4/255,16/255 --per-class".split()
+    files = {flag: str(tmp_path / f"e.{flag}") for flag in ("json", "csv")} | {"picture": str(tmp_path / "e.png")}
+    files |= {"transfer": str(tmp_path / "run" / "last.safetensors"), "save-images": str(tmp_path / "e.npz")}
+    words += [word for flag, file in files.items() for word in (f"--{flag}", file)]
+    said = []
+    for _ in range(2):
+        assert cli.main(["eval", str(tmp_path / "run"), *words]) == 0
+        said.append(capsys.readouterr().out)
+        assert not (tmp_path / "e.npz.parts").exists()
+    assert said[0] == said[1]
+    titles = "clean | PGD-2 | PGD-2, 2 restarts | AutoAttack (APGD-CE-2 + Square-3) | PGD-2 of another network | all |"
+    assert f"| 9 images, linf | {titles}" in said[0] and f"| eps 16/255 | images | {titles}" in said[0]
+    assert len(json.loads((tmp_path / "e.json").read_text())["results"]) == 2 * 6
+    assert (tmp_path / "e.csv").read_text().count("\n") == 1 + 2 * 6 * 4
+    for name in ("e.png", "e-changes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with np.load(tmp_path / "e.npz") as file:
+        assert file["clean"].shape == file["autoattack:apgd-ce2+square3-eps0.0627451"].shape == (9, 3, 32, 32)
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "robust_accuracy", cut)
+    assert cli.main(["eval", str(tmp_path / "run")]) == 130
+    assert f"the same command goes on, by {RunFolder(tmp_path / 'run').evaluation}" in capsys.readouterr().err
+
+
+def test_eval_on_a_full_disk_loses_nothing(tmp_path, npz, capsys, monkeypatch):
+    train(tmp_path / "run", npz, "--method", "at", "--epochs", "1")
+    capsys.readouterr()
+    own = ["eval", str(tmp_path / "run"), "--attacks", "clean,pgd2,pgd3"]
+    assert cli.main(own) == 0
+    whole = capsys.readouterr().out
+    record = RunFolder(tmp_path / "run").evaluation
+    lines = record.read_bytes().splitlines(keepends=True)
+    record.write_bytes(b"".join(lines[:2]))
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("twins_fast.evaluation.record.os.fsync", full)
+        assert "No space left on device: " in refused(capsys, *own)
+    assert record.read_bytes().startswith(b"".join(lines[:2]))
+    assert cli.main(own) == 0 and capsys.readouterr().out == whole
 
 
 def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
@@ -135,7 +183,20 @@ def test_eval_of_what_does_not_fit(capsys, tmp_path, npz):
     own = ["eval", str(tmp_path / "run")]
     assert "has no two-wing layers" in refused(capsys, *own, "--wing", "frozen")
     assert "needs an .npz file" in refused(capsys, *own, "--data-root", str(tmp_path))
-    assert "did you mean 8/255?" in refused(capsys, *own, "--eps", "8")
+    assert "did you mean 8/255?" in refused(capsys, *own, "--eps", "4/255,8")
+    assert "unknown attack 'fgsm'; choose from clean, pgd10" in refused(capsys, *own, "--attacks", "clean,fgsm")
+    assert "write pgd50 there" in refused(capsys, *own, "--attacks", "clean", "--steps", "50")
+    assert "APGD-T needs at least 4 classes, the network has 3" in refused(capsys, *own, "--attacks", "autoattack")
+    state, _ = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    four = {**state, "fc_downstream.weight": torch.ones(4, 32), "fc_downstream.bias": torch.ones(4)}
+    torch.save(four, tmp_path / "four.pt")
+    said = refused(capsys, "eval", str(tmp_path / "four.pt"), "--recipe", "mini-pretrain", "--data-root", str(npz))
+    assert "the data set has no class airplane" in said
+    recipe = tmp_path / "own.toml"
+    assert cli.main(["recipes", "mini-pretrain"]) == 0
+    recipe.write_text(re.sub(r"classes = .*", "classes = []", capsys.readouterr().out))
+    said = refused(capsys, "eval", str(tmp_path / "four.pt"), "--config", str(recipe), "--data-root", str(npz))
+    assert "four.pt is a network of 4 classes; the data has 3" in said
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
     assert "does not say how it was made" in refused(capsys, "eval", str(tmp_path / "a.pt"))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twins_fast.deferred import raise_found
+from twins_fast.evaluation.judge import right
 from twins_fast.nn import wings
 from twins_fast.nn.modes import in_mode
 
@@ -48,9 +49,8 @@ def evaluate(
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             adversarial = attack(images, labels)
-            with torch.no_grad():
-                clean += int((model(images).argmax(1) == labels).sum())
-                robust += int((model(adversarial).argmax(1) == labels).sum())
+            clean += int(right(model, images, labels).sum())
+            robust += int(right(model, adversarial, labels).sum())
             raise_found()  # the batch has been waited for
             total += len(labels)
     if total == 0:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal
 
 import torch
+from torch import nn
 from tyro.conf import Positional, arg
 
 from twins_fast.attacks.pgd import NORMS
@@ -22,18 +26,23 @@ from twins_fast.checkpoints import (
     read_state_dict,
     write_atomically,
 )
-from twins_fast.evaluation import evaluate
+from twins_fast.evaluation import Record, Results, robust_accuracy, transfer
+from twins_fast.evaluation.named import attacks_named
 from twins_fast.methods import METHODS
 from twins_fast.models import ARCHITECTURES
-from twins_fast.nn import convert_twin_bn
+from twins_fast.nn import convert_twin_bn, wings
+from twins_fast.nn.wings import is_twin
 from twins_fast.qualify import qualify
 from twins_fast.train import assets
-from twins_fast.train.build import autocast, evaluation_attack, make_network
+from twins_fast.train.build import AMP_DTYPES, make_network
 from twins_fast.train.config_file import read_recipe, recipe_as_toml
 from twins_fast.train.datasets import DataError
-from twins_fast.train.field_types import OptionalPixels
+from twins_fast.train.field_types import Names, OptionalPixels, SeveralPixels
 from twins_fast.train.info import print_info
+from twins_fast.train.interruption import Interruption
+from twins_fast.train.plots import draw_changes, draw_robustness
 from twins_fast.train.pretrain import pretrain
+from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import AMP, M, Recipe, RecipeError
 from twins_fast.train.recipes import RECIPES, get_recipe
 from twins_fast.train.run import data_loaders, run_with_baselines
@@ -109,31 +118,49 @@ class Eval:
     """Where to compute; the first GPU, or else the CPU."""
     qualify: bool = True
     """First find out whether our kernels are right and faster on a GPU that has no verdict yet."""
-    json: Annotated[str | None, _own("FILE")] = None
-    """Also write what was measured into this file."""
+    attacks: Annotated[Names, _own("A,B,...")] = ()
+    """Attacks, such as clean,pgd100,apgd,autoattack (default: clean and PGD as in the run); docs/evaluation.md."""
+    eps: Annotated[SeveralPixels, _own("N/255,...")] = ()
+    """Radius of the ball, or several."""
+    n: Annotated[int | None, arg(aliases=("--images",), metavar="N", help_behavior_hint="")] = None
+    """Test images, chosen by the seed; 0 for all."""
+    norm: Annotated[str | None, _choice(NORMS)] = None
+    """Norm of the ball around the clean images."""
+    alpha: Annotated[OptionalPixels, _own("N/255")] = None
+    """Length of a step of PGD."""
+    steps: Annotated[int | None, _own("N")] = None
+    """Steps of PGD, where no attacks are named."""
+    transfer: Annotated[str | None, _own("FILE")] = None
+    """Also attack this other network, and see what that does to the one that is measured."""
     wing: Annotated[Literal["adaptive", "frozen"] | None, _own("{adaptive,frozen}")] = None
     """Wing of a two-wing network that is evaluated (default: adaptive)."""
     arch: Annotated[str | None, _choice(ARCHITECTURES)] = None
     """Name of the network."""
-    norm: Annotated[str | None, _choice(NORMS)] = None
-    """Norm of the ball around the clean images."""
-    eps: Annotated[OptionalPixels, _own("N/255")] = None
-    """Radius of the ball."""
-    alpha: Annotated[OptionalPixels, _own("N/255")] = None
-    """Length of an attack step."""
-    steps: Annotated[int | None, _own("N")] = None
-    """Steps of the attack."""
-    images: Annotated[int | None, _own("N")] = None
-    """Test images, chosen by the seed; 0 for all."""
     batch_size: Annotated[int | None, _own("N")] = None
     """Images of a batch."""
     workers: Annotated[int | None, _own("N")] = None
     """Processes that load images; 0 for the process itself."""
     amp: Annotated[str | None, _choice(AMP)] = None
-    """Half-precision dtype of autocast."""
+    """Half-precision dtype of the attacks; float32 judges them."""
+    per_class: bool = False
+    """Also print a table of the classes."""
+    alarms: bool = True
+    """Look for signs that the figures are wrong, which takes a few passes of 32 images."""
+    again: bool = False
+    """Measure what is known from an earlier evaluation once more."""
+    json: Annotated[str | None, _own("FILE")] = None
+    """Also write the figures into this file."""
+    csv: Annotated[str | None, _own("FILE")] = None
+    """Also write the figures, those of the classes too, as a table for other programs."""
+    picture: Annotated[str | None, _own("FILE.png")] = None
+    """Also draw accuracy over eps."""
+    save_images: Annotated[str | None, _own("FILE.npz")] = None
+    """Also write the adversarial images and, as FILE-changes.png, draw what the strongest attack changed most."""
 
     def __call__(self) -> None:
         _check_device(self.device)
+        if self.attacks and self.steps is not None:
+            raise RecipeError("--steps is of the attack that runs without --attacks; write pgd50 there")
         _qualify_first(self.device, self.qualify)
         path = self._checkpoint()
         state, meta = read_state_dict(path), _meta(path)
@@ -146,34 +173,84 @@ class Eval:
         trained_on = tuple(meta.get("classes", own.data.classes if own else ()))
         if trained_on and trained_on != classes:
             raise DataError(f"{path} knows the classes {', '.join(trained_on)}; the data has {', '.join(classes)}")
+        model = self._network(path, state, recipe, classes)
+        if self.wing and not is_twin(model):
+            raise RecipeError(f"--wing {self.wing}: {path} has no two-wing layers")
+        attacks = attacks_named(self.attacks or ("clean", f"pgd{recipe.evaluation.steps}"))
+        if self.transfer:
+            source = self._network(Path(self.transfer), read_state_dict(self.transfer), recipe, classes)
+            attacks += (transfer(f"pgd{recipe.evaluation.steps}", source),)
+        file = self._record(run)
+        parts = Path(f"{self.save_images}.parts") if self.save_images and file else None
+        with Progress(len(batches.test.dataset), 0, "image") as progress, Interruption():
+            try:
+                results = robust_accuracy(
+                    model,
+                    batches.test,
+                    attacks,
+                    eps=self.eps or (recipe.attack.eps,),
+                    device=self.device,
+                    wing=self.wing,
+                    classes=classes,
+                    record=Record(file, parts, self.again),
+                    keep_images=self.save_images is not None,
+                    warn=self.alarms,
+                    progress=progress,
+                    norm=recipe.attack.norm,
+                    alpha=recipe.evaluation.alpha,
+                    amp_dtype=AMP_DTYPES[recipe.run.amp],
+                    engine=recipe.attack.engine,
+                    chunk_size=recipe.attack.chunk_size,
+                    seed=recipe.run.seed,
+                )
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(*([f"the same command goes on, by {file}"] if file else [])) from None
+        print(results)
+        if self.per_class:
+            print(f"\n{results.per_class()}")
+        about = {"checkpoint": str(path), "wing": self.wing, "dataset": recipe.data.dataset, "torch": torch.__version__}
+        about |= {"alpha": recipe.evaluation.alpha, "amp": recipe.run.amp, "seed": recipe.run.seed}
+        if self.json:
+            write_atomically(self.json, (json.dumps(about | results.to_plain(), indent=2) + "\n").encode())
+        if self.csv:
+            write_atomically(self.csv, results.to_csv().encode())
+        if self.picture:
+            draw_robustness(results, self.picture, f"{path}, {recipe.data.dataset}")
+        if self.save_images:
+            write_atomically(self.save_images, results.to_npz())
+            self._draw_changes(model, results, recipe.data.batch_size)
+            if parts:
+                shutil.rmtree(parts, ignore_errors=True)
+
+    def _network(self, path: Path, state: dict, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
+        head = state.get("fc_downstream.weight")
+        if head is not None and len(head) != len(classes):
+            raise DataError(f"{path} is a network of {len(head)} classes; the data has {len(classes)}")
         model = make_network(recipe.network, len(classes))
         if any(".main_bn." in name for name in state):
             convert_twin_bn(model)
-        elif self.wing:
-            raise RecipeError(f"--wing {self.wing}: {path} has no two-wing layers")
         load_state(model, state, allow_missing=("fc", "mean", "std"), allow_extra=("fc",))
-        model.to(self.device)
-        started = time.monotonic()
-        with autocast(recipe.run.amp, self.device):
-            attack = evaluation_attack(recipe, model)
-            accuracy = evaluate(model, batches.test, attack, device=self.device, wing=self.wing)
-        steps, attacked = recipe.evaluation.steps, recipe.attack
-        print(
-            f"clean {accuracy.clean:.2%}, under PGD-{steps} ({attacked.norm}, eps {attacked.eps:.5f}) "
-            f"{accuracy.robust:.2%}, on {accuracy.images} images of {recipe.data.dataset} "
-            f"in {time.monotonic() - started:.0f} s"
-        )
-        if self.json:
-            attack_options = {"norm": attacked.norm, "eps": attacked.eps, "alpha": recipe.evaluation.alpha}
-            record = {
-                "checkpoint": str(path),
-                "wing": self.wing,
-                **asdict(accuracy),
-                "attack": {"name": "PGD", "steps": steps, "random_start": False, **attack_options},
-                "dataset": recipe.data.dataset,
-                "torch": torch.__version__,
-            }
-            write_atomically(self.json, (json.dumps(record, indent=2) + "\n").encode())
+        return model.to(self.device).eval()
+
+    def _record(self, run: RunFolder) -> Path | None:
+        """Where to keep what is measured: in the run's folder or, without one to write into, beside what is written."""
+        if run.exists() and os.access(run.folder, os.W_OK):
+            return run.evaluation
+        written = self.json or self.csv or self.save_images
+        return Path(written).with_suffix(".jsonl") if written else None
+
+    def _draw_changes(self, model: nn.Module, results: Results, batch_size: int) -> None:
+        tried = [column for column in results.columns if column.attack.attacks]
+        target = Path(self.save_images)
+
+        def probabilities(images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), nullcontext() if self.wing is None else wings(model, self.wing):
+                logits = [model(part.to(self.device)) for part in images.split(batch_size)]
+            return torch.cat(logits).softmax(1).cpu()
+
+        if tried:
+            strongest = min(tried, key=lambda column: column.accuracy)
+            draw_changes(results, strongest, probabilities, target.with_name(f"{target.stem}-changes.png"))
 
     def _checkpoint(self) -> Path:
         if self.source == "embedded":
@@ -190,8 +267,8 @@ class Eval:
         sections = {
             "data": {"batch_size": self.batch_size, "workers": self.workers},
             "network": {"arch": self.arch, "checkpoint": "none"},
-            "attack": {"norm": self.norm, "eps": self.eps},
-            "evaluation": {"alpha": self.alpha, "steps": self.steps, "images": self.images, "choose_on": "test"},
+            "attack": {"norm": self.norm, "eps": max(self.eps, default=None)},
+            "evaluation": {"alpha": self.alpha, "steps": self.steps, "images": self.n, "choose_on": "test"},
             "run": {"amp": self.amp},
         }
         return recipe.replaced(

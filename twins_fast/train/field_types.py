@@ -38,6 +38,7 @@ def _several(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSp
 Fraction = Annotated[float, _word("X", fraction)]  # "1/3" or "0.03"
 Pixels = Annotated[float, _word("N/255", fraction, fraction_of_255)]
 OptionalPixels = Annotated[float | None, _word("N/255", fraction)]
+SeveralPixels = Annotated[tuple[float, ...], _several("N/255,...", fraction)]
 Names = Annotated[tuple[str, ...], _several("A,B,...", str)]
 Integers = Annotated[tuple[int, ...], _several("I,J,...", int)]
 OptionalInteger = Annotated[

@@ -10,11 +10,11 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Of a run of ``total`` steps, ``done`` of which earlier processes made."""
+    """Of ``total`` steps, or what else is counted, ``done`` of which earlier processes made."""
 
-    def __init__(self, total: int, done: int):
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=None)  # None: in terminals only
-        self._total, self._first, self._done = total, done, done
+    def __init__(self, total: int, done: int, unit: str = "step"):
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=None)  # None: in terminals only
+        self._unit, self._total, self._first, self._done = unit, total, done, done
         self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -25,17 +25,22 @@ class Progress:
 
     def step(self, images_per_second: float, metrics: dict[str, float]) -> None:
         """Count a step and show its speed, loss and accuracies."""
-        self._done += 1
         shown = {"loss": f"{metrics['loss']:.3f}", "images/s": f"{images_per_second:.0f}"}
         shown |= {k.removesuffix("_accuracy"): f"{v:.0%}" for k, v in metrics.items() if k.endswith("_accuracy")}
+        self.advance(1, shown)
+
+    def advance(self, amount: float, shown: dict[str, str], known: bool = False) -> None:
+        """Count something, or a part of it; ``known`` if an earlier process made it."""
+        self._done += amount
+        self._first += amount if known else 0
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(int(self._done + 1e-6) - self._bar.n)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= LINE_EVERY_SECONDS:
+        if self._bar.disable and now - self._said >= LINE_EVERY_SECONDS and self._done > self._first:
             self._said = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
             words = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {self._done}/{self._total}: {words}, {_duration(left)} left", flush=True)
+            print(f"{self._unit} {self._done:.0f}/{self._total}: {words}, {_duration(left)} left", flush=True)
 
     def write(self, text: str) -> None:
         """A line above the bar."""

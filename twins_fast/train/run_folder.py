@@ -24,7 +24,8 @@ class RunFolder:
 
     ``config.json`` holds the recipe and where the data is; ``metrics.jsonl`` one line per step and
     per evaluation; ``last.safetensors`` everything to resume from; ``best.safetensors`` the network
-    with the best robust accuracy; ``result.json`` the final figures; ``curves.png`` the picture.
+    with the best robust accuracy; ``result.json`` the final figures; ``curves.png`` the picture;
+    ``evaluation.jsonl`` what ``twins-fast eval`` knows already.
     """
 
     def __init__(self, folder: str | Path):
@@ -35,6 +36,7 @@ class RunFolder:
         self.best = self.folder / "best.safetensors"
         self.result = self.folder / "result.json"
         self.curves = self.folder / "curves.png"
+        self.evaluation = self.folder / "evaluation.jsonl"
 
     def exists(self) -> bool:
         return self.config.exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from twins_fast.evaluation.results import percent
 
 
 def result_table(results: list[dict]) -> str:
@@ -37,6 +37,4 @@ def result_table(results: list[dict]) -> str:
 
 
 def _percent(accuracy: dict, key: str) -> str:
-    """With the standard error that the number of images leaves."""
-    part = accuracy[key]
-    return f"{100 * part:.1f} ± {100 * sqrt(part * (1 - part) / accuracy['images']):.1f} %"
+    return percent(accuracy[key], accuracy["images"])

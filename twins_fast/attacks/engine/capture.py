@@ -133,11 +133,16 @@ def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
 @contextmanager
 def _without_strangers(model: nn.Module) -> Iterator[None]:
     """Refuse networks that are called and are no part of the model: their parameters would become constants."""
-    own, thread, call = set(modules_of(model)), threading.get_ident(), nn.Module._call_impl
+    # An export stands proxies in for modules that have several names, which share what these hold.
+    own = {id(module._parameters) for module in modules_of(model)}
+    thread, call = threading.get_ident(), nn.Module._call_impl
+
+    def is_strange(module: nn.Module) -> bool:
+        return id(module._parameters) not in own
 
     def checked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module not in own and threading.get_ident() == thread:  # an export calls a wrapper of the model, too
-            if any(m._parameters or m._buffers for m in set(module.modules()) - own):
+        if threading.get_ident() == thread and is_strange(module):  # an export calls a wrapper of the model, too
+            if any((m._parameters or m._buffers) and is_strange(m) for m in module.modules()):
                 kind = type(module).__name__
                 raise NotCaptured(f"it calls a {kind} that is no part of it: make it an attribute of the model")
         return call(module, *args, **kwargs)

@@ -498,7 +498,7 @@ def shares_weights(geometry: Convolution, algorithm: str) -> bool:
     That makes it 5 to 15 % slower, as channels are exchanged at every use, and packing twice as fast. Small weights are
     not worth it. The number of images must not count, so that it changes no image's result.
     """
-    return algorithm != "gemm" and geometry.in_channels * geometry.out_channels >= SHARED
+    return algorithm.startswith("winograd") and geometry.in_channels * geometry.out_channels >= SHARED
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:

@@ -553,8 +553,10 @@ def tiny_libraries(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_libraries(tiny_libraries):
+def test_libraries(tiny_libraries, monkeypatch):
     file = tiny_libraries / "libraries-cpu.json"
+    # An image on the border of two classes, which half precision may see on either side, is a quarter of these four.
+    monkeypatch.setitem(libraries.TOLERANCE, torch.bfloat16, (libraries.TOLERANCE[torch.bfloat16][0], 0.25))
     arguments = ["--device", "cpu", "--batch", "4", "--rounds", "2", "--json", str(file)]
     assert libraries.main(arguments) == 0
     lines = json.loads(file.read_text())["workloads"]

@@ -192,16 +192,17 @@ def test_max_pool(kernel, stride, padding, dtype):
 
 @results
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter runs")
-@pytest.mark.parametrize("kernel, stride, windows", [(3, 2, 4), (7, 7, 1), (2, 3, 1), (3, 1, 9)])
-def test_a_gradient_looks_only_into_windows_that_may_hold_the_pixel(kernel, stride, windows, monkeypatch):
+@pytest.mark.parametrize("kernel, stride, looks", [(3, 2, 4), (7, 7, 1), (2, 3, 1), (3, 1, 9)])
+def test_a_gradient_looks_only_into_windows_that_may_hold_the_pixel(kernel, stride, looks, monkeypatch):
     memory, loads, load = Memory(torch.float32), [], tiles.load_float32
     monkeypatch.setattr(tiles, "load_float32", lambda *arguments: loads.append(1) or load(*arguments))
-    mean = windows.pooled(kernel, 1, kernel, stride, 0, True)._replace(size=stride)
-    state, g = stage_of(rows=mean, columns=mean), memory.values((1, 8, 1, 1))
-    tensors = {"g": g, "other": None, "mask": None, "dx": memory.empty((1, 8, kernel, kernel))}
+    size = kernel + stride  # of two means
+    mean = windows.pooled(size, 2, kernel, stride, 0, True)
+    state, g = stage_of(rows=mean, columns=mean), memory.values((1, 8, 2, 2))
+    tensors = {"g": g, "other": None, "mask": None, "dx": memory.empty((1, 8, size, size))}
     both(torch.float32)[1].avg_pool_backward(state, tensors)()
-    programs = -(-kernel * kernel // 32)
-    assert len(loads) == windows * programs
+    programs = -(-size * size // 32)
+    assert len(loads) == looks * programs
 
 
 @results

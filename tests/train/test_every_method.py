@@ -125,7 +125,8 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path, train):
     if result["best"]["epoch"] == 2:
         assert all(torch.equal(best[name], own[name]) for name in best)
     assert cli.main(["eval", str(run.last), "--json", str(tmp_path / "eval.json")]) == 0
-    assert json.loads((tmp_path / "eval.json").read_text())["robust"] == result["after"]["robust"]
+    *_, attacked = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert attacked["accuracy"] == result["after"]["robust"]
 
 
 def test_the_branch_of_autolora_is_dropped_at_the_end(tmp_path, train):

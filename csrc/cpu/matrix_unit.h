@@ -178,7 +178,7 @@ struct MatrixUnit {
 
   // One thread's part of a phase.
   struct Share {
-    const MatrixUnit& direct;
+    const MatrixUnit& kernel;
     const ConvRun& args;
     const Layout layout;
     const Right& matrix;
@@ -186,7 +186,7 @@ struct MatrixUnit {
     const float* packed;
     float* workspace;
 
-    const ConvPlan& plan = direct.plan;
+    const ConvPlan& plan = kernel.plan;
     int64_t* const taps = reinterpret_cast<int64_t*>(workspace + layout.copy_floats());  // from a pixel's inputs, bytes
     int64_t* const starts = taps + layout.phase.taps;                                    // of tiles, positions
     int32_t* const pixels = reinterpret_cast<int32_t*>(starts + layout.tiles_of_block());  // of their rows, or -1
@@ -291,7 +291,7 @@ struct MatrixUnit {
       alignas(64) float sums[2][2 * kRows * kPanel];
       Finish finish{epilogue};
       const bool large = 4 * panels.size() * matrix.offset(1) > kWeightBytes;
-      const int64_t group = large ? tiles : 2, steps = direct.lines * layout.phase.taps;
+      const int64_t group = large ? tiles : 2, steps = kernel.lines * layout.phase.taps;
       const int at_once = static_cast<int>(std::max<int64_t>(4, ceil_div(2 * kRows, std::max<int64_t>(steps, 1))));
       for (int64_t first = 0; first < tiles; first += group)
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -329,7 +329,7 @@ struct MatrixUnit {
     // One or two tiles of rows times a panel of one or two vectors: sums [rows, kPanel].
     template <int kTiles, int kVectors, class F>
     void multiply(const char* a, const char* b, const float* right, float* sums, const F& meanwhile) const {
-      const int64_t stride = layout.row_bytes, count = layout.phase.taps, lines = direct.lines;
+      const int64_t stride = layout.row_bytes, count = layout.phase.taps, lines = kernel.lines;
       asm volatile("" ::: "memory");  // the compiler does not know that tiles are read from memory
       _tile_zero(0);
       _tile_zero(1);

@@ -80,7 +80,8 @@ def test_the_module_needs_no_cuda_library():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_cuda_kernels_spill_nothing_and_move_16_bytes(architecture):
     rows = kernels.cuda_kernels((architecture,))
     assert len(rows) == 2 * 3 * 2 * 2 + 3 * 3

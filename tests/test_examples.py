@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 
@@ -31,6 +32,7 @@ def test_a_foreign_checkpoint_is_evaluated(capsys, tmp_path):
     assert "under PGD-2" in said and "on 6 images" in said
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_from_python(capsys, tmp_path):
     little = {"data": {"batch_size": 256}, "attack": {"steps": 1}, "evaluation": {"steps": 1, "images": 20}}
     example("run_recipe")(tmp_path / "run", optimizer={"epochs": 1}, **little)

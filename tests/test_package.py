@@ -47,6 +47,7 @@ def test_the_archive_holds_what_is_tracked(archive):
     assert others == {"PKG-INFO", "setup.cfg"}
 
 
+@pytest.mark.slow
 def test_the_archive_passes_its_own_tests(archive, tmp_path):
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")

@@ -29,7 +29,7 @@ def build(folder: Path, root: Path = HERE.parents[1]) -> Path:
     common = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wno-psabi", *includes]
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
-    for source, name, flags in setup.units("emulator"):
+    for source, name, flags in setup.units("emulator", isas=[]):
         objects.append(str(folder / name))
         subprocess.run([CXX, *common, *shlex.split(flags), "-c", str(root / source), "-o", objects[-1]], check=True)
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -26,7 +26,7 @@ def results(test):
     return _skipped(test if INTERPRETED else pytest.mark.gpu(test))
 
 
-def run_in_the_interpreter(file):
+def run_in_the_interpreter(file, config):
     """The tests of a file in a process whose kernels are interpreted, unless they run on a GPU in this one."""
     if DEVICE == "cuda":
         pytest.skip("the tests run on the GPU")
@@ -34,6 +34,6 @@ def run_in_the_interpreter(file):
         pytest.skip("Triton's interpreter is too old for NumPy")
     # A backend that this process was told to use would be used in there, too.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TWINS_FAST_BACKEND": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-m", config.getoption("-m"), file]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -29,8 +29,8 @@ CONFIGS = [kernels.INTERPRETER_CONVOLUTION] if DEVICE == "cpu" else kernels.CONV
 
 
 @host
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, pytestconfig)
 
 
 @pytest.fixture(autouse=True)
@@ -496,7 +496,13 @@ def networks():
 
 @results
 @pytest.mark.parametrize(
-    "number, dtype", [(0, torch.bfloat16), (0, torch.float32), (1, torch.float32), (1, torch.float16)]
+    "number, dtype",
+    [
+        (1, torch.float16),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+        pytest.param(0, torch.float32, marks=pytest.mark.slow),
+        pytest.param(0, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_whole_plans(number, dtype, monkeypatch):
     model = networks()[number].to(DEVICE).eval()

@@ -16,8 +16,8 @@ SHAPES = [(2, 1, 1, 2), (2, 129, 1, 1), (5, 3, 1, 31), (4, 7, 7, 7), (3, 9, 2, 1
 
 
 @host
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, pytestconfig)
 
 
 @results
@@ -51,7 +51,11 @@ def test_any_call(case):
 
 
 @results
-@pytest.mark.parametrize("config", [(64, 8, 1, 12), (1024, 128, 8, 1), (128, 16, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [(1024, 128, 8, 1), *(pytest.param(c, marks=pytest.mark.slow) for c in [(64, 8, 1, 12), (128, 16, 2, 3)])],
+    ids=str,
+)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_any_block_sizes(config, memory_format, monkeypatch):
     monkeypatch.setattr(tuning, "choose", lambda *_: tuning.Config(*config))

@@ -42,6 +42,17 @@ def test_twins_at_weighs_the_frozen_half(tiny_model, batch, rows):
     correct = (logits.argmax(1) == labels).float()
     assert metrics["frozen_accuracy"] == correct[:half].mean()
     assert metrics["adaptive_accuracy"] == correct[half:].mean()
+    torch.testing.assert_close(metrics["frozen_loss"], F.cross_entropy(logits[:half], labels[:half]).detach())
+    torch.testing.assert_close(metrics["adaptive_loss"], F.cross_entropy(logits[half:], labels[half:]).detach())
+
+
+@pytest.mark.parametrize("method", ["twins-at", "twins-trades", "twins-mart"])
+def test_the_losses_of_the_wings_make_up_the_loss(tiny_model, batch, method):
+    chosen = METHODS[method](frozen_weight=0.3)
+    model = chosen.prepare(tiny_model).train()
+    loss, metrics = adversarial_loss(model, *batch, method=method, attack=shifted, twins_lambda=0.3)
+    torch.testing.assert_close(0.3 * metrics["frozen_loss"] + metrics["adaptive_loss"], loss.detach())
+    assert metrics["frozen_loss"] > 0 and metrics["frozen_loss"] != metrics["adaptive_loss"]
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def adversarial_loss(
 
     Returns:
         The loss (a scalar to call ``backward()`` on) and detached metrics: ``loss``, and accuracies
-        in [0, 1] on the batch as it was trained on: ``accuracy`` and, for two-wing methods,
-        ``frozen_accuracy`` and ``adaptive_accuracy``.
+        in [0, 1] on the batch as it was trained on: ``accuracy`` and, for two-wing methods, ``frozen_accuracy`` and
+        ``adaptive_accuracy``, with each wing's own loss, unweighted: ``frozen_loss`` and ``adaptive_loss``.
 
     Raises:
         TypeError, ValueError: bad images or labels, an unknown method, a negative weight, a model

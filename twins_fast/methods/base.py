@@ -137,7 +137,7 @@ class Method:
         return self._cross_entropy(logits.adversarial, labels)
 
     def metrics(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
-        """Detached accuracies in [0, 1] on the images that were trained on."""
+        """Detached: accuracies in [0, 1] on the images that were trained on, and the wings' losses if there are two."""
         return {"accuracy": correct(logits, labels).mean()}
 
     def parts(self, rows: int) -> list[tuple[float, slice]]:

@@ -52,6 +52,8 @@ class TrainingStep:
         awp: how far, relative to their length, weights are moved to where the loss is worst before it is taken
             (:func:`twins_fast.methods.awp.perturb_weights`); an attribute that may be changed between steps.
         label_smoothing: part of each label, in [0, 1), that the loss spreads over all classes; the attack does not.
+        gradient_norms: whether the metrics hold ``gradient_norms``, of each parameter's gradient of the loss, in the
+            order of the optimiser, [parameters]; 0 where there is no gradient.
 
     Attributes:
         reason: why the last step ran without a graph; empty if there is one for the next of its kind.
@@ -68,6 +70,7 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         awp: float = 0.0,
         label_smoothing: float = 0.0,
+        gradient_norms: bool = False,
     ):
         if isinstance(method, str):
             check_choice("method", method, METHODS)
@@ -85,6 +88,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.awp = awp
         self.label_smoothing = label_smoothing
+        self.gradient_norms = gradient_norms
         self.reason = "there has been no step"
         self._graphs: cuda_graph.Graphs | None = None
         self._watch = Watch()
@@ -131,19 +135,21 @@ class TrainingStep:
                 else:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
 
-            def forward() -> tuple[Logits, Tensor]:
+            def forward() -> tuple[Logits, Tensor, Tensor]:
                 with self._autocast(images):
                     logits = method.forward(model, images, adversarial, largest_label, beside)  # [frozen | adaptive]
                     targets = smoothed(labels, logits.adversarial.shape[1], self.label_smoothing)
-                    return logits, method.loss(logits, targets)
+                    return logits, targets, method.loss(logits, targets)
 
             restore = _nothing
             if self.awp:
-                restore = perturb_weights(model, lambda: self.scaler.scale(forward()[1]), self.awp)
+                restore = perturb_weights(model, lambda: self.scaler.scale(forward()[-1]), self.awp)
             try:
-                logits, loss = forward()
-                metrics = {"loss": loss.detach(), **method.metrics(logits, labels)}
+                logits, targets, loss = forward()
+                metrics = {"loss": loss.detach(), **method.metrics(logits, targets)}
                 good = self._backward(loss, rates)
+                if self.gradient_norms:
+                    metrics["gradient_norms"] = self._norms_of_gradients(loss)
             finally:
                 restore()
             self._update(good, rates)
@@ -204,6 +210,11 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
         return good
 
+    def _norms_of_gradients(self, loss: Tensor) -> Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
+        return torch.stack(torch._foreach_norm(gradients)) / self.scaler.scale(torch.ones_like(loss))
+
     def _update(self, good: Tensor, rates: tuple[Tensor, ...]) -> None:
         """The optimiser's step, unless the loss was not finite."""
         if not rates:  # the optimiser cannot decide on the device
@@ -257,7 +268,7 @@ class TrainingStep:
             (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))
             for group in self.optimizer.param_groups
         )
-        about = (self.method, self.amp_dtype, self.awp, self.label_smoothing)
+        about = (self.method, self.amp_dtype, self.awp, self.label_smoothing, self.gradient_norms)
         return *about, options, scaling, self._watch.changes, trained, modes, state, groups
 
 

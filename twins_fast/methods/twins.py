@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -63,7 +63,10 @@ class TwoWings(Method):
     def metrics(self, logits: Logits, labels: Tensor) -> dict[str, Tensor]:
         right = correct(logits, labels)
         frozen, adaptive = (right[part].mean() for _, part in self.parts(len(labels)))
-        return {"accuracy": right.mean(), "frozen_accuracy": frozen, "adaptive_accuracy": adaptive}
+        with torch.no_grad():  # the loss is the frozen wing's, times its weight, plus the adaptive wing's
+            both, adaptive_loss = (replace(self, frozen_weight=w).loss(logits, labels) for w in (1.0, 0.0))
+        losses = {"frozen_loss": both - adaptive_loss, "adaptive_loss": adaptive_loss}
+        return {"accuracy": right.mean(), "frozen_accuracy": frozen, "adaptive_accuracy": adaptive, **losses}
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ def test_eval_reads_what_a_run_wrote(tmp_path, npz, capsys):
     assert cli.main(["eval", str(tmp_path / "run"), "--eps", "0", "--images", "5"]) == 0  # the best network
     clean, robust = re.findall(r"[\d.]+ ± [\d.]+ %", capsys.readouterr().out)
     assert clean == robust
+    found = RunFolder(tmp_path / "run").read_evaluation()  # of the best network, not of the last one above
+    assert found["results"][1]["eps"] == 0 and found["images"] == 5
     assert cli.main(["eval", str(tmp_path / "run" / "at" / "best.safetensors"), "--data-root", str(npz)]) == 0
 
 

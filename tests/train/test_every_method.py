@@ -17,7 +17,7 @@ from twins_fast.train.run_folder import RunFolder
 
 FEW = ["--epochs", "2", "--optimizer.milestones", "1", "--batch-size", "4", "--steps", "1", "--evaluation.steps", "1"]
 FEW += ["--attack.engine", "eager", "--run.baselines", "", "--evaluation.no-before", "--evaluation.every", "2"]
-FEW += ["--arch", "tiny"]
+FEW += ["--arch", "tiny", "--log.dynamics", "2"]
 # fmt: off
 AROUND = {
     "awp": ["--method", "twins-trades", "--regularisation.awp", "0.01", "--regularisation.awp-warmup", "1"],
@@ -72,6 +72,7 @@ def train(tmp_path):
     + [pytest.param(options, id=name) for name, options in AROUND.items()],
 )
 def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
     assert train("whole", *options) == 0
     step = trainer.Trainer.train_step
 
@@ -85,8 +86,12 @@ def test_a_run_resumes_bit_for_bit(tmp_path, train, monkeypatch, options):
     monkeypatch.setattr(trainer.Trainer, "train_step", step)
     assert cli.main(["train", "--resume", str(tmp_path / "cut")]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    losses = [line["loss"] for line in RunFolder(tmp_path / "cut").read_metrics() if line["kind"] == "train"]
+    lines = RunFolder(tmp_path / "cut").read_metrics()
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    measured = [line for line in lines if line["kind"] == "dynamics"]
     assert len(losses) == 4 and all(0 < loss < 50 for loss in losses)
+    assert [(line["step"], line["batches"]) for line in measured] == [(2, 2), (4, 2)]
+    assert all(line["gradient_norm"] > 0 and line["distance"] > 0 for line in measured)
 
 
 def test_the_help_names_every_method(capsys):

@@ -6,7 +6,8 @@ from matplotlib import pyplot as plt
 
 from twins_fast.evaluation import Column, Results, attack_named
 from twins_fast.evaluation.results import worst_case
-from twins_fast.train.plots import draw_changes, draw_curves, draw_robustness
+from twins_fast.train.curves import draw_curves
+from twins_fast.train.plots import draw_changes, draw_robustness
 
 
 def lines(robust):

@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 _WRAPPERS = re.compile(r"(?:(?:module|model|attacker|_orig_mod)\.)*")
 # normaliser buffers of the robustness library's wrapper; what else this package's own training checkpoints hold
 _NOT_NETWORK = re.compile(
-    r"(?:normalizer|normalize)\.(?:new_)?(?:mean|std)|(?:momentum|unaveraged|low_rank_branch)\..*"
+    r"(?:normalizer|normalize)\.(?:new_)?(?:mean|std)|(?:momentum|unaveraged|gradients|low_rank_branch)\..*"
 )
 
 

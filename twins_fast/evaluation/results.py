@@ -121,7 +121,7 @@ class Results:
             [f"eps {fraction_of_255(eps)}", *(percent(column.accuracy, self.images) for column in self.at(eps))]
             for eps in self.radii
         ]
-        return "\n\n".join([_markdown([[f"{self.images} images, {self.norm}", *titles], *rows]), *self.warnings])
+        return "\n\n".join([markdown([[f"{self.images} images, {self.norm}", *titles], *rows]), *self.warnings])
 
     @property
     def warnings(self) -> list[str]:
@@ -137,7 +137,7 @@ class Results:
                 count = int(own.sum())
                 parts = [float(column.right[own].double().mean()) if count else None for column in self.at(eps)]
                 rows.append([name, str(count), *("none" if part is None else percent(part, count) for part in parts)])
-            tables.append(_markdown(rows))
+            tables.append(markdown(rows))
         return "\n\n".join(tables)
 
     def to_csv(self) -> str:
@@ -197,6 +197,7 @@ def worst_case(columns: Sequence[Column]) -> Column:
     return Column(NamedAttack(WORST, WORST, ()), columns[0].eps, right)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """A table, whose first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

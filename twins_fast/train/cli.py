@@ -17,6 +17,8 @@ from twins_fast import __version__
 COMMANDS = {
     "train": "fine-tune a network by a recipe; every field of the recipe can be overridden",
     "eval": "measure a network clean and under attack; what is not said is as in the run, or in the recipe",
+    "plot": "draw what runs have recorded, one or several of them in one picture",
+    "compare": "print a table of what several runs reached, and of what is different in their recipes",
     "recipes": "list the recipes, or print one as TOML, to be changed and given to train --config",
     "pretrain": "make the network and the images that come with the package from CIFAR-10",
     "convert-checkpoint": "turn any supported checkpoint into safetensors",
@@ -74,11 +76,11 @@ def _parse(argv: list[str]):
     import tyro
     from tyro.conf import subcommand
 
-    from twins_fast.train.commands import Convert, Eval, Info, Pretrain, PrintRecipe, Qualify, Train
+    from twins_fast.train.commands import Compare, Convert, Eval, Info, Plot, Pretrain, PrintRecipe, Qualify, Train
 
     recipe = _base_recipe(argv if argv[0] == "train" else ())
     train = Train[type(recipe.method)]
-    kinds = (train, Eval, PrintRecipe, Pretrain, Convert, Qualify, Info)
+    kinds = (train, Eval, Plot, Compare, PrintRecipe, Pretrain, Convert, Qualify, Info)
     commands = tuple(
         Annotated[
             kind,

@@ -35,18 +35,21 @@ from twins_fast.nn.wings import is_twin
 from twins_fast.qualify import qualify
 from twins_fast.train import assets
 from twins_fast.train.build import AMP_DTYPES, make_network
+from twins_fast.train.comparison import compared, comparison_csv, comparison_table
 from twins_fast.train.config_file import read_recipe, recipe_as_toml
+from twins_fast.train.curves import draw_runs
 from twins_fast.train.datasets import DataError
 from twins_fast.train.field_types import Names, OptionalPixels, SeveralPixels
 from twins_fast.train.info import print_info
 from twins_fast.train.interruption import Interruption
+from twins_fast.train.pictures import FORMATS
 from twins_fast.train.plots import draw_changes, draw_robustness
 from twins_fast.train.pretrain import pretrain
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import AMP, M, Recipe, RecipeError
 from twins_fast.train.recipes import RECIPES, get_recipe
 from twins_fast.train.run import data_loaders, run_with_baselines
-from twins_fast.train.run_folder import RunFolder
+from twins_fast.train.run_folder import RunFolder, labelled
 from twins_fast.train.tables import result_table
 
 
@@ -210,8 +213,11 @@ class Eval:
             print(f"\n{results.per_class()}")
         about = {"checkpoint": str(path), "wing": self.wing, "dataset": recipe.data.dataset, "torch": torch.__version__}
         about |= {"alpha": recipe.evaluation.alpha, "amp": recipe.run.amp, "seed": recipe.run.seed}
+        found = (json.dumps(about | results.to_plain(), indent=2) + "\n").encode()
+        if path == run.best and file == run.evaluation and self.wing != "frozen":
+            write_atomically(run.evaluated, found)
         if self.json:
-            write_atomically(self.json, (json.dumps(about | results.to_plain(), indent=2) + "\n").encode())
+            write_atomically(self.json, found)
         if self.csv:
             write_atomically(self.csv, results.to_csv().encode())
         if self.picture:
@@ -274,6 +280,39 @@ class Eval:
         return recipe.replaced(
             **{name: {k: v for k, v in fields.items() if v is not None} for name, fields in sections.items()}
         )
+
+
+@dataclass(frozen=True)
+class Plot:
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")]
+    """Run folders; they need not have ended."""
+    output: Annotated[str, _own("FILE")] = "runs.png"
+    """The picture, a .png or an .svg file."""
+
+    def __call__(self) -> None:
+        if not self.output.lower().endswith(FORMATS):
+            raise ValueError(f"--output {self.output}: the name must end in {' or '.join(FORMATS)}")
+        lines = {label: run.read_metrics() for label, run in labelled(self.runs).items()}
+        draw_runs(lines, self.output, ", ".join(lines))
+        print(f"written to {self.output}")
+
+
+@dataclass(frozen=True)
+class Compare:
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")]
+    """Run folders; they need not have ended."""
+    json: Annotated[str | None, _own("FILE")] = None
+    """Also write the figures into this file."""
+    csv: Annotated[str | None, _own("FILE")] = None
+    """Also write the figures as a table for other programs."""
+
+    def __call__(self) -> None:
+        rows = compared(labelled(self.runs))
+        print(comparison_table(rows))
+        if self.json:
+            write_atomically(self.json, (json.dumps(rows, indent=2) + "\n").encode())
+        if self.csv:
+            write_atomically(self.csv, comparison_csv(rows).encode())
 
 
 @dataclass(frozen=True)

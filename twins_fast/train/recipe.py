@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from twins_fast.train.datasets import DATASETS
 from twins_fast.train.field_types import Fraction, Integers, Names, OptionalInteger, Pixels, short
 from twins_fast.train.loaders import AUGMENTATIONS
 from twins_fast.train.old_recipe import from_flat, is_flat
+from twins_fast.train.trackers import TRACKERS
 from twins_fast.validation import check_choice, check_radius
 
 M = TypeVar("M", bound=Method)
@@ -25,6 +26,13 @@ AMP = ("none", "bf16", "fp16")
 
 class RecipeError(ValueError):
     """An unknown recipe, or a field with a value that makes no sense."""
+
+
+def _check_names(kind: str, field: str, names: Sequence[str], known: Iterable[str]) -> None:
+    for name in names:
+        check_choice(kind, name, known)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{field} must name each {kind} once, got {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -192,10 +200,21 @@ class Run:
         check_options(self)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be less than 2**63, got {self.seed}")
-        for name in self.baselines:
-            check_choice("method", name, METHODS)
-        if len(set(self.baselines)) < len(self.baselines):
-            raise ValueError(f"baselines must name each method once, got {', '.join(self.baselines)}")
+        _check_names("method", "baselines", self.baselines, METHODS)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is recorded besides each step's loss and accuracy; a resumed run may record something else."""
+
+    dynamics: int = 20
+    """Steps between two measurements of weights, gradients and wings (docs/dynamics.md); 0 for none."""
+    to: Annotated[Names, short("--log")] = ()
+    """Where the figures go, too: tensorboard, wandb."""
+
+    def __post_init__(self):
+        check_options(self)
+        _check_names("tracker", "to", self.to, TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -211,6 +230,7 @@ class Recipe(Generic[M]):
     regularisation: Regularisation = Regularisation()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+    log: Log = Log()
 
     def __post_init__(self):
         if self.optimizer.schedule == "auto" and self.evaluation.choose_on == "test":
@@ -227,6 +247,12 @@ class Recipe(Generic[M]):
         """Plain JSON types: a table for each section."""
         method = {"method": {"name": self.method.name, **to_plain(self.method)}}
         return {"name": self.name} | {name: to_plain(getattr(self, name)) for name in SECTIONS} | method
+
+    def fields(self) -> dict[str, Any]:
+        """Dotted names -> plain values."""
+        tables = self.to_dict()
+        name = {"name": tables.pop("name")}
+        return name | {f"{section}.{k}": value for section, fields in tables.items() for k, value in fields.items()}
 
     @staticmethod
     def from_dict(tables: Mapping[str, Any]) -> Recipe:
@@ -279,6 +305,7 @@ SECTIONS = {
     "regularisation": Regularisation,
     "evaluation": Evaluation,
     "run": Run,
+    "log": Log,
 }
 
 

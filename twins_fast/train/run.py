@@ -9,13 +9,15 @@ import torch
 
 from twins_fast.checkpoints.names import layer_of
 from twins_fast.nn.heads import HEAD
+from twins_fast.options import to_plain
 from twins_fast.train.build import make_network
+from twins_fast.train.curves import draw_curves
 from twins_fast.train.datasets import load_datasets
 from twins_fast.train.loaders import Loaders, loaders
-from twins_fast.train.plots import draw_curves
 from twins_fast.train.recipe import Data, Evaluation, Recipe, RecipeError
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.state import weights
+from twins_fast.train.trackers import check_trackers
 from twins_fast.train.trainer import Trainer
 
 
@@ -36,7 +38,7 @@ def run_with_baselines(
         baseline = recipe.replaced(method=name, run={"baselines": []}, evaluation={"before": False})
         if resume and runs[-1].exists():  # of an older version, perhaps, with an option that the main method lacks
             own, _ = runs[-1].load_config()
-            baseline = own.replaced(optimizer={"epochs": recipe.optimizer.epochs})
+            baseline = own.replaced(optimizer={"epochs": recipe.optimizer.epochs}, log=to_plain(recipe.log))
         results.append(run_recipe(baseline, runs[-1], data_root, device, resume=resume))
     if len(runs) > 1:
         lines = {result["method"]: run.read_metrics() for result, run in zip(results, runs, strict=True)}
@@ -60,8 +62,10 @@ def run_recipe(
 
     Raises:
         RecipeError: a two-wing method without a checkpoint.
+        TrackerError: one that is asked for is not installed.
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
+    check_trackers(recipe.log.to)
     if resume and folder.exists():
         folder.check_recipe(recipe)
     resumes = resume and folder.last.exists()

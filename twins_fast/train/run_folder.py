@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from twins_fast.checkpoints import write_atomically
 from twins_fast.checkpoints.write import naming
-from twins_fast.train.recipe import Recipe
+from twins_fast.train.recipe import Recipe, RecipeError
 
 
 class RunError(ValueError):
@@ -24,8 +24,9 @@ class RunFolder:
 
     ``config.json`` holds the recipe and where the data is; ``metrics.jsonl`` one line per step and
     per evaluation; ``last.safetensors`` everything to resume from; ``best.safetensors`` the network
-    with the best robust accuracy; ``result.json`` the final figures; ``curves.png`` the picture;
-    ``evaluation.jsonl`` what ``twins-fast eval`` knows already.
+    with the best robust accuracy; ``start.safetensors`` the weights before the first step;
+    ``result.json`` the final figures; ``curves.png`` the picture; ``evaluation.jsonl`` what
+    ``twins-fast eval`` knows already, ``evaluation.json`` what it found last about the best network.
     """
 
     def __init__(self, folder: str | Path):
@@ -34,9 +35,11 @@ class RunFolder:
         self.metrics = self.folder / "metrics.jsonl"
         self.last = self.folder / "last.safetensors"
         self.best = self.folder / "best.safetensors"
+        self.start = self.folder / "start.safetensors"
         self.result = self.folder / "result.json"
         self.curves = self.folder / "curves.png"
         self.evaluation = self.folder / "evaluation.jsonl"
+        self.evaluated = self.folder / "evaluation.json"
 
     def exists(self) -> bool:
         return self.config.exists()
@@ -73,7 +76,7 @@ class RunFolder:
         self._write_config(recipe, data_root)
 
     def update(self, recipe: Recipe, data_root: str | None) -> None:
-        """Take over the number of epochs of a recipe that is the run's own but for them, and where the data is now."""
+        """Take over what :meth:`check_recipe` lets a recipe change, and where the data is now."""
         if self.load_config() != (recipe, data_root):
             self._write_config(recipe, data_root)
 
@@ -87,18 +90,23 @@ class RunFolder:
         try:
             config = json.loads(self.config.read_text())
             return Recipe.from_dict(config["recipe"]), config["data_root"]
+        except RecipeError as error:
+            raise RunError(f"run folder {str(self.folder)!r}, perhaps of another version: {error}") from error
         except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Require the run to be of this very recipe, or of one with fewer epochs, which extends it.
 
+        How many processes load images, and what is logged, may change.
+
         Raises:
             RunError: it is not, or its learning rates depend on the number of epochs.
         """
         own_recipe = self.load_config()[0]
-        own, asked = _flat(own_recipe.to_dict()), _flat(recipe.to_dict())
-        differing = [name for name in {**own, **asked} if own.get(name) != asked.get(name) and name != "data.workers"]
+        own, asked = own_recipe.fields(), recipe.fields()
+        differing = [name for name in {**own, **asked} if own.get(name) != asked.get(name)]
+        differing = [name for name in differing if name != "data.workers" and not name.startswith("log.")]
         if differing == ["optimizer.epochs"] and own[differing[0]] < asked[differing[0]]:
             if own_recipe.optimizer.schedule == "multistep":
                 return
@@ -116,10 +124,11 @@ class RunFolder:
 
     def read_result(self) -> dict:
         """The content of ``result.json``; empty if there is none that can be read."""
-        try:
-            return json.loads(self.result.read_text())
-        except (OSError, ValueError):
-            return {}
+        return _read_if_possible(self.result)
+
+    def read_evaluation(self) -> dict:
+        """The content of ``evaluation.json``, likewise."""
+        return _read_if_possible(self.evaluated)
 
     def read_metrics(self) -> list[dict]:
         """All lines; a last one that a kill cut short is left out.
@@ -129,28 +138,58 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return []
-        lines, texts = [], self.metrics.read_text().splitlines()
+        lines, texts = [], self.metrics.read_bytes().splitlines()
         for number, text in enumerate(texts, 1):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError as error:
+                lines.append(_read_line(text))
+            except ValueError as error:
                 if number < len(texts):
-                    raise RunError(f"{str(self.metrics)!r}: line {number} is broken: {error}") from error
+                    raise RunError(
+                        f"{str(self.metrics)!r}: line {number} is broken ({error}); once it is deleted the run goes on"
+                    ) from error
         return lines
 
     def rewind_metrics(self, step: int, evaluated: int) -> list[dict]:
-        """Drop what was logged after a checkpoint: training after ``step``, evaluations after ``evaluated``.
+        """Drop what was logged after a checkpoint: of training after ``step``, evaluations after ``evaluated``.
 
         Returns:
             The lines that stay.
         """
-        last = {"train": step}
+        last = {"train": step, "dynamics": step}
         lines = [line for line in self.read_metrics() if line["step"] <= last.get(line["kind"], evaluated)]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
 
 
-def _flat(tables: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names -> values."""
-    rows = {name: value if isinstance(value, dict) else {"": value} for name, value in tables.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, row in rows.items() for key, value in row.items()}
+def labelled(folders: Sequence[str]) -> dict[str, RunFolder]:
+    """Runs by the shortest ends of their paths that tell them apart.
+
+    Raises:
+        RunError: none, or a folder that holds no run.
+    """
+    if not folders:
+        raise RunError("name the folder of a run, or those of several")
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    for path in paths:
+        if not RunFolder(path).exists():
+            raise RunError(f"{str(path)!r} is not a run folder: it has no config.json")
+    parts = next(
+        labels
+        for length in range(1, 1 + max(len(path.parts) for path in paths))
+        if len(set(labels := ["/".join(path.parts[-length:]) for path in paths])) == len(paths)
+    )
+    return {label: RunFolder(path) for label, path in zip(parts, paths, strict=True)}
+
+
+def _read_if_possible(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_line(text: bytes) -> dict[str, Any]:
+    line = json.loads(text)
+    if not isinstance(line, dict) or not {"kind", "step", "epoch"} <= line.keys():
+        raise ValueError("it has no kind, step and epoch")
+    return line

@@ -1,4 +1,4 @@
-"""All that a run needs to resume: weights, average, momentum, gradient scaler and a few numbers, in one checkpoint."""
+"""All that a run needs to resume: weights, average, momentum, gradient scaler, a few numbers, in one checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint
 from twins_fast.train.average import WeightAverage
+from twins_fast.train.dynamics import Dynamics
 
-_WEIGHTS, _MOMENTUM, _UNAVERAGED = "model.", "momentum.", "unaveraged."
+_WEIGHTS, _MOMENTUM, _UNAVERAGED, _GRADIENTS = "model.", "momentum.", "unaveraged.", "gradients."
 
 
 def save_state(
@@ -20,6 +21,7 @@ def save_state(
     optimizer: torch.optim.SGD,
     scaler: torch.amp.GradScaler,
     average: WeightAverage | None,
+    dynamics: Dynamics | None,
     meta: dict[str, Any],
 ) -> None:
     """Write everything, atomically; ``meta`` holds JSON types.
@@ -37,6 +39,8 @@ def save_state(
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[_MOMENTUM + name] = buffer
+    if dynamics is not None:
+        tensors |= {_GRADIENTS + name: value for name, value in dynamics.state().items()}
     save_checkpoint(path, tensors, {**meta, "scaler": scaler.state_dict()})
 
 
@@ -46,6 +50,7 @@ def restore_state(
     optimizer: torch.optim.SGD,
     scaler: torch.amp.GradScaler,
     average: WeightAverage | None,
+    dynamics: Dynamics | None,
 ) -> dict[str, Any]:
     """Load what :func:`save_state` wrote into the objects, and return its ``meta``.
 
@@ -62,6 +67,9 @@ def restore_state(
         if name in momentum:
             buffer = torch.empty_like(parameter).copy_(momentum[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
+    gradients = _part(tensors, _GRADIENTS)
+    if dynamics is not None and gradients:
+        dynamics.load_state(gradients)
     scaler.load_state_dict(meta["scaler"])
     return meta
 

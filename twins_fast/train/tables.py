@@ -13,6 +13,7 @@ def result_table(results: list[dict]) -> str:
     """
     first = results[0]
     rows = [("before training", "", first["before"])] if "before" in first else []
+    overfitting = []
     for result in results:
         name = result["method"].upper()
         twin = "after_frozen_wing" in result
@@ -22,6 +23,7 @@ def result_table(results: list[dict]) -> str:
         best = result["best"]
         if any(best[key] != result["after"][key] for key in ("clean", "robust")):  # another network than the last one
             rows.append((f"{name}, epoch {best['epoch']}", "adaptive" if twin else "", best))
+            overfitting.append(f"{result['method']} {100 * (best['robust'] - result['after']['robust']):+.1f}")
     chosen_on = {"validation": "validation images", "test": "the test images themselves"}[first["best"]["chosen_on"]]
     seconds = ", ".join(f"{result['method']} {result['seconds']:.0f} s" for result in results)
     lines = [
@@ -32,6 +34,7 @@ def result_table(results: list[dict]) -> str:
     return (
         "\n".join(lines)
         + f"\n\nThe last network of each method and, if that is another, the best one under attack on {chosen_on}. "
+        + (f"Robust overfitting, best minus last in points: {', '.join(overfitting)}. " if overfitting else "")
         + f"Training and testing: {seconds} on {first['threads']} threads."
     )
 

@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,18 @@ from twins_fast.methods import TrainingStep
 from twins_fast.nn.wings import is_twin
 from twins_fast.train.average import WeightAverage
 from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, mix, training_attack
+from twins_fast.train.curves import draw_curves
 from twins_fast.train.diagnosis import origin
+from twins_fast.train.dynamics import Dynamics, robust_gap
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders, from_step
-from twins_fast.train.plots import draw_curves
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import Recipe
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.schedule import learning_rate
 from twins_fast.train.seeds import derived_seed
 from twins_fast.train.state import restore_state, save_state
+from twins_fast.train.trackers import Trackers
 
 SAVE_EVERY_SECONDS = 600.0
 
@@ -88,11 +91,14 @@ class Trainer:
             scaler=self.scaler,
             awp=recipe.regularisation.awp,
             label_smoothing=recipe.regularisation.label_smoothing,
+            gradient_norms=recipe.log.dynamics > 0,
         )
         self.mix = mix(recipe, len(classes))
         self.evaluation_attack = evaluation_attack(recipe, self.model)
         ema = recipe.regularisation.ema
         self.average = WeightAverage(self.model, ema) if ema else None
+        every = recipe.log.dynamics
+        self.dynamics = Dynamics(self.model, self.optimizer, every) if every else None
 
     def fit(self) -> dict:
         """Train to the end and return the content of ``result.json``.
@@ -104,13 +110,16 @@ class Trainer:
         resumes = self.folder.last.exists()
         if resumes:
             self._restore()
+        elif self.dynamics is not None:
+            self.dynamics.keep_start(self.folder.start)
         lines = self.folder.rewind_metrics(self.step, self.evaluated)
         # What the processes before this one spent counts, too.
         self.started = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         result = self.folder.read_result()
         if self.step == self.total_steps == self.evaluated and result.get("step") == self.step:
             return result
-        with Progress(self.total_steps, self.step) as progress, Interruption() as interruption:
+        self.trackers = Trackers(self.recipe.log.to, self.folder.folder, self.recipe.to_dict(), self.step)
+        with Progress(self.total_steps, self.step) as progress, Interruption() as interruption, self.trackers:
             try:
                 if not resumes:
                     self._warm_up()
@@ -140,7 +149,9 @@ class Trainer:
         rate = learning_rate(recipe.optimizer, self.step, self.steps_per_epoch, self.halvings)
         warm = self.step >= recipe.regularisation.awp_warmup * self.steps_per_epoch
         self.training_step.awp = recipe.regularisation.awp if warm else 0.0
-        metrics = {name: float(value) for name, value in self.training_step(images, labels, rate, source).items()}
+        found = self.training_step(images, labels, rate, source)
+        gradient_norms = found.pop("gradient_norms", None)
+        metrics = {name: float(value) for name, value in found.items()}
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
             kept = (
@@ -149,6 +160,8 @@ class Trainer:
             where = f"at step {self.step}, learning rate {rate:g}: {origin(self.model, images)}"
             raise TrainingError(f"the loss is {metrics['loss']} {where}; {kept}")
         self.step += 1
+        if self.dynamics is not None:
+            self.dynamics.look(gradient_norms)
         if self.average is not None:
             self.average.update(self.step)
         return {**metrics, "lr": rate}
@@ -178,6 +191,8 @@ class Trainer:
                 metrics = self.train_step(images, labels, of_source)
                 speed = len(labels) / (time.monotonic() - started)
                 self._log("train", images_per_second=round(speed, 1), **metrics)
+                if self.dynamics is not None and self.step % self.dynamics.every == 0:
+                    self._log("dynamics", **self.dynamics.measure(metrics["lr"]))
                 progress.step(speed, metrics)
                 if time.monotonic() - saved > SAVE_EVERY_SECONDS and self.step % self.steps_per_epoch:
                     self._save_last()
@@ -195,7 +210,7 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         kind = "test" if epoch == 0 or self.loaders.validation is None else "validation"
         accuracy = self._evaluate(getattr(self.loaders, kind))
-        self._log(kind, **dataclasses.asdict(accuracy))
+        self._log(kind, **dataclasses.asdict(accuracy), **self._robust_gap(accuracy.robust))
         progress.write(
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
@@ -218,6 +233,13 @@ class Trainer:
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
         with self._averaged(), autocast(self.recipe.run.amp, self.device):
             return evaluate(self.model, batches, self.evaluation_attack, device=self.device, wing=wing)
+
+    def _robust_gap(self, robust: float) -> dict[str, float]:
+        """Of the epoch that has ended; nothing where training has no adversary."""
+        if not getattr(self.training_step.attack, "steps", 0):
+            return {}
+        gap = robust_gap(self.folder.read_metrics(), self.step - self.steps_per_epoch, robust)
+        return {} if gap is None else {"robust_gap": gap}
 
     def _averaged(self) -> AbstractContextManager:
         """Inside the block the model has the weights that are evaluated."""
@@ -252,6 +274,7 @@ class Trainer:
             load_state(self.model, state, allow_missing=self.recipe.method.dropped)
             best = {"epoch": meta["epoch"], "chosen_on": meta.get("chosen_on", "test")}
             result["best"] = best | on_test(meta["step"])
+            result["robust_overfitting"] = result["best"]["robust"] - result["after"]["robust"]
         result |= {"seconds": round(time.monotonic() - self.started, 1), "threads": torch.get_num_threads()}
         write_atomically(self.folder.result, json.dumps(result, indent=2).encode())
         self._draw()
@@ -261,9 +284,11 @@ class Trainer:
         runs = {self.recipe.method.name: self.folder.read_metrics()}
         draw_curves(runs, self.folder.curves, self.recipe.name)
 
-    def _log(self, kind: str, **values: float) -> None:
+    def _log(self, kind: str, **values: Any) -> None:
         seconds = round(time.monotonic() - self.started, 2)
-        self.folder.log(kind=kind, step=self.step, epoch=self.step / self.steps_per_epoch, seconds=seconds, **values)
+        about = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, "seconds": seconds}
+        self.folder.log(**about, **values)
+        self.trackers.log(about | values)
 
     def _meta(self, **more) -> dict:
         known = {"recipe": self.recipe.to_dict(), "classes": list(self.classes)}
@@ -272,11 +297,13 @@ class Trainer:
     def _save_last(self) -> None:
         schedule = {"halvings": self.halvings, "stale": self.stale}
         meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust, **schedule)
-        save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, meta)
+        save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, self.dynamics, meta)
         self.saved = self.step
 
     def _restore(self) -> None:
-        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average)
+        meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, self.dynamics)
+        if self.dynamics is not None and self.folder.start.exists():
+            self.dynamics.load_start(self.folder.start)
         for what, now in (("classes", list(self.classes)), ("images", len(self.loaders.train.dataset))):
             if meta.get(what, now) != now:
                 before = meta[what]

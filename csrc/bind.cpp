@@ -296,12 +296,13 @@ std::unique_ptr<Conv> make_conv(const std::string& algorithm, const std::string&
 }
 
 std::string pack_conv(const Conv& conv, Pointer weight, std::tuple<int64_t, int64_t, int64_t, int64_t> kernel,
-                      Pointer scale, bool transposed, Pointer packed, int threads) {
+                      Pointer scale, bool transposed, Pointer packed, int threads, const Conv* gradient,
+                      Pointer gradient_packed) {
   const auto [outputs, inputs, height, width] = kernel;
-  const ConvPack args{as<float>(weight), outputs,    inputs,          height, width,
-                      as<float>(scale),  transposed, as<void>(packed)};
+  const ConvPack args{as<float>(weight), outputs, inputs, height, width, as<float>(scale), transposed,
+                      as<void>(packed)};
   py::gil_scoped_release release;
-  return text(conv.pack(args, threads));
+  return text(conv.pack(args, threads, gradient, as<void>(gradient_packed)));
 }
 
 std::string run_conv(const Conv& conv, int64_t images, Pointer x, Pointer packed, Pointer bias, Pointer other,
@@ -370,7 +371,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("packed_bytes", &Conv::packed_bytes)
       .def("workspace_bytes", &Conv::workspace_bytes, py::arg("threads"))
       .def("pack", pack_conv, py::arg("weight"), py::arg("kernel"), py::arg("scale"), py::arg("transposed"),
-           py::arg("packed"), py::arg("threads"))
+           py::arg("packed"), py::arg("threads"), py::arg("gradient") = nullptr, py::arg("gradient_packed") = 0)
       .def("run", run_conv, py::arg("images"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("other"),
            py::arg("mask"), py::arg("y"), py::arg("bits"), py::arg("relu"), py::arg("workspace"), py::arg("threads"));
 #ifdef TWINS_FAST_CUDA

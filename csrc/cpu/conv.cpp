@@ -58,7 +58,7 @@ void run(const ConvPlan& plan, const ConvRun& args, int threads) {
 namespace TWINS_FAST_ISA {
 
 extern const ConvUnit conv;
-const ConvUnit conv = {packed_bytes, workspace_bytes, pack_floats, pack, run};
+const ConvUnit conv = {packed_bytes, workspace_bytes, packs_along, pack_floats, pack, run};
 
 }  // namespace TWINS_FAST_ISA
 }  // namespace twins_fast

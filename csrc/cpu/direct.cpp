@@ -274,6 +274,8 @@ int64_t workspace_bytes(const ConvPlan& plan, int threads) {
   return with_kernel(plan, [=](const auto& kernel) { return 64 + 4 * threads * kernel.floats_per_thread(); });
 }
 
+bool packs_along(const ConvPlan&, const ConvPlan&) { return false; }
+
 int64_t pack_floats(const ConvPlan&, const ConvPack&, int) { return 0; }
 
 void pack(const ConvPlan& plan, const ConvPack& args, float*, int threads) {
@@ -289,7 +291,7 @@ void run(const ConvPlan& plan, const ConvRun& args, int threads) {
 namespace TWINS_FAST_ISA {
 
 extern const ConvUnit direct;
-const ConvUnit direct = {packed_bytes, workspace_bytes, pack_floats, pack, run};
+const ConvUnit direct = {packed_bytes, workspace_bytes, packs_along, pack_floats, pack, run};
 
 }  // namespace TWINS_FAST_ISA
 }  // namespace twins_fast

@@ -255,7 +255,7 @@ Conv::Conv(const ConvPlan& geometry, std::vector<Phase> phases, const std::strin
   else require(!plan_.adjoint, "only winograd has an adjoint");
 }
 
-Status Conv::pack(const ConvPack& args, int threads) const {
+Status Conv::pack(ConvPack args, int threads, const Conv* gradient, void* gradient_packed) const {
   const int64_t outputs = args.transposed ? plan_.in_pixel() : plan_.out_pixel();
   const int64_t inputs = args.transposed ? plan_.out_channels : plan_.in_channels;
   if (plan_.adjoint || !args.weight || !args.packed || threads < 1 || args.inputs != inputs || args.outputs != outputs)
@@ -265,10 +265,14 @@ Status Conv::pack(const ConvPack& args, int threads) const {
     return Status::kBadArgument;
   for (const ConvSource& source : sources_)
     if (source.ky >= args.kernel_h || source.kx >= args.kernel_w) return Status::kBadArgument;
+  const bool along = gradient && gradient_packed && unit_->packs_along(plan_, gradient->plan_);
+  if (along) args.gradient = &gradient->plan_, args.gradient_packed = gradient_packed;
   std::unique_ptr<float[]> scratch(new (std::nothrow) float[unit_->pack_floats(plan_, args, threads)]);
   if (!scratch) return Status::kOutOfMemory;
   unit_->pack(plan_, args, scratch.get(), threads);
-  return Status::kOk;
+  if (!gradient || along) return Status::kOk;
+  args.transposed = true, args.packed = gradient_packed;
+  return gradient->pack(args, threads, nullptr, nullptr);
 }
 
 Status Conv::run(const ConvRun& args, int threads) const {

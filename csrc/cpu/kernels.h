@@ -48,6 +48,7 @@ struct Scratch {
 struct ConvUnit {
   int64_t (*packed_bytes)(const ConvPlan&);
   int64_t (*workspace_bytes)(const ConvPlan&, int threads);
+  bool (*packs_along)(const ConvPlan&, const ConvPlan& gradient);  // whether pack() may do both
   int64_t (*pack_floats)(const ConvPlan&, const ConvPack&, int threads);  // working memory
   void (*pack)(const ConvPlan&, const ConvPack&, float* scratch, int threads);
   void (*run)(const ConvPlan&, const ConvRun&, int threads);
@@ -71,7 +72,8 @@ class Conv {
 
   int64_t packed_bytes() const { return unit_->packed_bytes(plan_); }
   int64_t workspace_bytes(int threads) const { return unit_->workspace_bytes(plan_, threads); }
-  Status pack(const ConvPack& args, int threads) const;
+  // gradient, if there is one: the input gradient, whose weights are packed, too.
+  Status pack(ConvPack args, int threads, const Conv* gradient, void* gradient_packed) const;
   Status run(const ConvRun& args, int threads) const;
 
  private:

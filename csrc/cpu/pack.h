@@ -17,13 +17,47 @@ constexpr int64_t kPackedColumns = 512;  // vectors of weights at a time
 constexpr int64_t kPackedChannels = 32;  // of Winograd's at a time: their products fit the second-level cache
 
 int64_t channels_at_once(const ConvPlan& plan, const ConvPack& args) {
-  return plan.winograd ? kPackedChannels : std::max<int64_t>(2, kPackedColumns / args.slices() / 2 * 2);
+  const int64_t fit = kPackedColumns / args.slices(), least = args.gradient ? kLineChannels : 2;
+  return plan.winograd ? kPackedChannels : std::max(least, fit / least * least);
 }
 
-// Vectors of working memory: the weights of a panel, and Winograd's products of them.
+// Vectors of working memory: the weights of a panel, Winograd's products of them, and what the gradient reads.
 int64_t vectors_at_once(const ConvPlan& plan, const ConvPack& args) {
-  const int64_t reach = plan.winograd ? plan.winograd + 2 : 0;
-  return 2 * channels_at_once(plan, args) * (args.slices() + reach * reach);
+  const int64_t reach = plan.winograd ? plan.winograd + 2 : 0, kept = args.gradient ? args.slices() : 0;
+  return channels_at_once(plan, args) * (2 * (args.slices() + reach * reach) + kept);
+}
+
+// Where a slice of the weight is among those packed for a convolution with one slice in each tap.
+struct Place {
+  const ConvPhase* phase;  // null: nowhere
+  int64_t tap, floats;     // the phase begins there
+};
+
+Place place_of(const ConvSource& source, const ConvPlan& plan) {
+  int64_t floats = 0;
+  for (const ConvPhase* phase = plan.phases; phase < plan.phases + plan.phase_count; ++phase) {
+    for (int64_t t = 0; t < phase->taps; ++t) {
+      const ConvTap& tap = plan.taps[phase->first_tap + t];
+      const ConvSource& own = plan.sources[tap.first_source];
+      if (tap.sources == 1 && own.ky == source.ky && own.kx == source.kx) return {phase, t, floats};
+    }
+    floats += Right(depth_of(plan, *phase), plan.out_channels, 2).floats();
+  }
+  return {};
+}
+
+// Whether a convolution's packed weights are, in whole lines, those of its input gradient in another order.
+bool packs_along(const ConvPlan& plan, const ConvPlan& gradient) {
+  if (!by_matrix_unit(plan) || !by_matrix_unit(gradient) || plan.phase_count != 1 ||
+      plan.in_channels % kLineChannels || plan.out_channels % kLineChannels ||
+      gradient.in_channels != plan.out_channels || gradient.out_channels != plan.in_channels)
+    return false;
+  int64_t taps = 0;
+  for (int64_t i = 0; i < gradient.phase_count; ++i) taps += gradient.phases[i].taps;
+  const auto found = [&](const ConvTap& tap) {
+    return tap.sources == 1 && place_of(plan.sources[tap.first_source], gradient).phase;
+  };
+  return taps == plan.phases->taps && std::all_of(plan.taps, plan.taps + taps, found);
 }
 
 // A panel of the packed weights is made for some input channels at a time, and written in runs as long as these allow.
@@ -74,7 +108,13 @@ struct Pack {
     if (plan.winograd == 2) pack_winograd<2>(panel, vectors, channels, columns);
     else if (plan.winograd == 4) pack_winograd<4>(panel, vectors, channels, columns);
     else pack_gemm(panel, vectors, channels, columns);
+#if defined(__AMX_BF16__)
+    if (args.gradient) pack_gradient(panel, channels, columns + kept_at());
+#endif
   }
+
+  // In the working memory: the packed weights again, to be read.
+  int64_t kept_at() const { return at_once * slices * kPanel; }
 
   Floats scale(int64_t vector, int64_t channel) const {
     if (!args.scale) return broadcast(1);
@@ -89,7 +129,8 @@ struct Pack {
     return sum * scale;
   }
 
-  void pack_gemm(int64_t panel, int vectors, Range channels, const float* columns) const {
+  void pack_gemm(int64_t panel, int vectors, Range channels, float* columns) const {
+    float* kept = args.gradient ? columns + kept_at() : nullptr;
     float* packed = static_cast<float*>(args.packed);
     const bool whole_lines = by_matrix_unit(plan), whole_steps = whole_lines || plan.in_channels % Compute::kDepth == 0;
     for (int64_t i = 0; i < plan.phase_count; ++i) {
@@ -109,8 +150,9 @@ struct Pack {
             };
             const int64_t k = order_of(plan, phase, t, c);
             if (whole_steps) {
-              stream(to + k / Compute::kDepth * stride + v * kLanes,
-                     Compute::step(value(c), value(c + Compute::kDepth - 1)));
+              const Floats step = Compute::step(value(c), value(c + Compute::kDepth - 1));
+              stream(to + k / Compute::kDepth * stride + v * kLanes, step);
+              if (kept) store(kept, step), kept += kLanes;
               continue;
             }
             // Pairs that span two taps, which may be other threads': each writes its half.
@@ -129,6 +171,28 @@ struct Pack {
         for (int v = 0; v < vectors; ++v) put_half(to + (matrix.steps - 1) * stride + v * kLanes, 1, Floats{});
     }
   }
+
+#if defined(__AMX_BF16__)
+  // A line is a square of weights: the inputs of a panel for the outputs of another one.
+  void pack_gradient(int64_t panel, Range channels, const float* kept) const {
+    alignas(64) float square[kLine * kPanel];
+    const ConvPlan& gradient = *args.gradient;
+    for (int64_t t = 0; t < plan.phases->taps; ++t) {
+      const Place place = place_of(plan.sources[plan.taps[t].first_source], gradient);
+      const Right matrix(depth_of(gradient, *place.phase), gradient.out_channels, 2);
+      float* packed = static_cast<float*>(args.gradient_packed) + place.floats +
+                      order_of(gradient, *place.phase, place.tap, panel * kPanel) / 2 * kPanel;
+      for (int64_t c = channels.begin; c < channels.end; c += kPanel, kept += kLine * kPanel) {
+        for (int v = 0; v < 2; ++v)
+          for (int half = 0; half < 2; ++half)
+            transpose_pairs(kept + (half * kLine / 2) * kPanel + v * kLanes, kPanel, kLine / 2, kLanes,
+                            square + (v * kLine / 2) * kPanel + half * kLanes, kPanel);
+        float* to = packed + matrix.offset(c / kPanel);
+        for (int64_t i = 0; i < kLine * kPanel; i += kLanes) stream(to + i, load(square + i));
+      }
+    }
+  }
+#endif
 
   static void put_half(float* step, int64_t half, Floats v) {
     uint16_t values[kLanes];

@@ -51,6 +51,8 @@ struct ConvPack {
   const float* scale;  // [outputs] or null
   bool transposed;     // the plan reads the outputs and writes the inputs
   void* packed;
+  const ConvPlan* gradient;  // the input gradient, whose weights are packed along, or null
+  void* gradient_packed;
 
   int64_t slices() const { return kernel_h * kernel_w; }
 };

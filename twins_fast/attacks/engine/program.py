@@ -26,7 +26,6 @@ from twins_fast.models.output import Output
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
 SPARE = 3  # images whose time a chunk of its own takes longer
-FOLDING = 300  # operations of a step, per weight, that the plan has to run before it has saved a weight's folding
 KEPT_SIZES = 16  # chunk sizes with bound tensors
 
 
@@ -91,7 +90,7 @@ class Program:
             return True
         layers = [stage.options["geometry"] for stage in self.plan.stages if stage.kind == "conv"]
         operations = 2 * images * steps * sum(layer.operations for layer in layers)
-        return operations >= FOLDING * sum(layer.weights for layer in layers)
+        return operations >= self.executor.folding * sum(layer.weights for layer in layers)
 
     def in_parts(self, images: int, work: Callable[[Pass, slice], None], rounded: bool = False) -> None:
         """``work(network, rows)`` on all rows, a chunk at a time; where memory runs out anew, on smaller ones."""

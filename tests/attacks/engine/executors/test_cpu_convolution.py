@@ -510,6 +510,27 @@ def test_impossible_geometry(changes, message):
         conv(**changes)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride"),
+    [(64, 96, 3, 1), (32, 64, 3, 2), (1056, 32, 1, 2), (64, 32, 4, 1), (64, 32, 4, 2), (40, 64, 3, 1), (64, 40, 3, 1)],
+)
+def test_both_directions_are_packed_at_once(channels, outputs, kernel, stride, isa):
+    options = dict(kernel=kernel, stride=stride, scale=True, dtype=torch.bfloat16, isa=isa)
+    convolution, gradient = (Layer((5, 6), channels, outputs, gradient=g, **options) for g in (False, True))
+    for threads in (1, 2, 3):
+        both = [Result((layer.conv.packed_bytes,), torch.uint8) for layer in (convolution, gradient)]
+        weight, scale, *packed = pointers(convolution.weight, convolution.scale, *(b.tensor for b in both))
+        shape = tuple(convolution.weight.shape)
+        status = convolution.conv.pack(weight, shape, scale, False, packed[0], threads, gradient.conv, packed[1])
+        assert status == ""
+        for layer, result in zip((convolution, gradient), both, strict=True):
+            assert torch.equal(result.get(), layer.packed)
+    for other, memory in (gradient.conv, 0), (Layer((5, 6), channels + 32, outputs, gradient=True, **options).conv, 1):
+        status = convolution.conv.pack(weight, shape, scale, False, packed[0], 1, other, memory and packed[1])
+        assert status == "argument out of range"
+
+
 def test_bad_arguments_are_refused():
     layer = Layer((5, 5), 4, 6)
     weight, packed = pointers(layer.weight, layer.packed)

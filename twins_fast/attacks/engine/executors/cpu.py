@@ -66,16 +66,17 @@ class _Kernel:
         other: _Kernel | None = None,
         groups: int = 1,
     ):
-        self._adjoint = other is not None
-        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa, self._adjoint, groups)
+        self._conv = _C.Conv(algorithm, dtype_name(dtype), *ends, phases, native.cpu_isa, other is not None, groups)
         self._packed = torch.empty(self._conv.packed_bytes, dtype=torch.uint8) if other is None else other._packed
         self._workspace = workspace
 
-    def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
-        if self._adjoint:  # done by the other direction
-            return
+    def pack(
+        self, weight: Tensor, scale: Tensor | None, transposed: bool = False, gradient: _Kernel | None = None
+    ) -> None:
+        """Fold ``weight`` in, and into the ``gradient``, which is then this kernel's other direction."""
         pointers = (weight.data_ptr(), tuple(weight.shape), pointer_of(scale), transposed, self._packed.data_ptr())
-        check_status("pack", self._conv.pack(*pointers, torch.get_num_threads()))
+        along = () if gradient is None else (gradient._conv, gradient._packed.data_ptr())
+        check_status("pack", self._conv.pack(*pointers, torch.get_num_threads(), *along))
 
     def bind(
         self,
@@ -123,11 +124,11 @@ class _ImageGradient:
         self._positions = torch.tensor(positions)
         self._kernel_size = (len(tops), len(lefts))
 
-    def pack(self, weight: Tensor, scale: Tensor | None, transposed: bool) -> None:
+    def pack(self, weight: Tensor, scale: Tensor | None) -> None:
         outputs, inputs = weight.shape[:2]
         padded = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)
         blocked = padded[:, :, self._positions].transpose(1, 2)  # [O, pixels, I, taps]
-        self._kernel.pack(blocked.reshape(outputs, -1, *self._kernel_size), scale, transposed)
+        self._kernel.pack(blocked.reshape(outputs, -1, *self._kernel_size), scale, transposed=True)
 
     def bind(self, g: Tensor, bias: None, other: Tensor | None, mask: Tensor | None, dx: Tensor, bits: None) -> Run:
         channels = self._geometry.in_channels
@@ -170,14 +171,16 @@ class KernelConvolution:
         kind = algorithm, dtype, workspace, g.groups
         self._forward = _phased(axis_forward, axes, (*inner, *outer), *kind)
         if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1) and g.groups == 1:
-            self._backward = _ImageGradient(g, dtype, workspace)
+            self._backward, self._gradient = _ImageGradient(g, dtype, workspace), None
         else:
             other = self._forward if shares_weights(g, algorithm) else None
             self._backward = _phased(axis_backward, axes, (*outer, *inner), *kind, other)
+            self._gradient = None if other else self._backward  # with weights of its own
 
     def fold(self, weight: Tensor, scale: Tensor | None) -> None:
-        self._forward.pack(weight, scale, transposed=False)
-        self._backward.pack(weight, scale, transposed=True)
+        self._forward.pack(weight, scale, gradient=self._gradient)
+        if isinstance(self._backward, _ImageGradient):
+            self._backward.pack(weight, scale)
 
     def bind_forward(self, x: Tensor, bias: Tensor | None, other: Tensor | None, y: Tensor, bits: Tensor | None) -> Run:
         return self._forward.bind(x, bias, other, None, y, bits)
@@ -265,6 +268,8 @@ class CpuExecutor(TorchExecutor):
         super().__init__(dtype, device)
         self._workspace = Workspace()
         self._name = dtype_name(dtype)
+        if uses_matrix_unit(dtype):
+            self.folding = 100
 
     def mask_bytes(self, value: Value) -> int:
         return bytes_of_bits(value)

@@ -92,6 +92,7 @@ class TorchExecutor:
 
     name = "PyTorch"
     argmax_bytes = 8  # PyTorch's own form
+    folding = 300  # operations, per weight, that it has to run before it has saved what folding the weight takes
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype = dtype

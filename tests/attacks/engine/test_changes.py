@@ -334,3 +334,38 @@ def test_averaged_models_are_planned():
     model.update_parameters(lively(small(), seed=6))
     assert not torch.equal(attack(x, y), before)
     assert_same_step(model, x, y)
+
+
+class Sparse(nn.Module):
+    """Has buffers of one number, by which it chooses what it does (MeanSparse, arXiv 2406.05927, is like this)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small()
+        self.register_buffer("updating", torch.tensor(0))
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+
+    def forward(self, x):
+        if self.updating:
+            self.mean += x.mean((0, 2, 3), keepdim=True)[0]
+        if self.threshold != 0:
+            x = torch.where((x - self.mean).abs() < self.threshold * self.mean, self.mean * torch.ones_like(x), x)
+        return self.body(x)
+
+
+def test_buffers_by_which_a_forward_chooses_are_looked_at(capfd):
+    model, (x, y) = Sparse().eval(), data(4)
+    names = list(model.state_dict())
+    attack, found = PGD(model, engine="plan", **STEP), []
+    for threshold in (0, 0.5, 0.5, 0.2, 0):
+        model.threshold.fill_(threshold)
+        found.append(program_of(attack, x))
+        assert_same_step(model, x, y)
+    assert found[1] is found[2] and found[0] is not found[1] is not found[3] is not found[4]
+    assert list(model.state_dict()) == names and "threshold" not in vars(model)
+    model.updating.fill_(1)  # changes the model in its forward
+    with pytest.raises(RuntimeError, match="add_.* changes mean"):
+        attack(x, y)
+    assert list(model.state_dict()) == names
+    assert capfd.readouterr().err == ""

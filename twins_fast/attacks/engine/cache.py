@@ -6,11 +6,12 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from twins_fast.attacks.engine.capture import capture
+from twins_fast.attacks.engine.capture import capture, numbers_of
 from twins_fast.attacks.engine.executors import executor_for
 from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
@@ -28,6 +29,14 @@ KEPT_PLANS = 4
 KEPT_MODELS = 16  # of one that is kept alive by itself, such as by a method of its own, nothing else would ever go
 RESTLESS = 8  # rebuilds in a row after which a model runs in eager mode
 RESTLESSNESS = "the model's attributes change from call to call: keep what counts calls out of the model"
+
+
+class Known(NamedTuple):
+    """A plan, or why there is none, and what about the model that depends on."""
+
+    fingerprint: tuple | None
+    program: Program | str
+    numbers: dict[str, float]
 
 
 _caches: OrderedDict[int, tuple[weakref.ref, PlanCache]] = OrderedDict()  # by id() of a module or a function
@@ -60,7 +69,7 @@ class PlanCache:
     def forget(self) -> None:
         """Drop all plans and their memory."""
         self._obstacles: dict[tuple, str] = {}  # (dtype, device) of images -> what obstacle() said
-        self._plans: OrderedDict[Kind, tuple[tuple | None, Program | str]] = OrderedDict()  # with their fingerprint
+        self._plans: OrderedDict[Kind, Known] = OrderedDict()
         self._changes: dict[Kind, int] = {}  # rebuilds in a row
         self._told: set[str] = set()  # reasons
         self._untold = ""
@@ -98,17 +107,17 @@ class PlanCache:
             if reason:
                 self._note(reason)
                 return reason
-            program = self._known(kind)
+            program, numbers = self._known(kind, model)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
                 if changes > RESTLESS:
                     self._note(RESTLESSNESS)
                     return RESTLESSNESS
                 self._plans.pop(kind, None)  # frees its memory before the new one takes some
-                program = self._build(model, images, dtype, output)
+                program, numbers = self._build(model, images, dtype, output)
             else:
                 self._changes[kind] = 0
-            self._keep(kind, program)
+            self._keep(kind, program, numbers)
             if isinstance(program, Program):
                 program.chunk_size = chunk_size
                 wrong = difference(program, model, images, rounded)
@@ -120,7 +129,7 @@ class PlanCache:
             reason = str(error) if expected else f"planning failed: {in_one_line(error)}"
             if insist and not expected:
                 raise RuntimeError(f"engine='plan': {reason}") from error
-            self._keep(kind, reason)
+            self._keep(kind, reason, {})
             self._note(reason)
         return reason
 
@@ -137,32 +146,40 @@ class PlanCache:
 
     def programs(self) -> list[Program]:
         """All that can run."""
-        return [program for _, program in self._plans.values() if isinstance(program, Program)]
+        return [known.program for known in self._plans.values() if isinstance(known.program, Program)]
 
     def refuse(self, program: Program, reason: str) -> None:
         """Have the model attacked in eager mode, for ``reason``, where ``program`` has been."""
         with self.lock:
             self._told.add(reason)  # whoever refuses says why
-            self._plans.update({k: (seen, reason) for k, (seen, known) in self._plans.items() if known is program})
+            for kind, known in self._plans.items():
+                if known.program is program:
+                    self._plans[kind] = known._replace(program=reason)
 
-    def _known(self, kind: Kind) -> Program | str | None:
-        """What is known for the model as it is."""
-        seen, known = self._plans.get(kind, (None, None))
-        return known if seen is self.watch.fingerprint else None
+    def _known(self, kind: Kind, model: nn.Module) -> tuple[Program | str | None, dict[str, float]]:
+        """What is known for the model as it is, and for which numbers."""
+        known = self._plans.get(kind)
+        if known is None or known.fingerprint is not self.watch.fingerprint:
+            return None, {}
+        if known.numbers and known.numbers != numbers_of(model):
+            return None, {}
+        return known.program, known.numbers
 
-    def _keep(self, kind: Kind, program: Program | str) -> None:
-        self._plans[kind] = (self.watch.fingerprint, program)
+    def _keep(self, kind: Kind, program: Program | str, numbers: dict[str, float]) -> None:
+        self._plans[kind] = Known(self.watch.fingerprint, program, numbers)
         self._plans.move_to_end(kind)
         while len(self._plans) > KEPT_PLANS:
             self._changes.pop(self._plans.popitem(last=False)[0], None)
 
     @staticmethod
-    def _build(model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output) -> Program:
+    def _build(
+        model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output
+    ) -> tuple[Program, dict[str, float]]:
         shape = tuple(images.shape[1:])
-        nodes = capture(model, shape, images.device, output)
+        nodes, numbers = capture(model, shape, images.device, output)
         program = Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
         program.output = output
-        return program
+        return program, numbers
 
 
 def _reservation(device: torch.device, dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from twins_fast.attacks.engine.derivatives import differentiable_functions, without_own_backward
@@ -60,16 +61,32 @@ _ABOUT_MEMORY = {"as_strided", "sym_stride", "stride", "sym_storage_offset", "st
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default}
 
 
-def capture(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output = None) -> list[Node]:
+def capture(
+    model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output = None
+) -> tuple[list[Node], dict[str, float]]:
     """The nodes of ``model`` in eval mode for float32 images [N, *shape], N >= 2; the last one gives the logits.
 
     Args:
         output: which of its results those are.
 
+    Returns:
+        The nodes, and the numbers that they are for: values of buffers by which the forward may choose what it does.
+
     Raises:
         NotCaptured: control flow that depends on values or on N, operations that change the model or draw random
             numbers, backward passes of the model's own, something other than logits [N, classes].
     """
+    try:
+        return _nodes(model, shape, device, output), {}
+    except DependsOnValues:
+        numbers = numbers_of(model)
+        if not numbers:
+            raise
+        with _as_numbers(model, numbers):
+            return _nodes(model, shape, device, output), numbers
+
+
+def _nodes(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output) -> list[Node]:
     images = torch.zeros(2, *shape, dtype=torch.float32, device=device, requires_grad=True)
     with in_mode(model, training=False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
@@ -91,10 +108,39 @@ class OwnBackward(NotCaptured):
     """The model has a backward pass of its own."""
 
 
+class DependsOnValues(NotCaptured):
+    """What the model does depends on values of tensors."""
+
+
+def numbers_of(model: nn.Module) -> dict[str, float]:
+    """The buffers of one number, but for what normalisations count."""
+    own = [(name, module) for name, module in model.named_modules() if not isinstance(module, _NormBase)]
+    buffers = {f"{name}.{key}".lstrip("."): t for name, module in own for key, t in module._buffers.items()}
+    found = {name: t.detach() for name, t in buffers.items() if t is not None and t.dim() == 0 and not t.is_meta}
+    return dict(zip(found, torch.stack([t.double() for t in found.values()]).tolist(), strict=True)) if found else {}
+
+
+@contextmanager
+def _as_numbers(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Have these buffers be Python's numbers, which a forward may look at."""
+    owners = [(model.get_submodule(owner), key) for owner, _, key in (name.rpartition(".") for name in names)]
+    tensors = [module._buffers[key] for module, key in owners]
+    try:
+        for (module, key), tensor in zip(owners, tensors, strict=True):
+            module._buffers[key], vars(module)[key] = None, tensor.item()
+        yield
+    finally:
+        for (module, key), tensor in zip(owners, tensors, strict=True):
+            vars(module).pop(key, None)
+            module._buffers[key] = tensor
+
+
 def _exported(
     model: nn.Module, images: torch.Tensor, functions: set[type]
 ) -> tuple[torch.export.ExportedProgram, list[warnings.WarningMessage]]:
     """The exported forward, and warnings; backward passes of ``functions`` are derivatives, and left out."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # takes seconds, as an export does
+
     batch: Any = {0: torch.export.Dim.DYNAMIC}
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     shapes = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
@@ -103,6 +149,8 @@ def _exported(
             return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), messages
         except NotCaptured:
             raise
+        except GuardOnDataDependentSymNode as error:
+            raise DependsOnValues(in_one_line(error)) from error
         except Exception as error:  # export raises errors of all kinds
             raise NotCaptured(in_one_line(error)) from error
 
@@ -114,13 +162,16 @@ def _watched(functions: set[type]) -> Iterator[list[warnings.WarningMessage]]:
     def own_backward(*arguments, **keywords):
         raise OwnBackward("a backward pass of its own (torch.autograd.Function or a hook on a tensor)")
 
+    from torch.export import _trace
+
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     hooks = mock.patch.object(torch.Tensor, "register_hook", own_backward)
+    silence = mock.patch.object(_trace, "print", lambda *text, **where: None, create=True)  # of graphs
     log.setLevel(logging.CRITICAL)
     try:
         with random_numbers_restored() as drawn:
-            with warnings.catch_warnings(record=True) as messages, hooks:
+            with warnings.catch_warnings(record=True) as messages, hooks, silence:
                 with without_own_backward(functions, own_backward):
                     warnings.simplefilter("always")
                     yield messages

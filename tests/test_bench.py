@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from bench import (
     attack,
     children,
     coverage,
+    dynamics,
     harness,
     header,
     libraries,
@@ -30,6 +32,7 @@ from bench import (
 )  # fmt: skip
 from bench.twin_bn import Layer
 from twins_fast import PGD
+from twins_fast.models import ARCHITECTURES, CifarResNet
 from twins_fast.ops import native, oracle
 
 SMALL = Layer("small", 2, (4, 3, 2, 2), 2, True, True)
@@ -755,3 +758,13 @@ def test_an_enlivened_network_has_no_constant_parameters():
     assert not any(module.training for module in model.modules()) and model[1].momentum == 0.1
     y = torch.nn.functional.batch_norm(model[0](torch.rand(4, 3, 16, 16)), model[1].running_mean, model[1].running_var)
     assert abs(y.std() - 1) < 0.1
+
+
+def test_dynamics_are_added_up(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "small", partial(CifarResNet, width=4, blocks=(1, 1)))
+    row = dynamics.measure("small", 4, 8, "none", 2, tmp_path)
+    times = {name: spread["median"] for name, spread in row["times"].items()}
+    assert {name: spread["samples"] for name, spread in row["times"].items()} == dict.fromkeys(times, 2)
+    added = times["gradients"] + times["gradients looked at"] + times["measurement"] / row["every"]
+    assert row["share"] == added / times["step"] > 0
+    assert f"| small, batch 4 | {1e3 * times['step']:.0f} ms |" in dynamics.table({"small": row})

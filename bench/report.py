@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import attack as bench_attack
 from bench import coverage as bench_coverage
+from bench import dynamics as bench_dynamics
 from bench import host as bench_host
 from bench import imports as bench_imports
 from bench import kernels as bench_kernels
@@ -119,6 +120,12 @@ def imports() -> str:
     """What importing the package adds to importing PyTorch."""
     record = _read(bench_imports.RESULT)
     return f"{bench_imports.table(record['times'])}\n\n{source(record)}"
+
+
+def dynamics() -> str:
+    """What watching a run costs."""
+    record = _read(bench_dynamics.RESULT)
+    return f"{bench_dynamics.table(record['workloads'])}\n\n{source(record)}"
 
 
 def devices() -> str:
@@ -393,7 +400,7 @@ def measurements(benchmark: str) -> list[Path]:
 
 
 TABLES = {"mini": mini, "pretrain": pretrain, "cpu_versions": cpu_versions, "kernels": kernels}
-TABLES |= {"imports": imports, "host": host, "devices": devices}
+TABLES |= {"imports": imports, "host": host, "devices": devices, "dynamics": dynamics}
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}

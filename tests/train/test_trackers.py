@@ -1,15 +1,14 @@
 """TensorBoard and Weights & Biases: stand-ins for both, and the real TensorBoard where it is installed."""
 
-import importlib.machinery
 import sys
-import types
+from types import SimpleNamespace
 
 import pytest
 
 from tests.train.helpers import refused, train
-from twins_fast.train import cli, trackers, trainer
+from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
-from twins_fast.train.trackers import Trackers, scalars
+from twins_fast.train.trackers import TrackerError, Trackers, check_trackers, scalars
 
 LINE = {"kind": "dynamics", "step": 4, "epoch": 0.5, "weight_norm": 2.0, "weight_norms": [1.0, 3.0]}
 LINE |= {"layers": ["a", "b"], "effective_lrs": [0.1, None], "wings": ["n"], "mean_shift": 0.5, "mean_shifts": [0.25]}
@@ -27,17 +26,10 @@ def test_a_line_as_names_and_numbers():
     }
 
 
-def module(name, **contents):
-    made = types.ModuleType(name)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    vars(made).update(contents)
-    return made
-
-
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """What they were asked for, in order."""
-    asked = []
+    """What they were asked for, in order; figures that the real W&B would drop are not there."""
+    asked, reached = [], {}
 
     class Writer:
         def __init__(self, log_dir, purge_step):
@@ -46,12 +38,26 @@ def stand_ins(monkeypatch):
         def add_scalar(self, name, value, step):
             asked.append((name, value, step))
 
+        def flush(self):
+            asked.append(("flush",))
+
         def close(self):
             asked.append(("end",))
 
     class Run:
-        def log(self, figures, step):
-            asked.extend((name, value, step) for name, value in figures.items())
+        def __init__(self, name):
+            self.name = name
+            reached[name] = reached.get(name, -1) + 1
+
+        def define_metric(self, name, step_metric=None):
+            asked.append(("axis", (name, step_metric)))
+
+        def log(self, figures, step=None):
+            if step is not None and step < reached[self.name]:
+                return
+            reached[self.name] = reached[self.name] + 1 if step is None else step
+            at = figures.get("step", step)
+            asked.extend((name, value, at) for name, value in figures.items() if name != "step")
 
         def finish(self):
             asked.append(("end",))
@@ -60,54 +66,102 @@ def stand_ins(monkeypatch):
         asked.append(("begin", options))
         if options["project"] == "refused":
             raise RuntimeError("no key")
-        return Run()
+        return Run(options["id"])
 
-    monkeypatch.setitem(sys.modules, "tensorboard", module("tensorboard"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module("torch.utils.tensorboard", SummaryWriter=Writer))
-    monkeypatch.setitem(sys.modules, "wandb", module("wandb", init=init, Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return asked
 
 
-def test_a_run_tells_them_all_that_it_logs_and_resumes(stand_ins, tmp_path, npz, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Make runs end before a step."""
     step = trainer.Trainer.train_step
 
-    def interrupted(self, *batch):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return step(self, *batch)
+    def patch(last):
+        def interrupted(self, *batch):
+            if self.step == last:
+                raise KeyboardInterrupt
+            return step(self, *batch)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "train_step", interrupted)
-        assert train(tmp_path / "run", npz, "--log", "tensorboard,wandb", "--log.dynamics", "2") == 130
+        monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+
+    return patch
+
+
+def test_a_run_tells_them_all_that_it_logs_and_resumes(stand_ins, tmp_path, npz, monkeypatch, interrupt_at):
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    save = trainer.save_state
+    monkeypatch.setattr(trainer, "save_state", lambda *state: stand_ins.append(("saved",)) or save(*state))
+    interrupt_at(3)
+    assert train(tmp_path / "run", npz, "--log", "tensorboard,wandb", "--log.dynamics", "2") == 130
+    interrupt_at(None)
     assert stand_ins[-2:] == [("end",)] * 2
     first, stand_ins[:] = list(stand_ins), []
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
     folder, run = tmp_path / "run", RunFolder(tmp_path / "run")
-    assert [entry[1:] for entry in (first[0], stand_ins[0])] == [(str(folder / "tensorboard"), n) for n in (None, 4)]
+    assert [entry[1:] for entry in (first[0], stand_ins[0])] == [(str(folder / "tensorboard"), n) for n in (0, 4)]
     (_, before), (_, after) = first[1], stand_ins[1]
-    assert before == after and before["resume"] == "allow" and before["name"] == "run"
+    assert before == after and before["resume"] == "allow" and before["name"] == f"{tmp_path.name}/run"
     assert before["config"]["log"]["to"] == ["tensorboard", "wandb"] and before["project"] == "twins-fast"
     told = [entry for entry in first + stand_ins if len(entry) == 3 and entry[0] != "begin"]
     expected = [(name, value, line["step"]) for line in run.read_metrics() for name, value in scalars(line)]
     assert sorted(told) == sorted(2 * expected)
     assert {name.split("/")[0] for name, *_ in told} == {"train", "dynamics", "test"}
+    told_before_saved = [first[n - 1] for n, entry in enumerate(first) if entry == ("saved",)]
+    assert len(told_before_saved) > 3 and set(told_before_saved) == {("flush",)}
+
+
+@pytest.mark.parametrize(("evaluates", "purged"), [("--evaluation.no-before", 0), ("--evaluation.before", 1)])
+def test_a_run_that_ended_before_its_first_step(stand_ins, tmp_path, npz, monkeypatch, interrupt_at, evaluates, purged):
+    """With an evaluation, which is not made again, there is a checkpoint of step 0."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
+    interrupt_at(0)
+    assert train(tmp_path / "run", npz, "--log", "tensorboard,wandb", evaluates) == 130
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 130
+    begun = [entry for entry in stand_ins if entry[0] == "begin"]
+    assert [entry[2] for entry in begun[::2]] == [0, purged]
+    assert len({entry[1]["id"] for entry in begun[1::2]}) == 2 - purged
+
+
+def test_figures_of_steps_that_are_made_again_are_kept(stand_ins, tmp_path):
+    with Trackers(("wandb",), tmp_path, {}, -1) as tracker:
+        tracker.log(LINE)
+        tracker.log(LINE | {"step": 8})
+    with Trackers(("wandb",), tmp_path, {}, 4) as tracker:
+        tracker.log(LINE | {"step": 6})
+    assert [entry[2] for entry in stand_ins if entry[0] == "dynamics/weight_norm"] == [4, 8, 6]
+    assert stand_ins.count(("axis", ("*", "step"))) == 2
 
 
 def test_what_is_missing_is_named_before_a_folder_is_made(capsys, tmp_path, npz, monkeypatch):
-    find = trackers.importlib.util.find_spec
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     capsys.readouterr()
     assert train(tmp_path / "run", npz, "--log", "wandb") == 2
     said = capsys.readouterr().err
-    assert said == "twins-fast: error: --log wandb needs the package wandb: pip install 'twins-fast[wandb]'\n"
+    assert said.startswith("twins-fast: error: --log wandb needs the package wandb (") and said.count("\n") == 1
+    assert said.endswith("): pip install 'twins-fast[wandb]'\n")
     assert not (tmp_path / "run").exists()
     assert "unknown tracker 'mlflow'; choose from tensorboard, wandb" in refused(
         capsys, "train", "--recipe", "mini", "--log", "mlflow"
     )
     assert "to must name each tracker once" in refused(capsys, "train", "--recipe", "mini", "--log", "wandb,wandb")
+
+
+@pytest.mark.parametrize("broken", ["", "raise ImportError('no such library\\nfor you')", "import os; os.nothing"])
+def test_a_broken_installation_is_one_line(tmp_path, monkeypatch, broken):
+    """W&B itself makes a folder of its name where it runs, which Python takes for a package."""
+    (tmp_path / "wandb").mkdir()
+    if broken:
+        (tmp_path / "wandb" / "__init__.py").write_text(broken)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    reason = "no such library" if "library" in broken else "has no attribute"
+    with pytest.raises(TrackerError, match=rf"^--log wandb needs the package wandb \([^\n]*{reason}[^\n]*$"):
+        check_trackers(["wandb"])
+    sys.modules.pop("wandb", None)
 
 
 def test_a_tracker_that_refuses_is_one_line(stand_ins, capsys, tmp_path, npz, monkeypatch):
@@ -121,7 +175,7 @@ def test_a_tracker_that_refuses_is_one_line(stand_ins, capsys, tmp_path, npz, mo
 def test_nothing_is_imported_unasked(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with Trackers((), tmp_path, {}, 0) as none:
+    with Trackers((), tmp_path, {}, -1) as none:
         none.log(LINE)
 
 
@@ -129,7 +183,9 @@ def test_tensorboard_itself(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Trackers(("tensorboard",), tmp_path, {}, 0) as tracker:
+    with Trackers(("tensorboard",), tmp_path, {}, -1) as tracker:  # ended before its first checkpoint
+        tracker.log(LINE | {"step": 0, "weight_norm": 9.0})
+    with Trackers(("tensorboard",), tmp_path, {}, -1) as tracker:
         tracker.log(LINE)
         tracker.log(LINE | {"step": 8, "weight_norm": 7.0})
     with Trackers(("tensorboard",), tmp_path, {}, 4) as tracker:  # resumed after step 4

@@ -62,7 +62,7 @@ def run_recipe(
 
     Raises:
         RecipeError: a two-wing method without a checkpoint.
-        TrackerError: one that is asked for is not installed.
+        TrackerError: one that is asked for is not installed, or broken.
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
     check_trackers(recipe.log.to)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 from twins_fast.checkpoints import write_atomically
 
 _NOT_FIGURES = ("kind", "step", "layers", "wings")
+_NEEDED = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
 
 
 class TrackerError(ValueError):
@@ -25,11 +26,14 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any], step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -42,17 +46,23 @@ class WeightsAndBiases:
         import wandb
 
         known = folder / "wandb.id"
-        if not (step and known.exists()):
+        if step < 0 or not known.exists():
             write_atomically(known, secrets.token_hex(4).encode())
         project = os.environ.get("WANDB_PROJECT", "twins-fast")
-        about = {"project": project, "name": folder.resolve().name, "id": known.read_text(), "resume": "allow"}
+        name = "/".join(folder.resolve().parts[-2:])  # a baseline's own is that of its method
+        about = {"project": project, "name": name, "id": known.read_text(), "resume": "allow"}
         try:
             self._run = wandb.init(dir=str(folder), config=config, **about)
         except wandb.Error as error:
             raise TrackerError(f"--log wandb: {error}") from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
+        self._run.log(figures | {"step": step})  # its own steps never go back, those of a resumed run may
+
+    def flush(self) -> None:
+        """Nothing to do: a process of its own has the figures already."""
 
     def close(self) -> None:
         self._run.finish()
@@ -68,7 +78,7 @@ class Trackers:
         names: keys of ``TRACKERS``.
         folder: of the run.
         config: what they are to show of the recipe.
-        step: of the checkpoint that the run goes on from; what they know of later ones no longer holds.
+        step: of the checkpoint that the run goes on from, -1 without one; what they know of later ones no longer holds.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, config: dict[str, Any], step: int):
@@ -93,16 +103,27 @@ class Trackers:
         for tracker in self._open:
             tracker.log(line["step"], figures)
 
+    def flush(self) -> None:
+        """Lose none of it, even if this process is killed."""
+        for tracker in self._open:
+            tracker.flush()
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Require what they need to be installed.
 
     Raises:
-        TrackerError: it is not.
+        TrackerError: it is not, or it is broken.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise TrackerError(f"--log {name} needs the package {name}: pip install 'twins-fast[{name}]'")
+        module, member = _NEEDED[name]
+        try:
+            getattr(importlib.import_module(module), member)  # a folder of that name can be imported, too
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise TrackerError(
+                f"--log {name} needs the package {name} ({reason}): pip install 'twins-fast[{name}]'"
+            ) from error
 
 
 def scalars(line: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -118,7 +118,8 @@ class Trainer:
         result = self.folder.read_result()
         if self.step == self.total_steps == self.evaluated and result.get("step") == self.step:
             return result
-        self.trackers = Trackers(self.recipe.log.to, self.folder.folder, self.recipe.to_dict(), self.step)
+        reached = self.step if resumes else -1
+        self.trackers = Trackers(self.recipe.log.to, self.folder.folder, self.recipe.to_dict(), reached)
         with Progress(self.total_steps, self.step) as progress, Interruption() as interruption, self.trackers:
             try:
                 if not resumes:
@@ -295,6 +296,7 @@ class Trainer:
         return known | {"images": len(self.loaders.train.dataset), "step": self.step, **more}
 
     def _save_last(self) -> None:
+        self.trackers.flush()
         schedule = {"halvings": self.halvings, "stale": self.stale}
         meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust, **schedule)
         save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, self.dynamics, meta)

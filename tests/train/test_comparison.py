@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from tests.train.helpers import refused
+from twins_fast.checkpoints import save_checkpoint
 from twins_fast.train import cli
 from twins_fast.train.recipes import get_recipe
 from twins_fast.train.run_folder import RunFolder, labelled
@@ -36,6 +38,20 @@ def made(folder, epochs=4, lr=1e-2, ended=True, twin=True, dynamics=True, **reci
         best = figures | {"robust": 0.5, "epoch": 1, "chosen_on": "test"}
         run.result.write_text(json.dumps({"step": 10 * done, "after": figures, "best": best, "seconds": 90.0}))
     return str(folder)
+
+
+def evaluate(folder, images, best=10, norm="linf"):
+    """What an evaluation of the network of step 10 leaves; ``best`` is the step of the best one now."""
+    run = RunFolder(folder)
+    save_checkpoint(run.best, {"w": torch.zeros(1)}, {"step": best})
+    found = [{"attack": "pgd100", "title": "PGD-100", "eps": 8 / 255, "accuracy": 0.345}]
+    run.evaluated.write_text(json.dumps({"step": 10, "images": images, "norm": norm, "results": found}))
+
+
+def table(capsys):
+    """The head and the rows of what was printed."""
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    return head, rows
 
 
 @pytest.fixture
@@ -96,27 +112,47 @@ def test_a_table_of_runs(tmp_path, capsys):
     ended = made(tmp_path / "a", method={"frozen_weight": 0.4})
     other = made(tmp_path / "b", lr=0.5, ended=False)
     plain = made(tmp_path / "c", method="at", twin=False, log={"dynamics": 0})
-    found = {"results": [{"attack": "pgd100", "title": "PGD-100", "eps": 8 / 255, "accuracy": 0.345}]}
-    RunFolder(ended).evaluated.write_text(json.dumps(found))
+    evaluate(ended, 400)
     files = ["--json", str(tmp_path / "c.json"), "--csv", str(tmp_path / "c.csv")]
     assert cli.main(["compare", ended, other, plain, *files]) == 0
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    head, rows = table(capsys)
     a, b, c = (dict(zip(head, row, strict=True)) for row in rows)
     assert (a["run"], a["method"], a["network"]) == ("a", "twins-at", "cifar-resnet18-w16")
     assert [row["optimizer.lr"] for row in (a, b, c)] == ["0.01", "0.5", "0.01"]
     assert [row["method.frozen_weight"] for row in (a, b, c)] == ["0.4", "1.0", ""]
-    assert not {"method.affine", "log.dynamics", "seed", "run.baselines"} & set(head)
+    assert not {"method.affine", "log.dynamics", "run.seed", "run.baselines"} & set(head)
     assert [row["epochs"] for row in (a, b, c)] == ["4 of 4", "3 of 4", "4 of 4"]
     assert [row["of images"] for row in (a, b, c)] == ["400 test", "100 test", "400 test"]
     assert a["robust, last"] == "40.0 ± 2.4 %" and a["robust, best"] == "50.0 ± 2.5 %"
     assert b["robust, last"] == "40.0 ± 4.9 %" and b["clean, best"] == "80.0 ± 4.0 %" and b["best epoch"] == "1"
     assert [row["best minus last"] for row in (a, b, c)] == ["+10.0"] * 3 and a["robust gap"] == "+10.0"
     assert [row["seconds"] for row in (a, b, c)] == ["90", "30", "90"]
-    assert [row["PGD-100, eps 8/255"] for row in (a, b, c)] == ["34.5 %", "", ""]
+    assert [row["PGD-100, linf eps 8/255, 400 images"] for row in (a, b, c)] == ["34.5 %", "", ""]
     plain_rows = json.loads((tmp_path / "c.json").read_text())
     assert plain_rows[0]["robust, last"] == 0.4 and "method.frozen_weight" not in plain_rows[2]
     with open(tmp_path / "c.csv", newline="") as file:
         assert [row["optimizer.lr"] for row in csv.DictReader(file)] == ["0.01", "0.5", "0.01"]
+
+
+def test_evaluations_that_cannot_be_compared_are_not(tmp_path, capsys):
+    runs = [made(tmp_path / name, epochs=1, dynamics=False) for name in "abcdef"]
+    for run, about in zip(runs, [(400,), (100,), (100, 10, "l2"), (50, 20), (60,), (70,)], strict=True):
+        evaluate(run, *about)
+    RunFolder(runs[4]).best.unlink()
+    RunFolder(runs[5]).evaluated.write_text("[70]")
+    assert cli.main(["compare", *runs]) == 0
+    head, rows = table(capsys)
+    figures = [("linf", 400), ("linf", 100), ("l2", 100)]
+    assert head[-3:] == [f"PGD-100, {norm} eps 8/255, {images} images" for norm, images in figures]
+    assert [[bool(cell) for cell in row[-3:]] for row in rows[:3]] == torch.eye(3).bool().tolist()
+    assert not any(cell for row in rows[3:] for cell in row[-3:])
+
+
+def test_a_result_that_is_no_object_counts_as_absent(tmp_path):
+    run = RunFolder(made(tmp_path / "run", epochs=1))
+    assert run.read_result()["step"] == 10
+    run.result.write_text("[1]")
+    assert run.read_result() == {}
 
 
 def test_a_run_that_has_just_begun_or_is_being_extended(tmp_path, capsys):

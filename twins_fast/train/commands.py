@@ -211,7 +211,8 @@ class Eval:
         print(results)
         if self.per_class:
             print(f"\n{results.per_class()}")
-        about = {"checkpoint": str(path), "wing": self.wing, "dataset": recipe.data.dataset, "torch": torch.__version__}
+        about = {"checkpoint": str(path), "step": meta.get("step"), "wing": self.wing}
+        about |= {"dataset": recipe.data.dataset, "torch": torch.__version__}
         about |= {"alpha": recipe.evaluation.alpha, "amp": recipe.run.amp, "seed": recipe.run.seed}
         found = (json.dumps(about | results.to_plain(), indent=2) + "\n").encode()
         if path == run.best and file == run.evaluation and self.wing != "frozen":

@@ -88,10 +88,11 @@ def _evaluations(lines: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, di
 
 def _evaluated(run: RunFolder) -> dict[str, float]:
     """What ``twins-fast eval`` found last about the best network, clean accuracy apart."""
+    found = run.read_evaluation()
     return {
-        f"{found['title']}, eps {fraction_of_255(found['eps'])}": found["accuracy"]
-        for found in run.read_evaluation().get("results", [])
-        if found["attack"] != "clean"
+        f"{one['title']}, {found['norm']} eps {fraction_of_255(one['eps'])}, {found['images']} images": one["accuracy"]
+        for one in found.get("results", [])
+        if one["attack"] != "clean"
     }
 
 

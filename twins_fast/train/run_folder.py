@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from twins_fast.checkpoints import write_atomically
+from twins_fast.checkpoints import read_meta, write_atomically
 from twins_fast.checkpoints.write import naming
 from twins_fast.train.recipe import Recipe, RecipeError
 
@@ -26,7 +26,8 @@ class RunFolder:
     per evaluation; ``last.safetensors`` everything to resume from; ``best.safetensors`` the network
     with the best robust accuracy; ``start.safetensors`` the weights before the first step;
     ``result.json`` the final figures; ``curves.png`` the picture; ``evaluation.jsonl`` what
-    ``twins-fast eval`` knows already, ``evaluation.json`` what it found last about the best network.
+    ``twins-fast eval`` knows already, ``evaluation.json`` what it found last about the best network;
+    ``tensorboard/``, ``wandb/`` and ``wandb.id`` are those of :mod:`twins_fast.train.trackers`.
     """
 
     def __init__(self, folder: str | Path):
@@ -127,8 +128,9 @@ class RunFolder:
         return _read_if_possible(self.result)
 
     def read_evaluation(self) -> dict:
-        """The content of ``evaluation.json``, likewise."""
-        return _read_if_possible(self.evaluated)
+        """The content of ``evaluation.json``, likewise; empty, too, if it is of an earlier best network."""
+        found = _read_if_possible(self.evaluated)
+        return found if self.best.exists() and found.get("step") == read_meta(self.best).get("step") else {}
 
     def read_metrics(self) -> list[dict]:
         """All lines; a last one that a kill cut short is left out.
@@ -183,9 +185,10 @@ def labelled(folders: Sequence[str]) -> dict[str, RunFolder]:
 
 def _read_if_possible(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_line(text: bytes) -> dict[str, Any]:

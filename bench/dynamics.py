@@ -117,6 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind (5)")
     rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error("needs at least one round")
     with tempfile.TemporaryDirectory() as folder:
         workloads = {name: measure(*what, rounds, Path(folder)) for name, what in WORKLOADS.items()}
     record = keep(RESULT, "dynamics", workloads=workloads)

@@ -768,3 +768,10 @@ def test_dynamics_are_added_up(tmp_path, monkeypatch):
     added = times["gradients"] + times["gradients looked at"] + times["measurement"] / row["every"]
     assert row["share"] == added / times["step"] > 0
     assert f"| small, batch 4 | {1e3 * times['step']:.0f} ms |" in dynamics.table({"small": row})
+
+
+def test_dynamics_need_a_round(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.dynamics", "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        dynamics.main()
+    assert "needs at least one round" in capsys.readouterr().err

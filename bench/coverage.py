@@ -38,7 +38,7 @@ WAYS = {  # name -> engine, type and layout of what is timed; the first one is w
 }
 COMPARED = ("autocast", "plan-bf16")  # whose memory is
 CHECKED, TIMED, REMEMBERED = 2, 8, 32  # images
-MOVED, STARTS = 2, 6  # starts that are moved by roundoff, for each start that is tried
+MOVED, STARTS = 1, 5  # starts that are moved by roundoff, for each start that is tried
 FEW, MANY, ROUNDS = 1, 3, 3  # steps of the two attacks whose difference is timed; turns of each
 SMALL = (32, 64, 96, 128, 160, 192)  # sides that are tried by --small
 EQUAL, ROUNDOFF_MULTIPLE, MOST = 1e-4, 3, 1e-2  # error of the gradient: allowed; as a multiple of roundoff; at most
@@ -130,7 +130,7 @@ def examine(zoo: str, name: str, depth: Depth) -> dict:
 def errors(program: Program, problem: Problem) -> dict[str, float]:
     """How far the plan's gradient is from the network's, what roundoff alone does, and what is allowed.
 
-    Where a ReLU's input is zero within roundoff the gradient jumps: of some starts, one where it does not.
+    Where a ReLU's input is zero within roundoff the gradient jumps; so these are medians over some starts.
     """
     found = []
     for seed in range(STARTS):
@@ -140,11 +140,9 @@ def errors(program: Program, problem: Problem) -> dict[str, float]:
         expected = gradient_of(own)
         roundoff = max(distance(other, expected) for other in moved_gradients(own))
         error = distance(planned_gradient(program, own), expected)
-        allowed = min(MOST, max(EQUAL, ROUNDOFF_MULTIPLE * roundoff))
-        found.append({"error": error, "roundoff": roundoff, "allowed": allowed})
-        if error <= allowed and roundoff <= EQUAL:
-            break
-    return min(found, key=lambda one: (one["error"] > one["allowed"], one["roundoff"]))
+        found.append((error, roundoff))
+    error, roundoff = torch.tensor(found).median(0).values.tolist()
+    return {"error": error, "roundoff": roundoff, "allowed": min(MOST, max(EQUAL, ROUNDOFF_MULTIPLE * roundoff))}
 
 
 def attack_of(model: nn.Module, way: str, steps: int) -> PGD:

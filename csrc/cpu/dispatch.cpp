@@ -265,7 +265,10 @@ Status Conv::pack(ConvPack args, int threads, const Conv* gradient, void* gradie
     return Status::kBadArgument;
   for (const ConvSource& source : sources_)
     if (source.ky >= args.kernel_h || source.kx >= args.kernel_w) return Status::kBadArgument;
-  const bool along = gradient && gradient_packed && unit_->packs_along(plan_, gradient->plan_);
+  if (gradient && args.transposed) return Status::kBadArgument;
+  const bool along = gradient && gradient_packed && gradient->unit_ == unit_ &&
+                     static_cast<int64_t>(taps_.size()) <= args.slices() &&
+                     unit_->packs_along(plan_, gradient->plan_);
   if (along) args.gradient = &gradient->plan_, args.gradient_packed = gradient_packed;
   std::unique_ptr<float[]> scratch(new (std::nothrow) float[unit_->pack_floats(plan_, args, threads)]);
   if (!scratch) return Status::kOutOfMemory;

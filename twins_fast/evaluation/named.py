@@ -181,9 +181,7 @@ class Part(Stage):
                 return images
             with random_numbers_restored():
                 made = self._made(network, threat, classes, images.device)
-                adversarial: Tensor = made.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[
-                    0
-                ]
+                adversarial, *_ = made.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))
             return adversarial
 
         return attack

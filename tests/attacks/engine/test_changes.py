@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -337,19 +338,21 @@ def test_averaged_models_are_planned():
 
 
 class Sparse(nn.Module):
-    """Has buffers of one number, by which it chooses what it does (MeanSparse, arXiv 2406.05927, is like this)."""
+    """Has buffers without dimensions, by which it chooses what it does (MeanSparse, arXiv 2406.05927, is like this)."""
 
     def __init__(self):
         super().__init__()
         self.body = small()
         self.register_buffer("updating", torch.tensor(0))
+        self.register_buffer("initialised", torch.tensor(True))
         self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("calls", torch.tensor(torch.nan))
         self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
 
     def forward(self, x):
         if self.updating:
             self.mean += x.mean((0, 2, 3), keepdim=True)[0]
-        if self.threshold != 0:
+        if self.initialised.item() and self.threshold != 0:
             x = torch.where((x - self.mean).abs() < self.threshold * self.mean, self.mean * torch.ones_like(x), x)
         return self.body(x)
 
@@ -358,14 +361,33 @@ def test_buffers_by_which_a_forward_chooses_are_looked_at(capfd):
     model, (x, y) = Sparse().eval(), data(4)
     names = list(model.state_dict())
     attack, found = PGD(model, engine="plan", **STEP), []
-    for threshold in (0, 0.5, 0.5, 0.2, 0):
+    for threshold in (torch.nan, torch.nan, 0, 0.5, 0.5, 0.2):
         model.threshold.fill_(threshold)
+        model.calls.add_(1)  # which it does not look at
         found.append(program_of(attack, x))
         assert_same_step(model, x, y)
-    assert found[1] is found[2] and found[0] is not found[1] is not found[3] is not found[4]
-    assert list(model.state_dict()) == names and "threshold" not in vars(model)
+    same = [before is after for before, after in itertools.pairwise(found)]
+    assert same == [True, False, False, True, False]
     model.updating.fill_(1)  # changes the model in its forward
-    with pytest.raises(RuntimeError, match="add_.* changes mean"):
-        attack(x, y)
-    assert list(model.state_dict()) == names
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="add_.* changes mean"):
+            attack(x, y)
+    model.updating.fill_(0)
+    assert_same_step(model, x, y)
+    assert list(model.state_dict()) == names and "threshold" not in vars(model)
     assert capfd.readouterr().err == ""
+
+
+def test_a_buffer_that_has_to_be_more_than_a_number():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small()
+            self.register_buffer("scale", torch.tensor(0.5))
+
+        def forward(self, x):
+            return self.body(x * self.scale.exp()) if self.scale > 0 else self.body(x)
+
+    model, (x, y) = Scaled().eval(), data(2)
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        PGD(model, engine="plan", **STEP)(x, y)

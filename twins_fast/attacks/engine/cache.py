@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twins_fast.attacks.engine.capture import capture, numbers_of
+from twins_fast.attacks.engine.capture import capture, values_of
 from twins_fast.attacks.engine.executors import executor_for
 from twins_fast.attacks.engine.function import Function
 from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
@@ -19,6 +19,7 @@ from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
 from twins_fast.attacks.engine.watch import Watch, obstacle
+from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 from twins_fast.ops.native import dtype_name
 from twins_fast.verdicts import PASSED, tell_once, verdict
@@ -36,7 +37,7 @@ class Known(NamedTuple):
 
     fingerprint: tuple | None
     program: Program | str
-    numbers: dict[str, float]
+    numbers: dict[str, str]
 
 
 _caches: OrderedDict[int, tuple[weakref.ref, PlanCache]] = OrderedDict()  # by id() of a module or a function
@@ -97,6 +98,7 @@ class PlanCache:
         if reason:
             return reason
         kind = (tuple(images.shape[1:]), dtype, images.device, output)
+        numbers: dict[str, str] = {}
         try:
             if self.watch.look(model):
                 self._obstacles.clear()
@@ -107,14 +109,14 @@ class PlanCache:
             if reason:
                 self._note(reason)
                 return reason
-            program, numbers = self._known(kind, model)
+            program, numbers = self._known(kind, model, images.device)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
                 if changes > RESTLESS:
                     self._note(RESTLESSNESS)
                     return RESTLESSNESS
                 self._plans.pop(kind, None)  # frees its memory before the new one takes some
-                program, numbers = self._build(model, images, dtype, output)
+                program = self._build(model, images, dtype, output, numbers)
             else:
                 self._changes[kind] = 0
             self._keep(kind, program, numbers)
@@ -129,7 +131,7 @@ class PlanCache:
             reason = str(error) if expected else f"planning failed: {in_one_line(error)}"
             if insist and not expected:
                 raise RuntimeError(f"engine='plan': {reason}") from error
-            self._keep(kind, reason, {})
+            self._keep(kind, reason, numbers)
             self._note(reason)
         return reason
 
@@ -156,16 +158,16 @@ class PlanCache:
                 if known.program is program:
                     self._plans[kind] = known._replace(program=reason)
 
-    def _known(self, kind: Kind, model: nn.Module) -> tuple[Program | str | None, dict[str, float]]:
+    def _known(self, kind: Kind, model: nn.Module, device: torch.device) -> tuple[Program | str | None, dict[str, str]]:
         """What is known for the model as it is, and for which numbers."""
         known = self._plans.get(kind)
         if known is None or known.fingerprint is not self.watch.fingerprint:
             return None, {}
-        if known.numbers and known.numbers != numbers_of(model):
+        if known.numbers and not capturing(device) and known.numbers != values_of(model, known.numbers):
             return None, {}
         return known.program, known.numbers
 
-    def _keep(self, kind: Kind, program: Program | str, numbers: dict[str, float]) -> None:
+    def _keep(self, kind: Kind, program: Program | str, numbers: dict[str, str]) -> None:
         self._plans[kind] = Known(self.watch.fingerprint, program, numbers)
         self._plans.move_to_end(kind)
         while len(self._plans) > KEPT_PLANS:
@@ -173,13 +175,13 @@ class PlanCache:
 
     @staticmethod
     def _build(
-        model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output
-    ) -> tuple[Program, dict[str, float]]:
+        model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output, numbers: dict[str, str]
+    ) -> Program:
         shape = tuple(images.shape[1:])
-        nodes, numbers = capture(model, shape, images.device, output)
+        nodes = capture(model, shape, images.device, output, numbers)
         program = Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
         program.output = output
-        return program, numbers
+        return program
 
 
 def _reservation(device: torch.device, dtype: torch.dtype) -> str:

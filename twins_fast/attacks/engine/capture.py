@@ -11,14 +11,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from twins_fast.attacks.engine.derivatives import differentiable_functions, without_own_backward
@@ -62,28 +61,37 @@ _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._a
 
 
 def capture(
-    model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output = None
-) -> tuple[list[Node], dict[str, float]]:
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    output: Output = None,
+    numbers: dict[str, str] | None = None,
+) -> list[Node]:
     """The nodes of ``model`` in eval mode for float32 images [N, *shape], N >= 2; the last one gives the logits.
 
     Args:
         output: which of its results those are.
-
-    Returns:
-        The nodes, and the numbers that they are for: values of buffers by which the forward may choose what it does.
+        numbers: gets the values of buffers by which the forward may choose what it does, which the result, or the
+            refusal, is for; see :func:`values_of`.
 
     Raises:
         NotCaptured: control flow that depends on values or on N, operations that change the model or draw random
             numbers, backward passes of the model's own, something other than logits [N, classes].
     """
     try:
-        return _nodes(model, shape, device, output), {}
-    except DependsOnValues:
-        numbers = numbers_of(model)
-        if not numbers:
+        return _nodes(model, shape, device, output)
+    except DependsOnValues as first:
+        read: set[str] = set()
+        try:
+            with _as_numbers(model, read):
+                return _nodes(model, shape, device, output)
+        except NotCaptured as error:
+            if isinstance(error.__cause__, (AttributeError, TypeError)):  # a number will not do
+                raise first from error
             raise
-        with _as_numbers(model, numbers):
-            return _nodes(model, shape, device, output), numbers
+        finally:
+            if numbers is not None:
+                numbers |= values_of(model, sorted(read))
 
 
 def _nodes(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output) -> list[Node]:
@@ -112,27 +120,54 @@ class DependsOnValues(NotCaptured):
     """What the model does depends on values of tensors."""
 
 
-def numbers_of(model: nn.Module) -> dict[str, float]:
-    """The buffers of one number, but for what normalisations count."""
-    own = [(name, module) for name, module in model.named_modules() if not isinstance(module, _NormBase)]
-    buffers = {f"{name}.{key}".lstrip("."): t for name, module in own for key, t in module._buffers.items()}
-    found = {name: t.detach() for name, t in buffers.items() if t is not None and t.dim() == 0 and not t.is_meta}
-    return dict(zip(found, torch.stack([t.double() for t in found.values()]).tolist(), strict=True)) if found else {}
+def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of buffers without dimensions, in a form in which NaN is equal to itself; nothing if one is gone."""
+    found = {name: tensor_of(model, name) for name in names}
+    tensors = [t.detach().double() for t in found.values() if t is not None and t.dim() == 0]
+    if not tensors or len(tensors) < len(found):
+        return {}
+    return dict(zip(found, map(repr, torch.stack(tensors).tolist()), strict=True))
+
+
+class _Integer(int):
+    """As a buffer without dimensions gives it."""
+
+    def item(self) -> int:
+        return int(self)
+
+
+class _Float(float):
+    """As a buffer without dimensions gives it."""
+
+    def item(self) -> float:
+        return float(self)
 
 
 @contextmanager
-def _as_numbers(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Have these buffers be Python's numbers, which a forward may look at."""
-    owners = [(model.get_submodule(owner), key) for owner, _, key in (name.rpartition(".") for name in names)]
-    tensors = [module._buffers[key] for module, key in owners]
-    try:
-        for (module, key), tensor in zip(owners, tensors, strict=True):
-            module._buffers[key], vars(module)[key] = None, tensor.item()
+def _as_numbers(model: nn.Module, read: set[str]) -> Iterator[None]:
+    """Have the buffers without dimensions be Python's numbers; ``read`` gets the names of those that are read."""
+    own = [(name, m) for name, m in model.named_modules() if not type(m).__module__.startswith("torch.")]
+    found = [(name, m, key) for name, m in own for key, t in m._buffers.items() if t is not None and t.dim() == 0]
+    numbers = {  # an export stands proxies in for modules, which share their buffers
+        (id(m._buffers), key): (
+            f"{name}.{key}".lstrip("."),
+            (_Float if m._buffers[key].is_floating_point() else _Integer)(m._buffers[key]),
+        )
+        for name, m, key in found
+    }
+    thread = threading.get_ident()
+
+    def look_up(key: str, module: nn.Module) -> Any:
+        known = numbers.get((id(module._buffers), key))
+        if known is None or threading.get_ident() != thread:
+            return module._buffers[key]
+        read.add(known[0])
+        return known[1]
+
+    with ExitStack() as stack:
+        for kind, key in {(type(m), key) for _, m, key in found}:
+            stack.enter_context(mock.patch.object(kind, key, property(functools.partial(look_up, key)), create=True))
         yield
-    finally:
-        for (module, key), tensor in zip(owners, tensors, strict=True):
-            vars(module).pop(key, None)
-            module._buffers[key] = tensor
 
 
 def _exported(

@@ -8,8 +8,8 @@
 #include <numeric>
 #include <type_traits>
 
+#include "cpu/conv_unit.h"
 #include "cpu/epilogue.h"
-#include "cpu/kernels.h"
 #include "cpu/product.h"
 
 namespace twins_fast {
@@ -249,41 +249,25 @@ struct Direct {
   }
 };
 
-// Calls f with the kernel of the plan.
-template <class F>
-auto with_kernel(const ConvPlan& plan, F&& f) {
-  const auto with_type = [&](auto type) {
-    using T = decltype(type);
-    if (plan.out_channels == 1) return f(Direct<T, OwnChannels<T>>{plan});
-    if (plan.in_channels == plan.out_channels && plan.out_channels < kLanes)
-      return f(Direct<T, GroupChannels<T>>{plan});
-    return f(Direct<T, SharedChannels<T>>{plan});
-  };
-  switch (plan.dtype) {
-    case DType::kBFloat16: return with_type(BFloat16{});
-    case DType::kFloat16: return with_type(Float16{});
-    default: return with_type(float{});
+struct Kernels {
+  template <class F>
+  static auto choose(const ConvPlan& plan, F&& f) {
+    return with_type(plan, [&](auto type) {
+      using T = decltype(type);
+      if (plan.out_channels == 1) return f(Direct<T, OwnChannels<T>>{plan});
+      if (plan.in_channels == plan.out_channels && plan.out_channels < kLanes)
+        return f(Direct<T, GroupChannels<T>>{plan});
+      return f(Direct<T, SharedChannels<T>>{plan});
+    });
   }
-}
-
-int64_t packed_bytes(const ConvPlan& plan) {
-  return with_kernel(plan, [](const auto& kernel) { return 4 * kernel.packed_floats(); });
-}
-
-int64_t workspace_bytes(const ConvPlan& plan, int threads) {
-  return with_kernel(plan, [=](const auto& kernel) { return 64 + 4 * threads * kernel.floats_per_thread(); });
-}
+};
 
 bool packs_along(const ConvPlan&, const ConvPlan&) { return false; }
 
 int64_t pack_floats(const ConvPlan&, const ConvPack&, int) { return 0; }
 
 void pack(const ConvPlan& plan, const ConvPack& args, float*, int threads) {
-  with_kernel(plan, [&](const auto& kernel) { kernel.pack(args, threads); });
-}
-
-void run(const ConvPlan& plan, const ConvRun& args, int threads) {
-  with_kernel(plan, [&](const auto& kernel) { kernel.run(args, threads); });
+  Kernels::choose(plan, [&](const auto& kernel) { kernel.pack(args, threads); });
 }
 
 }  // namespace
@@ -291,7 +275,8 @@ void run(const ConvPlan& plan, const ConvRun& args, int threads) {
 namespace TWINS_FAST_ISA {
 
 extern const ConvUnit direct;
-const ConvUnit direct = {packed_bytes, workspace_bytes, packs_along, pack_floats, pack, run};
+using Unit = Entries<Kernels>;
+const ConvUnit direct = {Unit::packed_bytes, Unit::workspace_bytes, packs_along, pack_floats, pack, Unit::run};
 
 }  // namespace TWINS_FAST_ISA
 }  // namespace twins_fast

@@ -28,25 +28,17 @@ struct Gemm {
     int64_t pixel;  // of the output
   };
 
-  Right right(const ConvPhase& phase) const {
-    return {phase.taps * plan.in_channels, plan.out_channels, Compute::kDepth};
-  }
-
   static int64_t tiles_of_block(const Right& right) {
     const int64_t fit = kBlockBytes / (4 * kTile * kLine) / std::max<int64_t>(1, right.lines());
     return std::clamp<int64_t>(fit, 1, kMostTiles);
   }
 
-  int64_t packed_floats() const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < plan.phase_count; ++i) total += right(plan.phases[i]).floats();
-    return total;
-  }
+  int64_t packed_floats() const { return floats_of_weights(plan); }
 
   int64_t floats_per_thread() const {
     int64_t most = 0;
     for (int64_t i = 0; i < plan.phase_count; ++i) {
-      const Right matrix = right(plan.phases[i]);
+      const Right matrix = weights_of(plan, plan.phases[i]);
       most = std::max(most, tiles_of_block(matrix) * matrix.lines() * kTile * kLine);
     }
     return most;
@@ -60,7 +52,7 @@ struct Gemm {
       const float* packed = static_cast<const float*>(args.packed);
       for (int64_t i = 0; i < plan.phase_count; ++i) {
         const ConvPhase& phase = plan.phases[i];
-        const Right matrix = right(phase);
+        const Right matrix = weights_of(plan, phase);
         const auto [rows, panels] = divide(args.images * phase.rows * phase.columns, matrix.panels(), thread, team);
         run_phase(args, phase, matrix, rows, panels, packed, workspace + thread * floats, epilogue);
         packed += matrix.floats();

@@ -105,8 +105,6 @@ struct MatrixUnit {
     }
   };
 
-  Right right(const ConvPhase& phase) const { return {depth_of(plan, phase), plan.out_channels, 2}; }
-
   // Of images that are copied, in lots of one.
   Layout layout(const ConvPhase& phase) const {
     Layout l{phase, {plan.in_step_y, phase.rows, plan.in_h}, {plan.in_step_x, phase.columns, plan.in_w}, 1, 0, false};
@@ -141,11 +139,7 @@ struct MatrixUnit {
     return best;
   }
 
-  int64_t packed_floats() const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < plan.phase_count; ++i) total += right(plan.phases[i]).floats();
-    return total;
-  }
+  int64_t packed_floats() const { return floats_of_weights(plan); }
 
   int64_t floats_per_thread() const {
     int64_t most = 0;
@@ -167,7 +161,7 @@ struct MatrixUnit {
       const float* packed = static_cast<const float*>(args.packed);
       for (int64_t i = 0; i < plan.phase_count; ++i) {
         const ConvPhase& phase = plan.phases[i];
-        const Right matrix = right(phase);
+        const Right matrix = weights_of(plan, phase);
         if (phase.rows * phase.columns)
           Share{*this, args, layout(phase, args.images), matrix, epilogue, packed, workspace + thread * floats}.run(
               thread, team);

@@ -41,7 +41,7 @@ Place place_of(const ConvSource& source, const ConvPlan& plan) {
       const ConvSource& own = plan.sources[tap.first_source];
       if (tap.sources == 1 && own.ky == source.ky && own.kx == source.kx) return {phase, t, floats};
     }
-    floats += Right(depth_of(plan, *phase), plan.out_channels, 2).floats();
+    floats += weights_of(plan, *phase).floats();
   }
   return {};
 }
@@ -135,7 +135,7 @@ struct Pack {
     const bool whole_lines = by_matrix_unit(plan), whole_steps = whole_lines || plan.in_channels % Compute::kDepth == 0;
     for (int64_t i = 0; i < plan.phase_count; ++i) {
       const ConvPhase& phase = plan.phases[i];
-      const Right matrix(depth_of(plan, phase), plan.out_channels, Compute::kDepth);
+      const Right matrix = weights_of(plan, phase);
       float* to = packed + matrix.offset(panel);
       const int64_t stride = vectors * kLanes;
       packed += matrix.floats();
@@ -179,7 +179,7 @@ struct Pack {
     const ConvPlan& gradient = *args.gradient;
     for (int64_t t = 0; t < plan.phases->taps; ++t) {
       const Place place = place_of(plan.sources[plan.taps[t].first_source], gradient);
-      const Right matrix(depth_of(gradient, *place.phase), gradient.out_channels, 2);
+      const Right matrix = weights_of(gradient, *place.phase);
       float* packed = static_cast<float*>(args.gradient_packed) + place.floats +
                       order_of(gradient, *place.phase, place.tap, panel * kPanel) / 2 * kPanel;
       for (int64_t c = channels.begin; c < channels.end; c += kPanel, kept += kLine * kPanel) {

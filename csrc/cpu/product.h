@@ -212,6 +212,18 @@ struct Right {
   }
 };
 
+// The packed weights of a phase, and of all.
+Right weights_of(const ConvPlan& plan, const ConvPhase& phase) {
+  const int depth = plan.dtype == DType::kBFloat16 ? ComputeOf<BFloat16>::kDepth : Singles::kDepth;
+  return {depth_of(plan, phase), plan.out_channels, depth};
+}
+
+int64_t floats_of_weights(const ConvPlan& plan) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < plan.phase_count; ++i) total += weights_of(plan, plan.phases[i]).floats();
+  return total;
+}
+
 // Rows and panels of a product that are one thread's: rows alone are divided while there are many, since each division
 // of the panels repeats the preparation of the left side. That of a panel takes as long as some rows, if not prepared.
 // Fewer than `few` rows take as long as these.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from bench.harness import RESULTS, keep, spread
 from twins_fast import PGD, TrainingStep
@@ -54,8 +54,9 @@ def measure(arch: str, batch: int, side: int, amp: str, rounds: int, folder: Pat
     watch, every = Watch(), Log().dynamics
     torch.manual_seed(0)
     images, labels = torch.rand(batch, 3, side, side), torch.arange(batch) % 5
-    method = TwinsAT()
-    model = method.prepare(_calibrated(build_model(arch, 5), images)).train()
+    method, model = TwinsAT(), build_model(arch, 5)
+    update_bn([images], model)  # without any statistics deep networks overflow in evaluation mode
+    model = method.prepare(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     dtype = AMP_DTYPES[amp]
     attack = PGD(model, amp_dtype=dtype)
@@ -84,19 +85,6 @@ def measure(arch: str, batch: int, side: int, amp: str, rounds: int, folder: Pat
     middle = {name: statistics.median(seconds) for name, seconds in watch.seconds.items()}
     added = middle["gradients"] + middle["gradients looked at"] + middle["measurement"] / every
     return {"batch": batch, "amp": amp, "every": every, "times": times, "share": added / middle["step"]}
-
-
-def _calibrated(model: nn.Module, images: Tensor) -> nn.Module:
-    """With running statistics of these images: without any, deep networks overflow in evaluation mode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model
 
 
 def table(workloads: dict[str, dict[str, Any]]) -> str:

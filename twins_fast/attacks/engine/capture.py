@@ -61,11 +61,7 @@ _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._a
 
 
 def capture(
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    output: Output = None,
-    numbers: dict[str, str] | None = None,
+    model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output, numbers: dict[str, str]
 ) -> list[Node]:
     """The nodes of ``model`` in eval mode for float32 images [N, *shape], N >= 2; the last one gives the logits.
 
@@ -90,8 +86,7 @@ def capture(
                 raise first from error
             raise
         finally:
-            if numbers is not None:
-                numbers |= values_of(model, sorted(read))
+            numbers |= values_of(model, sorted(read))
 
 
 def _nodes(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output) -> list[Node]:

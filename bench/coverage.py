@@ -128,19 +128,19 @@ def examine(zoo: str, name: str, depth: Depth) -> dict:
 
 
 def errors(program: Program, problem: Problem) -> dict[str, float]:
-    """How far the plan's gradient is from the network's, what roundoff alone does, and what is allowed.
+    """How far the plan's gradient is from the exact one, how far the network's own are, and what is allowed.
 
-    Where a ReLU's input is zero within roundoff the gradient jumps; so these are medians over some starts.
+    Exact is float64; the network's own are those of both memory layouts, and after roundoff in the images. Where a
+    ReLU's input is zero within roundoff the gradient jumps; so these are medians over some starts.
     """
-    found = []
+    exact, found = own_copy(problem.model, torch.contiguous_format).double(), []
     for seed in range(STARTS):
         generator = torch.Generator().manual_seed(seed)
         start = problem.images + torch.empty_like(problem.images).uniform_(-EPS, EPS, generator=generator)
         own = replace(problem, start=start.clamp_(0, 1))
-        expected = gradient_of(own)
-        roundoff = max(distance(other, expected) for other in moved_gradients(own))
-        error = distance(planned_gradient(program, own), expected)
-        found.append((error, roundoff))
+        expected = gradient_of(replace(own, model=exact, start=own.start.double()))
+        roundoff = max(distance(other.double(), expected) for other in gradients_of(own))
+        found.append((distance(planned_gradient(program, own).double(), expected), roundoff))
     error, roundoff = torch.tensor(found).median(0).values.tolist()
     return {"error": error, "roundoff": roundoff, "allowed": min(MOST, max(EQUAL, ROUNDOFF_MULTIPLE * roundoff))}
 
@@ -159,8 +159,9 @@ def gradient_of(problem: Problem, start: Tensor | None = None) -> Tensor:
     return gradient
 
 
-def moved_gradients(problem: Problem) -> Iterator[Tensor]:
-    """The same after what roundoff does: another memory layout, and a start moved by as much."""
+def gradients_of(problem: Problem) -> Iterator[Tensor]:
+    """In both memory layouts, and from a start moved by as much as roundoff does."""
+    yield gradient_of(problem)
     yield gradient_of(problem, problem.start.contiguous(memory_format=torch.channels_last))
     for start in moved(problem.start, MOVED):
         yield gradient_of(problem, start)

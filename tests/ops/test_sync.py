@@ -1,10 +1,7 @@
 """Batch statistics over two processes (gloo) against one batch that holds the rows of both."""
 
 import copy
-import datetime
 import itertools
-import multiprocessing
-import os
 import pickle
 
 import pytest
@@ -16,6 +13,7 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.two_processes import run_two
 from twins_fast import (
     TwinBatchNorm2d,
     convert_sync_twin_bn,
@@ -30,7 +28,6 @@ from twins_fast.models import CifarResNet
 from twins_fast.nn import TwinBatchNormAct2d
 from twins_fast.ops import backend, native, oracle
 
-SECONDS = 120  # a hang is a failure
 KERNELS = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float64)]
 if native._C is not None:
     KERNELS += [("cpp", torch.float32), ("cpp", torch.bfloat16)]
@@ -206,34 +203,6 @@ def one_raises(rank):
         return type(error).__name__, str(error)
 
 
-def process(rank, jobs, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=SECONDS // 4)
-    )
-    torch.save({job.__name__: job(rank) for job in jobs}, folder / f"{rank}.pt")
-    if jobs == [one_raises]:
-        os._exit(0)  # gloo may abort while it takes a broken connection down
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_two(jobs, folder):
-    """What each job returned in each of two processes."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=process, args=(rank, jobs, folder)) for rank in range(2)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(SECONDS)
-    hung = [each for each in processes if each.is_alive()]
-    for each in hung:
-        each.kill()
-    assert not hung, "a process hangs"
-    assert [each.exitcode for each in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     first, second = run_two(JOBS, tmp_path_factory.mktemp("two"))
@@ -322,9 +291,9 @@ def test_data_parallel_training_is_training_on_one_batch(both, fused):
 
 
 def test_one_process_that_raises(tmp_path):
-    first, second = (each["one_raises"] for each in run_two([one_raises], tmp_path))
+    first, second = (each["one_raises"] for each in run_two([one_raises], tmp_path, may_break=True))
     assert second == ("ValueError", "x must not be empty, got shape (0, 3, 2, 2)")
-    assert first[0].endswith("Error")
+    assert first[0] == "ProcessLost"
 
 
 # In one process, without torch.distributed.

@@ -26,7 +26,7 @@ def test_names_are_checked(capsys):
     assert "unknown arch 'resnet51'" in refused(capsys, "train", "--recipe", "mini", "--arch", "resnet51")
     assert "--recipe or --config is needed" in refused(capsys, "train")
     assert "Unrecognized options: --lrate" in refused(capsys, "train", "--recipe", "mini", "--lrate", "1")
-    assert "unknown command 'trian'; choose from train, eval" in refused(capsys, "trian")
+    assert "unknown command 'trian'; choose from train, sweep, eval" in refused(capsys, "trian")
 
 
 def test_values_are_checked(capsys):
@@ -65,7 +65,7 @@ def test_help_has_a_sentence_for_every_field(capsys):
         "--eps N/255, --attack.eps N/255 Radius of the ball. (default: 8/255)",
         "--amp {none,bf16,fp16}, --run.amp {none,bf16,fp16} Half-precision dtype of autocast. (default: none)",
         "--method.beta FLOAT Weight of the KL term. (default: 6.0)",
-        "--data.dataset {cifar10,cifar100,caltech256,folder,npz,embedded} Which images;",
+        "--data.dataset {aircraft,caltech101,",
     ):
         assert words in text
 

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
-from twins_fast.train import datasets
 from twins_fast.train.datasets import CIFAR10_CLASSES, DataError, load_datasets
 from twins_fast.train.loaders import loaders
 from twins_fast.train.recipes import TARGET_CLASSES
@@ -39,41 +37,6 @@ def test_image_folder_is_cropped_to_224(tmp_path):
         images, labels = next(iter(loader))
         assert images.shape == (4, 3, 224, 224)
         torch.testing.assert_close(images[:, 0, 112, 112], (40 + 100 * labels) / 255)
-
-
-def test_torchvision_cifar10_is_read_from_its_own_files(tmp_path):
-    """Files in torchvision's format; the checksums of the real ones are switched off."""
-    import pickle
-
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        entry = {"data": generator.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-        patch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: None)
-        train, test, classes = load_datasets("cifar10", tmp_path)
-    assert classes == CIFAR10_CLASSES and (len(train), len(test)) == (50, 10)
-    images, _ = next(iter(loaders(train, test, batch_size=8).train))
-    assert images.shape == (8, 3, 32, 32)
-
-
-def test_caltech_split_takes_sixty_of_each_class_for_training(monkeypatch, tmp_path):
-    class Whole(torch.utils.data.Dataset):
-        y = [0] * 70 + [1] * 90
-        categories = ["a", "b"]
-
-        def __len__(self):
-            return len(self.y)
-
-    monkeypatch.setattr(datasets, "_downloaded", lambda *_, **__: Whole())
-    train, test, classes = load_datasets("caltech256", tmp_path)
-    assert classes == ("a", "b")
-    assert np.bincount([Whole.y[i] for i in train.indices]).tolist() == [60, 60]
-    assert sorted([*train.indices, *test.indices]) == list(range(160))
 
 
 def write_npz(path, **arrays):
@@ -169,12 +132,3 @@ def test_truncated_npz_is_a_clear_error(npz):
     npz.write_bytes(npz.read_bytes()[:20_000])
     with pytest.raises(DataError, match="cannot read"):
         load_datasets("npz", npz)
-
-
-def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "__init__", refuse)
-    with pytest.raises(DataError, match="CIFAR100 is not in .* could not be downloaded .no network.; put"):
-        load_datasets("cifar100", tmp_path)

@@ -81,7 +81,7 @@ def test_files_that_are_no_recipes(tmp_path):
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
-        (Data, {"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from caltech256"),
+        (Data, {"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from aircraft"),
         (Data, {"dataset": "npz", "batch_size": 1}, "batch_size must be at least 2, got 1"),
         (Data, {"dataset": "npz", "classes": ["cat"]}, "classes must be a list .in Python a tuple., got"),
         (Network, {"arch": "resnet51"}, "unknown arch 'resnet51'"),

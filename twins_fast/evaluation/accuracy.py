@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from twins_fast.deferred import raise_found
 from twins_fast.evaluation.judge import right
 from twins_fast.nn import wings
 from twins_fast.nn.modes import in_mode
+from twins_fast.ops.group import Group, member, together
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     wing: str | None = None,
+    process_group: Group = None,
 ) -> Accuracy:
     """Clean and robust accuracy in eval mode; every module's train/eval flag is put back.
 
@@ -39,6 +42,8 @@ def evaluate(
         batches: of images float32 [N, C, H, W] in [0, 1] and labels int64 [N].
         attack: ``(images, labels) -> adversarial images``, of this model, on ``device``.
         wing: ``"adaptive"`` (what None means too) or ``"frozen"``, for a model with two-wing layers.
+        process_group: processes that measure batches of their own, perhaps none, and count together; None for this
+            process alone.
 
     Raises:
         ValueError: no images.
@@ -53,6 +58,11 @@ def evaluate(
             robust += int(right(model, adversarial, labels).sum())
             raise_found()  # the batch has been waited for
             total += len(labels)
+    if process_group is not None:
+        counts = torch.tensor([clean, robust, total], device=device)
+        with together():
+            dist.all_reduce(counts, group=member(process_group))
+        clean, robust, total = counts.tolist()
     if total == 0:
         raise ValueError("there are no test images to evaluate on")
     return Accuracy(clean / total, robust / total, total)

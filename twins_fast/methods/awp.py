@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
-def perturb_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Callable[[], None]:
+def perturb_weights(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    gamma: float,
+    average: Callable[[list[Tensor]], None] = lambda gradients: None,
+) -> Callable[[], None]:
     """Move every weight w by gamma * ||w|| * g / ||g||, g being its gradient of the loss (Wu et al., NeurIPS 2020).
 
     As in the authors' code: layer by layer, tensors of one dimension left out, and running statistics see nothing of
@@ -18,6 +23,7 @@ def perturb_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) 
         model: whose trained weights move, in place.
         loss: of one forward pass; its scale does not matter.
         gamma: relative length.
+        average: makes the gradients, in place, those of all processes.
 
     Returns:
         a function that puts the weights back, to the last bit.
@@ -27,6 +33,7 @@ def perturb_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) 
     statistics = [buffer.clone() for buffer in buffers]
     gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
     before = [weight.detach().clone() for weight in weights]
+    average([gradient for gradient in gradients if gradient is not None])
     with torch.no_grad():
         for buffer, value in zip(buffers, statistics, strict=True):
             buffer.copy_(value)

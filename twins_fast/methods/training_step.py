@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from twins_fast.attacks import PGD
@@ -22,7 +23,7 @@ from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
 from twins_fast.nn.wings import twin_layers
-from twins_fast.ops.group import world_size
+from twins_fast.ops.group import Group, all_true, average_, world_size
 from twins_fast.validation import check_amp_dtype, check_choice, check_not_negative, checked_logits
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -54,6 +55,11 @@ class TrainingStep:
         label_smoothing: part of each label, in [0, 1), that the loss spreads over all classes; the attack does not.
         gradient_norms: whether the metrics hold ``gradient_norms``, of each parameter's gradient of the loss, in the
             order of the optimiser, [parameters]; 0 where there is no gradient.
+        process_group: processes that train copies of one network, each on its part of the batch, all parts of one
+            size: a ``torch.distributed`` group, ``"world"`` for the default one, or None for this process alone.
+            Gradients and running statistics are those of all of them on average, and a loss that is not finite in one
+            of them stops the step in all. The attack needs nobody else. Batch statistics stay those of each process's
+            rows (:func:`twins_fast.convert_sync_twin_bn` shares them). The metrics are those of this process.
 
     Attributes:
         reason: why the last step ran without a graph; empty if there is one for the next of its kind.
@@ -71,6 +77,7 @@ class TrainingStep:
         awp: float = 0.0,
         label_smoothing: float = 0.0,
         gradient_norms: bool = False,
+        process_group: Group = None,
     ):
         if isinstance(method, str):
             check_choice("method", method, METHODS)
@@ -89,6 +96,7 @@ class TrainingStep:
         self.awp = awp
         self.label_smoothing = label_smoothing
         self.gradient_norms = gradient_norms
+        self.process_group = process_group if process_group is None or world_size(process_group) > 1 else None
         self.reason = "there has been no step"
         self._graphs: cuda_graph.Graphs | None = None
         self._watch = Watch()
@@ -143,11 +151,12 @@ class TrainingStep:
 
             restore = _nothing
             if self.awp:
-                restore = perturb_weights(model, lambda: self.scaler.scale(forward()[-1]), self.awp)
+                restore = perturb_weights(model, lambda: self.scaler.scale(forward()[-1]), self.awp, self._average)
             try:
                 logits, targets, loss = forward()
                 metrics = {"loss": loss.detach(), **method.metrics(logits, targets)}
                 good = self._backward(loss, rates)
+                self._average(self._shared())
                 if self.gradient_norms:
                     metrics["gradient_norms"] = self._norms_of_gradients(loss)
             finally:
@@ -204,11 +213,26 @@ class TrainingStep:
     def _backward(self, loss: Tensor, rates: tuple[Tensor, ...]) -> Tensor:
         """The backward pass, unless the host knows that the loss is not finite; returns whether it is, []."""
         good = loss.detach().isfinite()
+        if self.process_group is not None:
+            good = all_true(good, self.process_group)
         if self.scaler.is_enabled():  # it skips the step for gradients that are not finite, as this makes them all
             loss = loss * (0 * loss.detach() + 1)  # 1, or NaN where the loss is not finite
         if rates or good:
             self.scaler.scale(loss).backward()
         return good
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Over all processes, in place."""
+        if self.process_group is not None:
+            average_(tensors, self.process_group)
+
+    def _shared(self) -> list[Tensor]:
+        """Gradients, none after a loss that was not finite, and running statistics."""
+        if self.process_group is None:
+            return []
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return gradients + running_statistics(self.model)
 
     def _norms_of_gradients(self, loss: Tensor) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -235,6 +259,8 @@ class TrainingStep:
         """Why a step on images like these cannot be captured; empty if it can, as far as is known."""
         if self.method.needs_source:
             return f"method {self.method.name!r} attacks a second batch"
+        if self.process_group is not None:
+            return "gradients come from several processes"
         if not has_graphs(images.device):
             return f"the images are on a {images.device.type}"
         if self.attack is not None and self._own_attack() is None:
@@ -270,6 +296,13 @@ class TrainingStep:
         )
         about = (self.method, self.amp_dtype, self.awp, self.label_smoothing, self.gradient_norms)
         return *about, options, scaling, self._watch.changes, trained, modes, state, groups
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Means and variances that the batch norms of a network in train mode have just updated."""
+    frozen = {layer.main_bn for layer in twin_layers(model)}
+    norms = [m for m in modules_of(model) if isinstance(m, _BatchNorm) and m.training and m not in frozen]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twins_fast.ops import backend, layout, phases
-from twins_fast.ops.group import member, world_size
+from twins_fast.ops.group import member, together, world_size
 from twins_fast.ops.wing import Wing, wings_of
 
 
@@ -35,7 +35,8 @@ def _gather_statistics(x, split, adaptive, momentum, eps, name, group) -> tuple[
     # float64 holds every count; one tensor makes one collective.
     sent = torch.cat([moments.double().flatten(), moments.new_full((1,), count, dtype=torch.float64)])
     received = sent.new_empty(world_size(group), sent.numel())
-    dist.all_gather(list(received), sent, group=member(group))
+    with together():
+        dist.all_gather(list(received), sent, group=member(group))
     counts = received[:, -1]
     if count < 2:  # else there are two, and the device need not be waited for
         total = int(counts.sum())
@@ -71,7 +72,8 @@ class _TwinBatchNorm(torch.autograd.Function):
         sums = kernel.sums(dy, x, bits, split, frozen, stats)
         shared = sums[2:].clone()
         # On every process, whatever it wants itself: the others wait for its sums.
-        dist.all_reduce(shared, group=member(ctx.group))
+        with together():
+            dist.all_reduce(shared, group=member(ctx.group))
         need_x, need_residual = ctx.needs_input_grad[:2]
         wanted = [need_x, need_residual and ctx.relu]
         dx, dresidual, dfw, dfb = None, dy, None, None

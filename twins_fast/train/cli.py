@@ -16,6 +16,7 @@ from twins_fast import __version__
 
 COMMANDS = {
     "train": "fine-tune a network by a recipe; every field of the recipe can be overridden",
+    "sweep": "train many settings and seeds of a recipe, choose by validation, and measure what was chosen",
     "eval": "measure a network clean and under attack; what is not said is as in the run, or in the recipe",
     "plot": "draw what runs have recorded, one or several of them in one picture",
     "compare": "print a table of what several runs reached, and of what is different in their recipes",
@@ -76,15 +77,26 @@ def _parse(argv: list[str]):
     import tyro
     from tyro.conf import subcommand
 
-    from twins_fast.train.commands import Compare, Convert, Eval, Info, Plot, Pretrain, PrintRecipe, Qualify, Train
+    from twins_fast.train.commands import (
+        Compare,
+        Convert,
+        Eval,
+        Info,
+        Plot,
+        Pretrain,
+        PrintRecipe,
+        Qualify,
+        Sweep,
+        Train,
+    )
 
-    recipe = _base_recipe(argv if argv[0] == "train" else ())
-    train = Train[type(recipe.method)]
-    kinds = (train, Eval, Plot, Compare, PrintRecipe, Pretrain, Convert, Qualify, Info)
+    recipe = _base_recipe(argv if argv[0] in ("train", "sweep") else ())
+    train, sweep = (kind[type(recipe.method)] for kind in (Train, Sweep))
+    kinds = (train, sweep, Eval, Plot, Compare, PrintRecipe, Pretrain, Convert, Qualify, Info)
     commands = tuple(
         Annotated[
             kind,
-            subcommand(name, description=sentence, **({"default": train(recipe)} if kind is train else {})),
+            subcommand(name, description=sentence, **({"default": kind(recipe)} if kind in (train, sweep) else {})),
         ]
         for (name, sentence), kind in zip(COMMANDS.items(), kinds, strict=True)
     )

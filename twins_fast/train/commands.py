@@ -39,17 +39,21 @@ from twins_fast.train.comparison import compared, comparison_csv, comparison_tab
 from twins_fast.train.config_file import read_recipe, recipe_as_toml
 from twins_fast.train.curves import draw_runs
 from twins_fast.train.datasets import DataError
-from twins_fast.train.field_types import Names, OptionalPixels, SeveralPixels
+from twins_fast.train.field_types import Integers, Names, OptionalPixels, SeveralPixels
 from twins_fast.train.info import print_info
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.pictures import FORMATS
 from twins_fast.train.plots import draw_changes, draw_robustness
 from twins_fast.train.pretrain import pretrain
+from twins_fast.train.processes import ALONE, Processes, joined
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import AMP, M, Recipe, RecipeError
 from twins_fast.train.recipes import RECIPES, get_recipe
 from twins_fast.train.run import data_loaders, run_with_baselines
-from twins_fast.train.run_folder import RunFolder, labelled
+from twins_fast.train.run_folder import RunError, RunFolder, labelled
+from twins_fast.train.settings import axis_of, settings_of
+from twins_fast.train.sweep import members_of, run_sweep
+from twins_fast.train.sweep_results import chosen, rows_of, test_table, validation_table
 from twins_fast.train.tables import result_table
 
 
@@ -95,16 +99,86 @@ class Train(Generic[M]):
             data_root = data_root or own_root
         elif not (self.recipe or self.config):
             raise RecipeError(f"--recipe or --config is needed; choose from {', '.join(RECIPES)}")
-        _qualify_first(self.device, self.qualify)
-        folder = Path(folder or f"runs/{recipe.name}-{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with joined(self.device) as processes:
+            _qualify_first(self.device, self.qualify, processes)
+            named = f"runs/{recipe.name}-{recipe.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = Path(processes.of_first(folder or named))
+            resume = bool(self.resume)
+            try:
+                results = run_with_baselines(recipe, folder, data_root, self.device, resume=resume, processes=processes)
+            except KeyboardInterrupt:
+                if RunFolder(folder).exists():
+                    raise KeyboardInterrupt(f"twins-fast train --resume {folder} resumes") from None
+                raise
+        if processes.is_first:
+            print(result_table(results))
+            print(f"\nwritten to {folder}")
+
+
+@dataclass(frozen=True)
+class Sweep(Generic[M]):
+    fields: Annotated[Recipe[M], arg(name="")]
+    axes: Annotated[Positional[tuple[str, ...]], _own("[FIELD=A,B,...]...")] = ()
+    """What is varied: values, or with --draws a range, FIELD=log-uniform(LOW,HIGH) or FIELD=uniform(LOW,HIGH)."""
+    folder: Annotated[str | None, _own("D")] = None
+    """Folder of all runs (default: runs/sweep-RECIPE). The same command goes on there, also on several machines."""
+    recipe: Annotated[str | None, _choice(RECIPES)] = None
+    """Recipe to start from."""
+    config: Annotated[str | None, _own("FILE")] = None
+    """A recipe of your own in TOML."""
+    method: Annotated[str | None, _choice(METHODS)] = None
+    """Instead of the recipe's method."""
+    data_root: Annotated[str | None, _own("D")] = None
+    """Folder or .npz file of the data set."""
+    seeds: Annotated[Integers, _own("I,J,...")] = (0,)
+    """Seeds with which each setting is trained."""
+    chosen_seeds: Annotated[Integers, _own("I,J,...")] = ()
+    """Seeds with which the chosen settings are trained, one of each method (default: the same)."""
+    draws: Annotated[int, _own("N")] = 0
+    """Settings that are drawn at random, by --seed; 0 for the grid of all values."""
+    by: Annotated[Literal["robust", "clean"], _own("{robust,clean}")] = "robust"
+    """Accuracy on validation images by which a setting is chosen."""
+    attacks: Annotated[Names, _own("A,B,...")] = ()
+    """Attacks, such as clean,autoattack, that the best networks of the chosen settings are measured by afterwards."""
+    n: Annotated[int | None, arg(aliases=("--images",), metavar="N", help_behavior_hint="")] = None
+    """Test images for these attacks, chosen by the seed; 0 for all."""
+    devices: Annotated[Names, _own("D,E,...")] = (_DEVICE,)
+    """Where to compute, one run at a time on each; cpu,cpu is two at a time."""
+    qualify: bool = True
+    """First find out whether our kernels are right and faster on a GPU that has no verdict yet."""
+
+    def __call__(self) -> None:
+        if not (self.recipe or self.config):
+            raise RecipeError(f"--recipe or --config is needed; choose from {', '.join(RECIPES)}")
+        if not (self.seeds and self.devices):
+            raise RecipeError("--seeds and --devices name one each, at least")
+        for device in self.devices:
+            _check_device(device)
+        if self.attacks:
+            attacks_named(self.attacks)
+        recipe, folder = self.fields, Path(self.folder or f"runs/sweep-{self.fields.name}")
+        settings = settings_of(recipe, [axis_of(text) for text in self.axes], self.draws, recipe.run.seed)
+        for device in dict.fromkeys(self.devices):
+            _qualify_first(device, self.qualify)
+        members = members_of(recipe, settings, self.seeds, folder)
         try:
-            results = run_with_baselines(recipe, folder, data_root, self.device, resume=bool(self.resume))
+            failures = run_sweep(members, self.data_root, self.devices)
+            rows = rows_of(members)
+            taken = chosen(rows, self.by)
+            members = members_of(recipe, [row["setting"] for row in taken], self.chosen_seeds or self.seeds, folder)
+            failures |= run_sweep(members, self.data_root, self.devices, self.attacks, self.n)
         except KeyboardInterrupt:
-            if RunFolder(folder).exists():
-                raise KeyboardInterrupt(f"twins-fast train --resume {folder} resumes") from None
-            raise
-        print(result_table(results))
-        print(f"\nwritten to {folder}")
+            raise KeyboardInterrupt("the same command goes on") from None
+        measured = rows_of(members)
+        tables = f"{validation_table(rows, taken)}\n\nThe chosen settings:\n\n{test_table(measured)}\n"
+        record = {"recipe": recipe.to_dict(), "axes": self.axes, "draws": self.draws, "by": self.by}
+        record |= {"settings": rows, "chosen": measured, "failures": failures}
+        write_atomically(folder / "sweep.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(folder / "sweep.md", tables.encode())
+        print(f"\n{tables}\nwritten to {folder}")
+        if failures:
+            said = "; ".join(f"{label}: {why}" for label, why in failures.items())
+            raise RunError(f"of {len(failures)} runs there is no result, and the same command tries them again: {said}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +238,12 @@ class Eval:
         _check_device(self.device)
         if self.attacks and self.steps is not None:
             raise RecipeError("--steps is of the attack that runs without --attacks; write pgd50 there")
-        _qualify_first(self.device, self.qualify)
+        with joined(self.device) as processes:
+            _qualify_first(self.device, self.qualify, processes)
+            self._measure(processes)
+
+    def _measure(self, processes: Processes) -> None:
+        """Every process measures batches of its own; the first one then finds all of them in the record."""
         path = self._checkpoint()
         state, meta = read_state_dict(path), _meta(path)
         own = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
@@ -185,9 +264,13 @@ class Eval:
             attacks += (transfer(f"pgd{recipe.evaluation.steps}", source),)
         file = self._record(run)
         parts = Path(f"{self.save_images}.parts") if self.save_images and file else None
-        with Progress(len(batches.test.dataset), 0, "image") as progress, Interruption():
-            try:
-                results = robust_accuracy(
+        sampler = batches.test.batch_sampler
+
+        def measured(record: Record, processes: Processes, warn: bool) -> Results:
+            sampler.processes = processes
+            images = len(batches.test.dataset) // processes.count
+            with Progress(images, 0, "image", processes.is_first) as progress, Interruption():
+                return robust_accuracy(
                     model,
                     batches.test,
                     attacks,
@@ -195,9 +278,9 @@ class Eval:
                     device=self.device,
                     wing=self.wing,
                     classes=classes,
-                    record=Record(file, parts, self.again),
+                    record=record,
                     keep_images=self.save_images is not None,
-                    warn=self.alarms,
+                    warn=warn,
                     progress=progress,
                     norm=recipe.attack.norm,
                     alpha=recipe.evaluation.alpha,
@@ -206,8 +289,19 @@ class Eval:
                     chunk_size=recipe.attack.chunk_size,
                     seed=recipe.run.seed,
                 )
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(*([f"the same command goes on, by {file}"] if file else [])) from None
+
+        try:
+            if processes.count > 1:
+                if file is None:
+                    raise RecipeError("several processes need a file for what they have measured: say --json FILE")
+                if processes.rank < len(sampler):
+                    measured(Record(file, parts, self.again), processes, warn=False)
+                processes.wait()
+                if not processes.is_first:
+                    return
+            results = measured(Record(file, parts, self.again and processes.count == 1), ALONE, self.alarms)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*([f"the same command goes on, by {file}"] if file else [])) from None
         print(results)
         if self.per_class:
             print(f"\n{results.per_class()}")
@@ -399,14 +493,16 @@ def recipe_of(name: str | None, config: str | None) -> Recipe | None:
     return read_recipe(config) if config else None
 
 
-def _qualify_first(device: str, wanted: bool) -> None:
+def _qualify_first(device: str, wanted: bool, processes: Processes = ALONE) -> None:
     """Whatever becomes of it, the command goes on: without a verdict, by plain PyTorch."""
     if not wanted or torch.device(device).type != "cuda":
         return
     try:
-        qualify(device)
+        if processes.is_first_here:
+            qualify(device)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"the device could not be checked, so that plain PyTorch runs: {error}")
+    processes.wait()
 
 
 def _check_device(name: str) -> None:

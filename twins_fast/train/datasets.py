@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import datasets as tv_datasets
 
-from twins_fast.train import assets
-from twins_fast.train.seeds import derived_seed
+from twins_fast.train import assets, torchvision_data
 from twins_fast.validation import check_choice
 
 DATASETS = {
+    **{
+        name: f"a folder for torchvision's {source.kind.__name__} (downloaded if missing)"
+        for name, source in torchvision_data.SOURCES.items()
+    },
     "cifar10": "a folder for torchvision's CIFAR-10 (downloaded if missing), or an .npz file",
     "cifar100": "a folder for torchvision's CIFAR-100 (downloaded if missing), or an .npz file",
-    "caltech256": "a folder for torchvision's Caltech-256 (downloaded if missing)",
     "folder": "a folder with train/CLASS/* and test/CLASS/* (or val/CLASS/*) images",
     "npz": "an .npz file with train, train_labels, test and test_labels",
     "embedded": "the real images that come with the package",
 }
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_CALTECH_TRAIN_PER_CLASS = 60
 
 
 class DataError(ValueError):
@@ -66,7 +67,7 @@ def load_datasets(
             ``train_labels`` [N], ``test``, ``test_labels`` and optionally ``classes``; every data set but
             ``embedded`` may be such a file.
         classes: subset of the classes of an ``.npz`` file, in label order; empty for all.
-        seed: chooses the training images of Caltech-256.
+        seed: chooses the training images where a data set comes in one part.
 
     Raises:
         ValueError: an unknown name.
@@ -89,11 +90,10 @@ def load_datasets(
         raise DataError(f"data root {str(root)!r} is not a folder; expected {DATASETS[dataset]}")
     if dataset == "folder":
         return _folder(root)
-    if dataset == "caltech256":
-        return _caltech256(root, seed)
-    kind = tv_datasets.CIFAR10 if dataset == "cifar10" else tv_datasets.CIFAR100
-    train = _downloaded(kind, root, train=True)
-    return train, _downloaded(kind, root, train=False), tuple(train.classes)
+    try:
+        return torchvision_data.read(dataset, root, seed)
+    except torchvision_data.NotThere as error:
+        raise DataError(str(error)) from None
 
 
 def _embedded() -> tuple[ImageArray, ImageArray, tuple[str, ...]]:
@@ -164,23 +164,3 @@ def _folder(root: Path) -> tuple[Dataset, Dataset, tuple[str, ...]]:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"{str(root)!r}: training and test folders differ in the classes {', '.join(differing[:10])}")
     return train, test, tuple(train.classes)
-
-
-def _caltech256(root: Path, seed: int) -> tuple[Dataset, Dataset, tuple[str, ...]]:
-    """60 training images per class (Salman et al., arXiv 2007.08489), the rest for testing."""
-    whole = _downloaded(tv_datasets.Caltech256, root)
-    labels = np.array(whole.y)
-    order = np.random.default_rng(derived_seed("caltech256", seed)).permutation(len(labels))
-    train = np.concatenate([order[labels[order] == k][:_CALTECH_TRAIN_PER_CLASS] for k in range(len(whole.categories))])
-    test = np.setdiff1d(order, train)
-    return Subset(whole, sorted(train.tolist())), Subset(whole, test.tolist()), tuple(whole.categories)
-
-
-def _downloaded(kind, root: Path, **options) -> Dataset:
-    try:
-        return kind(str(root), download=True, **options)
-    except Exception as error:
-        raise DataError(
-            f"{kind.__name__} is not in {str(root)!r} and could not be downloaded ({error}); "
-            "put torchvision's files there, or use a machine with network access"
-        ) from error

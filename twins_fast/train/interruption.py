@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -15,9 +15,14 @@ class Interruption:
 
     A second signal while the first one is held raises at once. Does nothing outside the main thread, where Python
     handles no signals.
+
+    Args:
+        agreed: where several processes have to stop together: whether one of them has a signal. Then all signals wait
+            for the end of :meth:`held`: torchrun passes on what a terminal or Slurm has already sent to everybody.
     """
 
-    def __init__(self):
+    def __init__(self, agreed: Callable[[bool], bool] | None = None):
+        self._agreed = agreed
         self._holding = self._noted = False
         self._before = {}
         self.broke_in = False  # what was held did not end; its state is half one thing and half the other
@@ -40,10 +45,10 @@ class Interruption:
             self.broke_in = False
         finally:
             self._holding = False
-        if self._noted:
+        if self._agreed(self._noted) if self._agreed else self._noted:
             raise KeyboardInterrupt
 
     def _note(self, number, frame) -> None:
-        if not self._holding or self._noted:
+        if not self._agreed and (self._noted or not self._holding):
             raise KeyboardInterrupt
         self._noted = True

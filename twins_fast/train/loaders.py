@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.transforms import v2
 
 from twins_fast.train.datasets import DataError
+from twins_fast.train.processes import ALONE, Processes, part_of
 from twins_fast.train.seeds import derived_seed
 from twins_fast.validation import check_choice, check_not_negative
 
@@ -45,18 +47,21 @@ def loaders(
     evaluation_images: int = 0,
     seed: int = 0,
     workers: int = 0,
+    processes: Processes = ALONE,
 ) -> Loaders:
     """The data loaders of a run.
 
     Args:
         train, test: data sets of (PIL image or [H, W, 3] uint8 array, label).
         source: the same of the pre-training, if they are needed.
-        batch_size: images of a batch.
+        batch_size: images of a batch, of all processes together.
         augmentation: of training images, a key of :data:`AUGMENTATIONS`.
         validation_part: of the training images, in [0, 1): set apart for validation; 0 for none.
         evaluation_images: how many of the validation and of the test images are used; 0 for all.
         seed: order, augmentation and the choice of images depend on it.
         workers: processes that load images; 0 loads them in this process.
+        processes: that train together. Each gets an equal part of every training batch, and whole batches of the
+            others.
 
     Raises:
         DataError: images that the augmentation is not for, or too few of them.
@@ -66,6 +71,11 @@ def loaders(
     check_not_negative(validation_part=validation_part, evaluation_images=evaluation_images, seed=seed, workers=workers)
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    if batch_size % processes.count or batch_size < MIN_BATCH * processes.count > MIN_BATCH:
+        raise ValueError(
+            f"batch_size must be a multiple of the {processes.count} processes, with at least {MIN_BATCH} images for "
+            f"each, got {batch_size}"
+        )
     if validation_part >= 1:
         raise ValueError(f"validation_part must be less than 1, got {validation_part}")
     if augmentation == "cifar" and len(train):
@@ -79,8 +89,8 @@ def loaders(
     def loader(kind: str, data: Dataset, transform: Callable, seed: int = seed) -> DataLoader:
         if kind != "training" and 0 < evaluation_images < len(data):
             data = Subset(data, _chosen(len(data), evaluation_images, "evaluation", seed)[0])
-        batches = EpochBatches(len(data), batch_size, seed, shuffle=kind == "training")
-        if len(batches) == 0:
+        batches = EpochBatches(len(data), batch_size, seed, shuffle=kind == "training", processes=processes)
+        if len(data) == 0 or (kind == "training" and len(batches) == 0):
             least = MIN_BATCH if kind == "training" else 1
             raise DataError(f"the {kind} set has {len(data)} images; at least {least} needed")
         return DataLoader(
@@ -164,19 +174,26 @@ class Augmented(Dataset):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of ``(epoch, index)`` keys; each epoch's order depends on (seed, epoch) alone."""
+    """Batches of ``(epoch, index)`` keys; each epoch's order depends on (seed, epoch) alone.
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool):
+    Shuffled ones are the same batches for any number of processes, of which each has an equal part: where the last one
+    has too few images for that, it is filled up from the beginning of the order. The others are given out whole.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, processes: Processes = ALONE):
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.processes = processes
         self.epoch = 0
         self.first = 0  # batches to skip, when a run is resumed in the middle of an epoch
 
     def __len__(self) -> int:
         whole, rest = divmod(self.size, self.batch_size)
-        return whole + (rest >= MIN_BATCH if self.shuffle else rest > 0)
+        if self.shuffle:
+            return whole + (rest >= MIN_BATCH)
+        return len(range(self.processes.rank, whole + (rest > 0), self.processes.count))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = range(self.size)
@@ -184,5 +201,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             generator = torch.Generator().manual_seed(derived_seed("order", self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.first, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            number = batch if self.shuffle else self.processes.rank + batch * self.processes.count
+            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            if self.shuffle and self.processes.count > 1:
+                chosen = part_of(self._filled(chosen, order), self.processes)
             yield [(self.epoch, index) for index in chosen]
+
+    def _filled(self, chosen: list[int], order: list[int]) -> list[int]:
+        """With images from the beginning of the order, so that every process has as many, and enough."""
+        count = self.processes.count
+        missing = max(MIN_BATCH * count - len(chosen), -len(chosen) % count)
+        return chosen + list(islice(cycle(order), missing))

@@ -10,10 +10,12 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Of ``total`` steps, or what else is counted, ``done`` of which earlier processes made."""
+    """Of ``total`` steps, or what else is counted, ``done`` of which earlier processes made; silent if not shown."""
 
-    def __init__(self, total: int, done: int, unit: str = "step"):
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=None)  # None: in terminals only
+    def __init__(self, total: int, done: int, unit: str = "step", shown: bool = True):
+        # None: in terminals only
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=None if shown else True)
+        self._shown = shown
         self._unit, self._total, self._first, self._done = unit, total, done, done
         self._started = self._said = time.monotonic()
 
@@ -36,7 +38,7 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(int(self._done + 1e-6) - self._bar.n)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= LINE_EVERY_SECONDS and self._done > self._first:
+        if self._shown and self._bar.disable and now - self._said >= LINE_EVERY_SECONDS and self._done > self._first:
             self._said = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
             words = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -44,6 +46,8 @@ class Progress:
 
     def write(self, text: str) -> None:
         """A line above the bar."""
+        if not self._shown:
+            return
         self._bar.write(text) if not self._bar.disable else print(text, flush=True)
 
 

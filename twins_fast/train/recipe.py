@@ -195,6 +195,8 @@ class Run:
     """Half-precision dtype of autocast."""
     baselines: Names = ()
     """Methods to train on the same budget, for one table; the run's own method is left out."""
+    sync_statistics: bool = False
+    """Whether batch norms take their statistics over the batches of all processes, under torchrun."""
 
     def __post_init__(self):
         check_options(self)

@@ -6,6 +6,7 @@ from typing import Any
 
 from twins_fast.methods import AT, TwinsAT
 from twins_fast.train.recipe import Attack, Data, Evaluation, Network, Optimizer, Recipe, RecipeError, Run
+from twins_fast.train.torchvision_data import SOURCES
 
 SOURCE_CLASSES = ("airplane", "automobile", "bird", "cat", "horse")
 TARGET_CLASSES = ("ship", "truck", "dog", "deer", "frog")
@@ -31,9 +32,8 @@ RECIPES: dict[str, Recipe] = {
         # data sets' are not, and take those of the nearer of the two.
         _cifar("cifar10"),
         _cifar("cifar100"),
-        _high_resolution("caltech256", "caltech256"),
-        _high_resolution("cub200", "folder"),
-        _high_resolution("stanford-dogs", "folder"),
+        *(_high_resolution(name, name) for name in SOURCES if not name.startswith("cifar")),
+        *(_high_resolution(name, "folder") for name in ("birdsnap", "cub200", "stanford-dogs")),
         Recipe(
             "mini",
             Data("embedded", batch_size=64, workers=0),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from twins_fast.checkpoints.names import layer_of
+from twins_fast.nn import convert_sync_twin_bn
 from twins_fast.nn.heads import HEAD
+from twins_fast.nn.wings import twin_layers
 from twins_fast.options import to_plain
 from twins_fast.train.build import make_network
 from twins_fast.train.curves import draw_curves
 from twins_fast.train.datasets import load_datasets
 from twins_fast.train.loaders import Loaders, loaders
+from twins_fast.train.processes import ALONE, Processes
 from twins_fast.train.recipe import Data, Evaluation, Recipe, RecipeError
 from twins_fast.train.run_folder import RunFolder
 from twins_fast.train.state import weights
@@ -22,7 +27,13 @@ from twins_fast.train.trainer import Trainer
 
 
 def run_with_baselines(
-    recipe: Recipe, folder: Path, data_root: str | None, device: torch.device | str, *, resume: bool
+    recipe: Recipe,
+    folder: Path,
+    data_root: str | None,
+    device: torch.device | str,
+    *,
+    resume: bool,
+    processes: Processes = ALONE,
 ) -> list[dict]:
     """Train a recipe into ``folder`` and its baselines into ``folder/METHOD``; their results, the recipe's own first.
 
@@ -30,7 +41,7 @@ def run_with_baselines(
     ``folder`` shows all of them. Arguments and errors are those of :func:`run_recipe`.
     """
     runs = [RunFolder(folder)]
-    results = [run_recipe(recipe, runs[0], data_root, device, resume=resume)]
+    results = [run_recipe(recipe, runs[0], data_root, device, resume=resume, processes=processes)]
     for name in recipe.run.baselines:
         if name == recipe.method.name:
             continue
@@ -39,15 +50,21 @@ def run_with_baselines(
         if resume and runs[-1].exists():  # of an older version, perhaps, with an option that the main method lacks
             own, _ = runs[-1].load_config()
             baseline = own.replaced(optimizer={"epochs": recipe.optimizer.epochs}, log=to_plain(recipe.log))
-        results.append(run_recipe(baseline, runs[-1], data_root, device, resume=resume))
-    if len(runs) > 1:
+        results.append(run_recipe(baseline, runs[-1], data_root, device, resume=resume, processes=processes))
+    if len(runs) > 1 and processes.is_first:
         lines = {result["method"]: run.read_metrics() for result, run in zip(results, runs, strict=True)}
         draw_curves(lines, runs[0].curves, recipe.name)
     return results
 
 
 def run_recipe(
-    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str, *, resume: bool
+    recipe: Recipe,
+    folder: RunFolder,
+    data_root: str | None,
+    device: torch.device | str,
+    *,
+    resume: bool,
+    processes: Processes = ALONE,
 ) -> dict:
     """Train a recipe into a run folder and return its result.
 
@@ -59,9 +76,10 @@ def run_recipe(
         data_root: see :func:`twins_fast.train.datasets.load_datasets`.
         device: where to train.
         resume: resume the run if the folder holds one (of this very recipe).
+        processes: that train together, each by this function. The first one writes.
 
     Raises:
-        RecipeError: a two-wing method without a checkpoint.
+        RecipeError: a two-wing method without a checkpoint; shared statistics that this network cannot have.
         TrackerError: one that is asked for is not installed, or broken.
         DataError, CheckpointError, RunError, TrainingError: whatever is missing, broken or unwritable.
     """
@@ -83,30 +101,48 @@ def run_recipe(
             "for its images"
         )
     batches, classes = data_loaders(
-        recipe.data, recipe.evaluation, data_root, recipe.run.seed, source=recipe.method.needs_source
+        recipe.data,
+        recipe.evaluation,
+        data_root,
+        recipe.run.seed,
+        source=recipe.method.needs_source,
+        processes=processes,
     )
     network = recipe.network
     if resumes and not recipe.method.needs_pretrained:  # anything else is in the run's last checkpoint
         network = recipe.replaced(network={"checkpoint": "none"}).network
     made = make_network(network, len(classes), recipe.run.seed, source_head=recipe.method.needs_source)
     model = recipe.method.prepare(made)
-    with folder.locked():
-        if resume and folder.exists():
-            folder.update(recipe, data_root)
-        else:
-            folder.create(recipe, data_root)
-        print(
-            f"{recipe.name}: {recipe.method.name} on {recipe.data.dataset} ({len(batches.train.dataset)} training "
-            f"images, {len(classes)} classes), {recipe.network.arch}, {device}, into {folder.folder}",
-            flush=True,
-        )
+    if recipe.run.sync_statistics and processes.count > 1:
+        model = _with_shared_statistics(model, device)
+    processes.wait()  # all have seen the folder as it was
+    with folder.locked() if processes.is_first else nullcontext():
+        if processes.is_first:
+            if resume and folder.exists():
+                folder.update(recipe, data_root)
+            else:
+                folder.create(recipe, data_root)
+            together = f", {processes.count} processes" if processes.count > 1 else ""
+            print(
+                f"{recipe.name}: {recipe.method.name} on {recipe.data.dataset} ({len(batches.train.dataset)} training "
+                f"images, {len(classes)} classes), {recipe.network.arch}, {device}{together}, into {folder.folder}",
+                flush=True,
+            )
         if recipe.network.init_head == "adversarial-probe" and not resumes:
-            model.load_state_dict(_probed_head(recipe, folder, data_root, device), strict=False)
-        return Trainer(recipe, folder, model, batches, classes, device).fit()
+            model.load_state_dict(_probed_head(recipe, folder, data_root, device, processes), strict=False)
+        return Trainer(recipe, folder, model, batches, classes, device, processes).fit()
+
+
+def _with_shared_statistics(model: nn.Module, device: torch.device | str) -> nn.Module:
+    if twin_layers(model):
+        return convert_sync_twin_bn(model)
+    if torch.device(device).type == "cpu":
+        raise RecipeError("sync_statistics without two-wing layers is SyncBatchNorm, which PyTorch has on GPUs only")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def _probed_head(
-    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str
+    recipe: Recipe, folder: RunFolder, data_root: str | None, device: torch.device | str, processes: Processes
 ) -> dict[str, torch.Tensor]:
     """The entries of a head that a run of its own has trained alone, under attack, inside of the run's folder."""
     probe = recipe.replaced(
@@ -122,12 +158,17 @@ def _probed_head(
         run={"baselines": ()},
     )
     inside = RunFolder(folder.folder / "head")
-    run_recipe(probe, inside, data_root, device, resume=True)
+    run_recipe(probe, inside, data_root, device, resume=True, processes=processes)
     return {name: value for name, value in weights(inside.last).items() if layer_of(name).endswith(HEAD)}
 
 
 def data_loaders(
-    data: Data, evaluation: Evaluation, data_root: str | None, seed: int, source: bool = False
+    data: Data,
+    evaluation: Evaluation,
+    data_root: str | None,
+    seed: int,
+    source: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[Loaders, tuple[str, ...]]:
     """The loaders of a recipe, with that of the images of the pre-training if ``source``, and the class names.
 
@@ -146,5 +187,6 @@ def data_loaders(
         evaluation_images=evaluation.images,
         seed=seed,
         workers=min(len(os.sched_getaffinity(0)), 4) if data.workers is None else data.workers,
+        processes=processes,
     )
     return made, classes

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from twins_fast.checkpoints import load_checkpoint, load_state, save_checkpoint, write_atomically
+from twins_fast.checkpoints import load_checkpoint, load_state, read_meta, save_checkpoint, write_atomically
 from twins_fast.checkpoints.names import covered
 from twins_fast.deferred import raise_found
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
+from twins_fast.methods.training_step import running_statistics
 from twins_fast.nn.wings import is_twin
+from twins_fast.ops.group import ProcessLost, average_
 from twins_fast.train.average import WeightAverage
 from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, mix, training_attack
 from twins_fast.train.curves import draw_curves
@@ -26,6 +28,7 @@ from twins_fast.train.diagnosis import origin
 from twins_fast.train.dynamics import Dynamics, robust_gap
 from twins_fast.train.interruption import Interruption
 from twins_fast.train.loaders import Loaders, from_step
+from twins_fast.train.processes import ALONE, Processes
 from twins_fast.train.progress import Progress
 from twins_fast.train.recipe import Recipe
 from twins_fast.train.run_folder import RunFolder
@@ -52,6 +55,8 @@ class Trainer:
             on the test images if there are none.
         classes: class names, written into the checkpoints.
         device: where to train.
+        processes: that train together, each with loaders for its part of the batches. Their networks, momenta and
+            decisions are the same; the first one writes.
 
     The trajectory depends on the recipe alone: data order, augmentation, noise and learning rate are
     functions of the seed and the step, so a run that was killed at any moment and resumed repeats it.
@@ -65,9 +70,11 @@ class Trainer:
         loaders: Loaders,
         classes: tuple[str, ...],
         device: torch.device | str,
+        processes: Processes = ALONE,
     ):
         self.recipe = recipe
         self.folder = folder
+        self.processes = processes
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.loaders = loaders
@@ -78,7 +85,6 @@ class Trainer:
         self.evaluated = -1  # the step of the last evaluation
         self.best_robust = -1.0
         self.halvings = self.stale = 0  # of the learning rate; evaluations without a better network since the last one
-        self.saved: int | None = None  # the step of the last checkpoint
         self.started = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
@@ -92,6 +98,7 @@ class Trainer:
             awp=recipe.regularisation.awp,
             label_smoothing=recipe.regularisation.label_smoothing,
             gradient_norms=recipe.log.dynamics > 0,
+            process_group=processes.group,
         )
         self.mix = mix(recipe, len(classes))
         self.evaluation_attack = evaluation_attack(recipe, self.model)
@@ -105,22 +112,33 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM, once the step at hand and a checkpoint are complete.
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or another process has ended.
         """
+        try:
+            return self._fit()
+        except ProcessLost as error:
+            raise TrainingError(f"{error}; {self._kept()}") from None
+
+    def _fit(self) -> dict:
+        processes, first = self.processes, self.processes.is_first
         resumes = self.folder.last.exists()
         if resumes:
             self._restore()
-        elif self.dynamics is not None:
-            self.dynamics.keep_start(self.folder.start)
-        lines = self.folder.rewind_metrics(self.step, self.evaluated)
-        # What the processes before this one spent counts, too.
-        self.started = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         result = self.folder.read_result()
+        processes.wait()  # all have read what the first one writes anew
+        if self.dynamics is not None and first and not resumes:
+            self.dynamics.keep_start(self.folder.start)
+        if first:
+            lines = self.folder.rewind_metrics(self.step, self.evaluated)
+            # What the processes before this one spent counts, too.
+            self.started = time.monotonic() - max((line.get("seconds", 0.0) for line in lines), default=0.0)
         if self.step == self.total_steps == self.evaluated and result.get("step") == self.step:
             return result
         reached = self.step if resumes else -1
-        self.trackers = Trackers(self.recipe.log.to, self.folder.folder, self.recipe.to_dict(), reached)
-        with Progress(self.total_steps, self.step) as progress, Interruption() as interruption, self.trackers:
+        trackers = self.recipe.log.to if first else ()
+        self.trackers = Trackers(trackers, self.folder.folder, self.recipe.to_dict(), reached)
+        interruption = Interruption(processes.any if processes.count > 1 else None)
+        with Progress(self.total_steps, self.step, shown=first) as progress, interruption, self.trackers:
             try:
                 if not resumes:
                     self._warm_up()
@@ -143,7 +161,7 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimiser step on images [B, 3, H, W] in [0, 1] and labels [B]; returns the metrics."""
         recipe = self.recipe
-        torch.manual_seed(derived_seed("step", recipe.run.seed, self.step))  # attack noise, dropout
+        torch.manual_seed(self._seed("step", self.step))  # attack noise, dropout
         self.model.train()
         images, labels = self.mix(*self._on_device(images, labels))
         source = None if source is None else self._on_device(*source)
@@ -152,14 +170,14 @@ class Trainer:
         self.training_step.awp = recipe.regularisation.awp if warm else 0.0
         found = self.training_step(images, labels, rate, source)
         gradient_norms = found.pop("gradient_norms", None)
-        metrics = {name: float(value) for name, value in found.items()}
+        own_loss = float(found["loss"])
+        metrics = self.processes.mean({name: float(value) for name, value in found.items()})
         raise_found()  # the step has ended, and its checks with it
         if not abs(metrics["loss"]) < float("inf"):  # the step has changed no parameter
-            kept = (
-                "there is no checkpoint yet" if self.saved is None else f"the last checkpoint is of step {self.saved}"
-            )
-            where = f"at step {self.step}, learning rate {rate:g}: {origin(self.model, images)}"
-            raise TrainingError(f"the loss is {metrics['loss']} {where}; {kept}")
+            where = f"at step {self.step}, learning rate {rate:g}: "
+            finite = abs(own_loss) < float("inf")
+            where += "in another process" if finite else origin(self.model, images)
+            raise TrainingError(f"the loss is {metrics['loss']} {where}; {self._kept()}")
         self.step += 1
         if self.dynamics is not None:
             self.dynamics.look(gradient_norms)
@@ -171,9 +189,22 @@ class Trainer:
         """What comes before the first step; cut short, it is made again."""
         length = self.recipe.method.length_of_warmup(self.steps_per_epoch)
         for number, (images, labels) in zip(range(length), from_step(self.loaders.train, 0), strict=False):
-            torch.manual_seed(derived_seed("warm-up", self.recipe.run.seed, number))
+            torch.manual_seed(self._seed("warm-up", number))
             self.model.train()
             self.recipe.method.warm_up(self.training_step.attack, self.model, *self._on_device(images, labels))
+            if self.processes.group is not None:
+                average_(running_statistics(self.model), self.processes.group)
+
+    def _seed(self, purpose: str, number: int) -> int:
+        """Of a step; other processes draw other numbers."""
+        own = (self.processes.rank,) if self.processes.count > 1 else ()
+        return derived_seed(purpose, self.recipe.run.seed, number, *own)
+
+    def _kept(self) -> str:
+        if not self.folder.last.exists():
+            return "there is no checkpoint yet"
+        step = read_meta(self.folder.last)["step"]
+        return f"the last checkpoint is of step {step}, from which --resume {self.folder.folder} goes on"
 
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         layout = torch.channels_last if self.recipe.network.channels_last else torch.contiguous_format
@@ -190,9 +221,9 @@ class Trainer:
             with interruption.held():
                 started = time.monotonic()
                 metrics = self.train_step(images, labels, of_source)
-                speed = len(labels) / (time.monotonic() - started)
+                speed = len(labels) * self.processes.count / (time.monotonic() - started)
                 self._log("train", images_per_second=round(speed, 1), **metrics)
-                if self.dynamics is not None and self.step % self.dynamics.every == 0:
+                if self.dynamics is not None and self.processes.is_first and self.step % self.dynamics.every == 0:
                     self._log("dynamics", **self.dynamics.measure(metrics["lr"]))
                 progress.step(speed, metrics)
                 if time.monotonic() - saved > SAVE_EVERY_SECONDS and self.step % self.steps_per_epoch:
@@ -211,13 +242,14 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         kind = "test" if epoch == 0 or self.loaders.validation is None else "validation"
         accuracy = self._evaluate(getattr(self.loaders, kind))
-        self._log(kind, **dataclasses.asdict(accuracy), **self._robust_gap(accuracy.robust))
+        gap = self._robust_gap(accuracy.robust) if self.processes.is_first else {}
+        self._log(kind, **dataclasses.asdict(accuracy), **gap)
         progress.write(
             f"epoch {epoch}/{self.recipe.optimizer.epochs}: clean {accuracy.clean:.2%}, "
             f"under attack {accuracy.robust:.2%} on {accuracy.images} {kind} images"
         )
         better = epoch > 0 and accuracy.robust > self.best_robust
-        if better:
+        if better and self.processes.is_first:
             meta = self._meta(epoch=epoch, chosen_on=kind, **dataclasses.asdict(accuracy))
             with self._averaged():
                 state = self.model.state_dict()
@@ -233,7 +265,8 @@ class Trainer:
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
         with self._averaged(), autocast(self.recipe.run.amp, self.device):
-            return evaluate(self.model, batches, self.evaluation_attack, device=self.device, wing=wing)
+            where = {"device": self.device, "process_group": self.processes.group}
+            return evaluate(self.model, batches, self.evaluation_attack, wing=wing, **where)
 
     def _robust_gap(self, robust: float) -> dict[str, float]:
         """Of the epoch that has ended; nothing where training has no adversary."""
@@ -247,6 +280,7 @@ class Trainer:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _finish(self) -> dict:
+        self.processes.wait()  # the first one has written what all read now
         tests = {line["step"]: line for line in self.folder.read_metrics() if line["kind"] == "test"}
 
         def measured(wing: str | None = None) -> dict[str, float]:
@@ -277,15 +311,22 @@ class Trainer:
             result["best"] = best | on_test(meta["step"])
             result["robust_overfitting"] = result["best"]["robust"] - result["after"]["robust"]
         result |= {"seconds": round(time.monotonic() - self.started, 1), "threads": torch.get_num_threads()}
-        write_atomically(self.folder.result, json.dumps(result, indent=2).encode())
+        if self.processes.count > 1:
+            result["processes"] = self.processes.count
+        if self.processes.is_first:
+            write_atomically(self.folder.result, json.dumps(result, indent=2).encode())
         self._draw()
         return result
 
     def _draw(self) -> None:
+        if not self.processes.is_first:
+            return
         runs = {self.recipe.method.name: self.folder.read_metrics()}
         draw_curves(runs, self.folder.curves, self.recipe.name)
 
     def _log(self, kind: str, **values: Any) -> None:
+        if not self.processes.is_first:
+            return
         seconds = round(time.monotonic() - self.started, 2)
         about = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, "seconds": seconds}
         self.folder.log(**about, **values)
@@ -296,11 +337,12 @@ class Trainer:
         return known | {"images": len(self.loaders.train.dataset), "step": self.step, **more}
 
     def _save_last(self) -> None:
+        if not self.processes.is_first:
+            return
         self.trackers.flush()
         schedule = {"halvings": self.halvings, "stale": self.stale}
         meta = self._meta(evaluated=self.evaluated, best_robust=self.best_robust, **schedule)
         save_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, self.dynamics, meta)
-        self.saved = self.step
 
     def _restore(self) -> None:
         meta = restore_state(self.folder.last, self.model, self.optimizer, self.scaler, self.average, self.dynamics)
@@ -311,5 +353,5 @@ class Trainer:
                 before = meta[what]
                 raise TrainingError(f"the data has changed since the run began: its {what} were {before}, now {now}")
         self.step, self.best_robust = meta["step"], meta["best_robust"]
-        self.halvings, self.stale, self.saved = meta.get("halvings", 0), meta.get("stale", 0), self.step
+        self.halvings, self.stale = meta.get("halvings", 0), meta.get("stale", 0)
         self.evaluated = meta.get("evaluated", self.step)  # version 0.1 saved only after it had evaluated

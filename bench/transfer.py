@@ -1,0 +1,205 @@
+"""What each method of fine-tuning makes of a robust network, on real CIFAR-10: ``python -m bench.transfer``.
+
+The network was adversarially pre-trained on airplane, automobile, bird, cat and horse; it is fine-tuned on 500 (or
+2,500) images each of ship, truck, dog, deer and frog, and tested on all 5,000 test images of these. Learning rate,
+weight decay and the method's own weight come from the same number of random draws for every method, chosen by accuracy
+under attack on a fifth of the training images that is set apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.harness import RESULTS
+from bench.header import ROOT, header
+from twins_fast.evaluation.results import markdown
+from twins_fast.train.recipes import SOURCE_CLASSES, TARGET_CLASSES
+from twins_fast.train.settings import label_of
+from twins_fast.train.sweep_results import mean_and_deviation
+
+NAME = "transfer"
+FOLDER = ROOT / "runs" / "transfer"
+SIZES = (500, 2500)  # training images of a class
+DRAWS, EPOCHS = 8, 10
+ATTACKED = 1000  # test images for AutoAttack
+RATES = ("optimizer.lr=log-uniform(1e-3,1e-1)", "optimizer.weight_decay=log-uniform(1e-5,1e-2)")
+COMMON = (
+    f"--recipe mini --amp bf16 --data.dataset npz --epochs {EPOCHS} --optimizer.milestones {4 * EPOCHS // 5}".split()
+)
+COMMON += ["--data.classes", ",".join(TARGET_CLASSES), "--evaluation.validation-part", "0.2"]
+LAMBDA = "method.frozen_weight=uniform(0.2,1.5)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    method: str
+    seeds: int = 3
+    axis: str = ""  # the method's own, which is searched too
+    options: tuple[str, ...] = ()
+
+
+_PROBED = ("--network.init-head", "adversarial-probe")
+ROWS = (
+    Row("standard", "standard"),
+    Row("lwf", "lwf", axis="method.feature_weight=log-uniform(5e-4,5e-2)"),
+    Row("at", "at", 5),
+    Row("twins-at", "twins-at", 5, LAMBDA),
+    Row("trades", "trades", 5, "method.beta=uniform(2,8)"),
+    Row("twins-trades", "twins-trades", 5, LAMBDA),
+    Row("mart", "mart", axis="method.kl_weight=uniform(2,8)"),
+    Row("twins-mart", "twins-mart", axis=LAMBDA),
+    Row("joint", "joint", axis="method.source_weight=uniform(0.1,1)"),
+    Row("probe, at", "at", options=_PROBED),
+    Row("probe, twins-at", "twins-at", axis=LAMBDA, options=_PROBED),
+)
+PAIRS = (("twins-at", "at"), ("twins-trades", "trades"), ("twins-mart", "mart"), ("probe, twins-at", "probe, at"))
+
+
+def subset(source: Path, size: int) -> Path:
+    """CIFAR-10 with so many training images of each class, the same for every run."""
+    path = FOLDER / f"cifar10-{size}.npz"
+    if not path.exists():
+        with np.load(source) as file:
+            arrays = dict(file)
+        order = np.random.default_rng(0).permutation(len(arrays["train"]))
+        labels = arrays["train_labels"][order]
+        chosen = np.sort(np.concatenate([order[labels == kind][:size] for kind in range(10)]))
+        arrays |= {name: arrays[name][chosen] for name in ("train", "train_labels")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **arrays)
+    return path
+
+
+def command(row: Row, data: Path, source: Path) -> list[str]:
+    """What every run of a row has in common."""
+    words = ["sweep", *COMMON, "--method", row.method, "--data-root", str(data), *row.options]
+    if row.method == "joint":
+        words += ["--data.source", str(source), "--data.source-classes", ",".join(SOURCE_CLASSES)]
+    return words
+
+
+def run(words: Sequence[str]) -> None:
+    """A command of twins-fast; what it has done in an earlier run is not done again."""
+    print("twins-fast", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "twins_fast", *words], cwd=ROOT, check=True)
+
+
+def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
+    """The sweep over learning rate, weight decay and the method's own weight, with one seed."""
+    folder = FOLDER / str(size) / row.name.replace(", ", "-") / "search"
+    axes = [*RATES, *([row.axis] if row.axis else [])]
+    test = ["--evaluation.images", "500", "--evaluation.every", "2"]
+    run([*command(row, data, source), *axes, "--draws", str(DRAWS), "--folder", str(folder), *test])
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The chosen setting with every seed, on all test images."""
+    folder = FOLDER / str(size) / row.name.replace(", ", "-") / "seeds"
+    axes = [f"{field}={value}" for field, value in setting.items()]
+    seeds = ",".join(map(str, range(row.seeds)))
+    run([*command(row, data, source), *axes, "--seeds", seeds, "--folder", str(folder)])
+    (found,) = json.loads((folder / "sweep.json").read_text())["settings"]
+    return folder / label_of(setting).replace(" ", ","), found
+
+
+def attacked(folder: Path) -> dict[str, Any]:
+    """AutoAttack on the best network of the first seed."""
+    file = folder / "autoattack.json"
+    best = folder / "seed-0"
+    run(["eval", str(best), "--attacks", "clean,pgd10,autoattack", "--n", str(ATTACKED), "--json", str(file)])
+    return {one["title"]: one["accuracy"] for one in json.loads(file.read_text())["results"]}
+
+
+def measure(size: int, source: Path, names: Sequence[str]) -> None:
+    """The table of one size, row by row into its file."""
+    path = RESULTS / f"{NAME}-{size}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    data = subset(source, size)
+    for row in ROWS:
+        if row.name not in names:
+            continue
+        search = searched(row, size, data, source)
+        folder, found = trained(row, size, data, source, search["chosen"][0]["setting"])
+        grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
+        entry = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
+        record["rows"][row.name] = entry | {"seeds": found["seeds"], "figures": found["figures"]}
+        record["rows"][row.name]["autoattack"] = attacked(folder)
+        record |= {"header": header(), "command": "python -m bench.transfer", "size": size, "draws": DRAWS}
+        record |= {"epochs": EPOCHS, "attacked": ATTACKED}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def paired(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, standard error, and the two-sided p of Student's t for a mean of 0."""
+    mean, count = statistics.fmean(differences), len(differences)
+    error = statistics.stdev(differences) / math.sqrt(count)
+    if error == 0:
+        return mean, error, float(mean == 0)
+    return mean, error, two_sided(abs(mean) / error, count - 1)
+
+
+def two_sided(t: float, freedom: int) -> float:
+    """P(|T| > t) of Student's distribution; with t = tan(a) * sqrt(freedom) it is an integral over an interval."""
+    angle = torch.linspace(math.atan(t / math.sqrt(freedom)), math.pi / 2, 20001, dtype=torch.float64)
+    whole = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)
+    part, total = (torch.trapezoid(a.cos() ** (freedom - 1), a) for a in (angle, whole))
+    return float(part / total)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: means and standard deviations over the seeds."""
+    titles = ["clean, best", "robust, best", "clean, last", "robust, last", "best minus last"]
+    attacks = f"AutoAttack, seed 0, {record['attacked']} images"
+    shown = [title.replace("robust", "PGD-10") for title in titles]
+    lines = [["500 images a class".replace("500", f"{record['size']:,}"), "seeds", *shown, attacks, "setting"]]
+    for name, row in record["rows"].items():
+        figures = [mean_and_deviation(row["figures"][t], "+.1f" if "minus" in t else ".1f") for t in titles]
+        broken = f"{100 * row['autoattack']['AutoAttack']:.1f} %"
+        lines.append([name, str(len(row["seeds"])), *figures, broken, label_of(row["setting"])])
+    return markdown(lines)
+
+
+def pairs_table(record: dict[str, Any]) -> str:
+    """Markdown: differences between two methods, seed by seed, in percentage points."""
+    lines = [["difference, same seeds", "clean, best", "PGD-10, best", "clean, last", "PGD-10, last"]]
+    for one, other in PAIRS:
+        rows = [record["rows"].get(name) for name in (one, other)]
+        if not all(rows):
+            continue
+        lines.append([f"{one} - {other}"])
+        for title in ("clean, best", "robust, best", "clean, last", "robust, last"):
+            values = [a - b for a, b in zip(*(row["figures"][title] for row in rows), strict=True)]
+            mean, error, p = paired(values)
+            lines[-1].append(f"{100 * mean:+.2f} ± {100 * error:.2f}, p = {p:.2f}")
+    return markdown(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m bench.transfer", description=__doc__)
+    parser.add_argument("source", type=Path, help="CIFAR-10 as an .npz file")
+    parser.add_argument("--sizes", default="500", help="training images of a class (%(default)s)")
+    parser.add_argument("--rows", default=",".join(r.name.replace(", ", "-") for r in ROWS), help="default: all")
+    args = parser.parse_args(arguments)
+    wanted = args.rows.split(",")
+    for size in map(int, args.sizes.split(",")):
+        measure(size, args.source.resolve(), [row.name for row in ROWS if row.name.replace(", ", "-") in wanted])
+
+
+if __name__ == "__main__":
+    main()

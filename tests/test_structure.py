@@ -17,7 +17,7 @@ ROWS = [
     {"models"},
     {"attacks"},
     {"methods", "checkpoints", "qualify"},
-    {"evaluation"},
+    {"evaluation", "compat"},
     {"train"},
 ]
 

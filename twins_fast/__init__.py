@@ -32,7 +32,7 @@ _HOMES = {
     "fuse_twin_bn": "nn.fuse",
     "fusion_report": "nn.fuse",
 }
-_PACKAGES = ("attacks", "checkpoints", "evaluation", "kernels", "methods", "models", "nn", "ops", "train")
+_PACKAGES = ("attacks", "checkpoints", "compat", "evaluation", "kernels", "methods", "models", "nn", "ops", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -179,7 +179,8 @@ class FixedRule:
     def step(self, number: int, x: Tensor, gradient: Tensor, height: Tensor | None, images: Images) -> Tensor:
         """``x`` after step ``number``; not projected."""
         if self._search.momentum:
-            gradient = gradient / gradient.abs().sum((1, 2, 3), keepdim=True).clamp_min(_TINY)
+            # By its mean, not its sum: the same direction, and the bits of other implementations.
+            gradient = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(_TINY)
             if self._velocity is not None:
                 gradient += self._search.momentum * self._velocity
             self._velocity = gradient

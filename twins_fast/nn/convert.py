@@ -12,6 +12,7 @@ from torch import nn
 from twins_fast.nn.fuse.apply import unfused_type
 from twins_fast.nn.guards import has_hooks
 from twins_fast.nn.layers import BatchNormAct, TwinBatchNorm2d, TwinBatchNormAct2d
+from twins_fast.nn.published import MixBatchNorm2d, is_published
 from twins_fast.nn.wings import require_twin_layers, twin_layers
 
 PlainBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm  # two-wing layers are no plain ones, though they inherit
@@ -26,8 +27,10 @@ def convert_twin_bn(model: nn.Module) -> nn.Module:
     Works in place on the children (the adaptive wing keeps the very same parameters and buffers, so
     an existing optimiser still holds them); a ``model`` that is itself a batch norm is returned
     converted. eps, momentum, affine, dtype, device and the train/eval flag are kept. timm's
-    ``BatchNormAct2d`` keeps its activation. A ``SyncBatchNorm`` (which is taken for a two-dimensional
-    one) keeps its process group. Layers that are already two-wing are left alone.
+    ``BatchNormAct2d`` keeps its activation. A ``MixBatchNorm2d`` of the published code becomes ours
+    (:class:`twins_fast.compat.twins.MixBatchNorm2d`) with both of its wings. A ``SyncBatchNorm``
+    (which is taken for a two-dimensional one) keeps its process group. Layers that are already
+    two-wing are left alone.
 
     Raises:
         ValueError: a batch norm without running statistics, which the frozen wing would need; one with
@@ -89,7 +92,8 @@ def _is_timm_bn_act(module: nn.Module) -> TypeGuard[BatchNormAct]:
 def _check_convertible(name: str, module: nn.Module) -> None:
     if has_hooks(module):
         raise ValueError(f"cannot convert {name}: it has hooks, which would be lost")
-    if type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_timm_bn_act(module):
+    known = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_timm_bn_act(module) or is_published(module)
+    if not known:
         raise TypeError(f"cannot convert {name}: the forward of {type(module).__qualname__} is not known")
     if module.running_mean is None:
         raise ValueError(f"cannot convert {name}: it has no running statistics for the frozen wing to use")
@@ -140,19 +144,24 @@ def _twin_of(bn: PlainBatchNorm) -> TwinBatchNorm2d:
     options = {**_options(bn), "device": statistics.device, "dtype": statistics.dtype}
     if isinstance(bn, nn.SyncBatchNorm):
         options["process_group"] = bn.process_group or "world"
+    start: Any = bn  # of the frozen wing
     if _is_timm_bn_act(bn):
         twin: TwinBatchNorm2d = TwinBatchNormAct2d(bn, **options)
+    elif is_published(bn):
+        start = bn.main_bn
+        twin = published = MixBatchNorm2d(bn.num_features, **options)
+        published.batch_type = str(bn.batch_type)
     else:
         twin = TwinBatchNorm2d(bn.num_features, **options)
     frozen = twin.main_bn
     with torch.no_grad():
         for name in _ENTRIES:
-            if getattr(bn, name) is None:
+            if getattr(start, name) is None:
                 setattr(frozen, name, None)
             else:
-                getattr(frozen, name).copy_(getattr(bn, name))
+                getattr(frozen, name).copy_(getattr(start, name))
     for name, parameter in frozen.named_parameters():
-        parameter.requires_grad_(getattr(bn, name).requires_grad)
+        parameter.requires_grad_(getattr(start, name).requires_grad)
     _share(bn, twin)
     return twin
 

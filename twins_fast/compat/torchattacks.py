@@ -1,0 +1,296 @@
+"""Attacks of torchattacks 3.5.1 (https://github.com/Harry24k/adversarial-attacks-pytorch): change the import.
+
+``from twins_fast.compat.torchattacks import PGD`` in place of ``from torchattacks import PGD``. Where torchattacks is
+installed, they are subclasses of its ``Attack``, and have all methods of that. With the same seed, on a CPU, in float32
+and with ``engine="eager"`` the images are the very same (those of ``APGD``, whose step rule is that of the paper, as
+strong).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twins_fast.attacks.balls import Ball
+from twins_fast.compat.balls import BallPGD, OffsetBall, PixelBall
+from twins_fast.compat.normalised import normalised
+from twins_fast.nn.modes import in_mode
+
+try:
+    from torchattacks.attack import Attack  # type: ignore[import-untyped]
+except ImportError:
+    from twins_fast.compat.torchattacks_base import Attack
+
+__all__ = ["APGD", "FFGSM", "FGSM", "MIFGSM", "PGD", "PGDL2", "TPGD"]
+
+
+class _Planned(Attack):  # type: ignore[misc]
+    """What they share: networks in eval mode (or, all of it, in train mode), images [N, C, H, W] in [0, 1].
+
+    Args:
+        model: maps normalised images, or images in [0, 1], to logits.
+        engine, amp_dtype: of :class:`twins_fast.PGD`.
+    """
+
+    def __init__(self, name: str, model: nn.Module, engine: str, amp_dtype: torch.dtype | None):
+        super().__init__(name, model)
+        self.engine, self.amp_dtype = engine, amp_dtype
+        self.supported_mode = ["default", "targeted"]
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """All of the network in train mode, or none of it.
+
+        Raises:
+            NotImplementedError: a part of it.
+        """
+        if len({model_training, batchnorm_training, dropout_training}) > 1:
+            raise NotImplementedError(
+                "model_training, batchnorm_training and dropout_training: all of them or none; set the flags of the "
+                "modules yourself and attack with torchattacks itself, or call twins_fast.PGD(bn_mode='train')"
+            )
+        super().set_model_training_mode(model_training, batchnorm_training, dropout_training)
+
+    def _change_model_mode(self, given_training: bool) -> None:
+        """The attack sets every module's flag, and puts it back."""
+
+    def _recover_model_mode(self, given_training: bool) -> None:
+        """See above."""
+
+    def _network(self) -> nn.Module:
+        """Of images in [0, 1]."""
+        if self._normalization_applied is not False:
+            return self.model
+        mean, std = (self.normalization_used[name].flatten().tolist() for name in ("mean", "std"))
+        return normalised(self.model, mean, std, torch.device(self.device))
+
+    def _attacked(self, images: Tensor, labels: Tensor, start: Tensor | None, **options: Any) -> Tensor:
+        """By PGD from ``start``, the image itself where that is None."""
+        kind, more = options.pop("kind", OffsetBall), options.pop("more", {})
+        attack = BallPGD(
+            kind,
+            self._network(),
+            more=more,
+            random_start=False,
+            targeted=self.targeted,
+            engine=self.engine,
+            amp_dtype=self.amp_dtype,
+            bn_mode="train" if self._model_training else "eval",
+            **options,
+        )
+        target = self.get_target_label(images, labels) if self.targeted else labels
+        return attack(images, target, x_init=start)
+
+    def _own(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        images = images.detach().to(self.device)
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return images, labels.detach().to(self.device)
+
+
+def _noisy(images: Tensor, noise: Tensor) -> Tensor:
+    return (images + noise).clamp(0, 1)
+
+
+class FGSM(_Planned):
+    """One step of length eps along the sign of the gradient (arXiv 1412.6572)."""
+
+    def __init__(
+        self, model: nn.Module, eps: float = 8 / 255, *, engine: str = "auto", amp_dtype: torch.dtype | None = None
+    ):
+        super().__init__("FGSM", model, engine, amp_dtype)
+        self.eps = eps
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        return self._attacked(images, labels, None, eps=self.eps, alpha=self.eps, steps=1, kind=PixelBall)
+
+
+class FFGSM(_Planned):
+    """One step of length alpha from a random start (arXiv 2001.03994)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 10 / 255,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("FFGSM", model, engine, amp_dtype)
+        self.eps, self.alpha = eps, alpha
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        noise = torch.randn_like(images).uniform_(-self.eps, self.eps)  # drawn twice there, too
+        return self._attacked(images, labels, _noisy(images, noise), eps=self.eps, alpha=self.alpha, steps=1)
+
+
+class PGD(_Planned):
+    """Projected gradient descent in the L-infinity ball (arXiv 1706.06083)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("PGD", model, engine, amp_dtype)
+        self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        start = None
+        if self.random_start:
+            start = _noisy(images, torch.empty_like(images).uniform_(-self.eps, self.eps))
+        return self._attacked(images, labels, start, eps=self.eps, alpha=self.alpha, steps=self.steps)
+
+
+class PGDL2(_Planned):
+    """Projected gradient descent in the L2 ball, with steps along the normalised gradient."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 1.0,
+        alpha: float = 0.2,
+        steps: int = 10,
+        random_start: bool = True,
+        eps_for_division: float = 1e-10,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("PGDL2", model, engine, amp_dtype)
+        self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
+        self.eps_for_division = eps_for_division
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        start = None
+        if self.random_start:
+            noise = torch.empty_like(images).normal_()
+            length = noise.flatten(1).norm(p=2, dim=1).view(-1, 1, 1, 1)
+            noise *= torch.zeros_like(length).uniform_(0, 1) / length * self.eps
+            start = _noisy(images, noise)
+        numbers = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps}
+        return self._attacked(images, labels, start, norm="l2", more={"division": self.eps_for_division}, **numbers)
+
+
+class TPGD(_Planned):
+    """PGD on the divergence from the clean prediction, as TRADES attacks (arXiv 1901.08573); it needs no labels."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("TPGD", model, engine, amp_dtype)
+        self.eps, self.alpha, self.steps = eps, alpha, steps
+        self.supported_mode = ["default"]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        images, labels = self._own(images, None)
+        start = _noisy(images, 0.001 * torch.randn_like(images))
+        return self._attacked(images, labels, start, eps=self.eps, alpha=self.alpha, steps=self.steps, loss="kl")
+
+
+class MIFGSM(_Planned):
+    """Steps along the sign of an accumulated gradient (arXiv 1710.06081)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        decay: float = 1.0,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("MIFGSM", model, engine, amp_dtype)
+        self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        numbers = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps, "momentum": self.decay}
+        return self._attacked(images, labels, None, **numbers)
+
+
+class APGD(_Planned):
+    """Auto-PGD (arXiv 2003.01690): what is fooled in a restart stays; images that are not fooled come back clean.
+
+    Raises:
+        NotImplementedError: ``eot_iter`` above 1, another ``rho`` than 0.75.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        loss: str = "ce",
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+        *,
+        engine: str = "auto",
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__("APGD", model, engine, amp_dtype)
+        if eot_iter != 1:
+            raise NotImplementedError(f"eot_iter={eot_iter}: average over random networks inside of the model instead")
+        if rho != 0.75:
+            raise NotImplementedError(f"rho={rho}: the step rule has the paper's 0.75; take torchattacks' own APGD")
+        if verbose:
+            raise NotImplementedError("verbose=True: nothing is printed; twins_fast.evaluation measures attacks")
+        self.norm, self.eps, self.steps, self.n_restarts = norm, eps, steps, n_restarts
+        self.seed, self.loss, self.eot_iter, self.thr_decr, self.verbose = seed, loss, eot_iter, rho, verbose
+        self.supported_mode = ["default"]
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._own(images, labels)
+        network = self._network()
+        adversarial, left = images.clone(), self._right(network, images, labels)
+        torch.manual_seed(self.seed)
+        for _ in range(self.n_restarts):
+            rows = left.nonzero()[:, 0]
+            if not len(rows):
+                break
+            numbers = {"eps": self.eps, "steps": self.steps, "norm": self.norm, "loss": self.loss, "step_rule": "apgd"}
+            start = self._start(images[rows])
+            found = self._attacked(images[rows], labels[rows], start, kind=Ball, early_stop=True, **numbers)
+            fooled = ~self._right(network, found, labels[rows])
+            adversarial[rows[fooled]], left[rows[fooled]] = found[fooled], False
+        return adversarial
+
+    def _right(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with in_mode(network, training=self._model_training), torch.no_grad():
+            return network(images).argmax(1) == labels
+
+    def _start(self, images: Tensor) -> Tensor:
+        if self.norm == "Linf":
+            noise = 2 * torch.rand(images.shape).to(images) - 1
+            length = noise.flatten(1).abs().amax(1)
+        else:
+            noise = torch.randn(images.shape).to(images)
+            length = noise.flatten(1).norm(dim=1)
+        return _noisy(images, self.eps * noise / length.view(-1, 1, 1, 1))

@@ -221,8 +221,8 @@ def peak(zoo: str, name: str, small: bool, way: str) -> int:
 
 
 def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers: int, record: Record) -> None:
-    """Add a row for each of the names that has none of this depth; each stands for so many networks."""
-    known = {row["name"] for row in record.rows if not depth.lacks(row)}
+    """Add a row for each name that has none of this depth, or was not ready; each stands for so many networks."""
+    known = {row["name"] for row in record.rows if row["status"] != ENDED and not depth.lacks(row)}
     todo = [name for name in names if name not in known]
     record.rows = [row for row in record.rows if row["name"] not in todo]
     tasks = [(zoo, name, depth) for name in todo]

@@ -44,6 +44,7 @@ SMALL = (32, 64, 96, 128, 160, 192)  # sides that are tried by --small
 EQUAL, ROUNDOFF_MULTIPLE, MOST = 1e-4, 3, 1e-2  # error of the gradient: allowed; as a multiple of roundoff; at most
 PLANNED, UNEQUAL, REFUSED, BROKEN, ENDED = "planned", "unequal", "refused", "broken", "ended"
 SHOWN = 5  # reasons of a line
+NO_MEMORY = "can't allocate memory"  # within the limit
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def examine(zoo: str, name: str, depth: Depth) -> dict:
         row["pixels"] = (adversarial != eager).float().mean().item()
         row |= errors(program, problem)
     except Exception as error:
-        return row | {"status": REFUSED, "reason": one_line(error).removeprefix("RuntimeError: engine='plan': ")}
+        reason = one_line(error).removeprefix("RuntimeError: engine='plan': ")
+        return row | {"status": ENDED if NO_MEMORY in reason else REFUSED, "reason": reason}
     segments = [stage for stage in program.plan.stages if stage.kind == "segment"]
     operations = [{node.call[0].__name__.partition(".")[0] for _, node in s.nodes if node.call} for s in segments]
     row |= {"stages": len(program.plan.stages), "segments": len(segments)}

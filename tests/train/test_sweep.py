@@ -135,6 +135,17 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path, npz, in_process,
     assert given_back.is_set() and "[1/1] seed=0: clean" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_read_is_a_failure_of_its_own(tmp_path, npz, in_process, capsys):
+    folder, axes = tmp_path / "sweep", ["method=at,twins-at"]
+    assert cli.main(command(folder, npz, *axes)) == 0
+    metrics = RunFolder(folder / "at" / "seed-0").metrics
+    metrics.write_text("{broken\n" + metrics.read_text())
+    capsys.readouterr()
+    assert cli.main(command(folder, npz, *axes)) == 2
+    said = capsys.readouterr()
+    assert "at seed=0" in said.err and "line 1 is broken" in said.err and "| twins-at | 1 of 1 |" in said.out
+
+
 def test_a_folder_of_another_recipe_is_not_touched(tmp_path, npz, in_process, capsys):
     assert cli.main(command(tmp_path, npz)) == 0
     before = (tmp_path / "recipe" / "seed-0" / "last.safetensors").read_bytes()

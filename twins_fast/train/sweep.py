@@ -100,18 +100,24 @@ def run_sweep(
                 member = waiting.popleft()
             except IndexError:
                 return
-            with _taken(member) as taken:
+            with _taken(member, processes) as taken:
                 if not taken:
                     waiting.append(member)
                 else:
-                    why = _train(member, data_root, device, processes)
-                    if attacks and not why:
-                        why = processes.run(_evaluation(member, device, attacks, images), member.log)
+                    try:
+                        why = _train(member, data_root, device, processes)
+                        if attacks and not why:
+                            why = processes.run(_evaluation(member, device, attacks, images), member.log)
+                        found = member.validated()
+                    except (OSError, RunError) as error:
+                        why, found = str(error), None
             if not taken:
                 time.sleep(LOOK_EVERY_SECONDS / len(members))
             elif not processes.stopped:
                 failures.update({member.label: why} if why else {})
-                _say(member, why, len(members) - len(waiting), len(members))
+                figures = ", ".join(f"{name} {found[name]:.1%}" for name in MEASURES) if found else ""
+                said = f"failed: {why}" if why else f"{figures} on validation images"
+                print(f"[{len(members) - len(waiting)}/{len(members)}] {member.label}: {said}", flush=True)
 
     with Interruption(), ThreadPoolExecutor(len(devices)) as pool:
         try:
@@ -123,30 +129,33 @@ def run_sweep(
     return failures
 
 
-def _say(member: Member, why: str, number: int, total: int) -> None:
-    found = member.validated()
-    figures = "" if found is None else ", ".join(f"{name} {found[name]:.1%}" for name in MEASURES)
-    print(
-        f"[{number}/{total}] {member.label}: {f'failed: {why}' if why else figures + ' on validation images'}",
-        flush=True,
-    )
-
-
 @contextmanager
-def _taken(member: Member) -> Iterator[bool]:
-    """Whether the run is this process's inside the block, and nobody trains it."""
+def _taken(member: Member, processes: _Processes) -> Iterator[bool]:
+    """Whether the run is this sweep's inside the block.
+
+    One that goes on without its sweep, which was killed, is waited for first, as it uses a device.
+    """
     member.folder.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(member.folder.folder.with_suffix(".lock"), timeout=0)
     try:
-        with FileLock(member.folder.folder.with_suffix(".lock"), timeout=0):
-            try:
-                with member.folder.locked():  # left by a sweep that was killed, its run may go on
-                    pass
-            except RunError:
-                yield False
-            else:
-                yield True
+        lock.acquire()
     except Timeout:
         yield False
+        return
+    try:
+        while _is_trained_now(member.folder) and not processes.stopped:
+            time.sleep(LOOK_EVERY_SECONDS)
+        yield True
+    finally:
+        lock.release()
+
+
+def _is_trained_now(run: RunFolder) -> bool:
+    try:
+        with run.locked():
+            return False
+    except RunError:
+        return True
 
 
 def _train(member: Member, data_root: str | None, device: str, processes: _Processes) -> str:

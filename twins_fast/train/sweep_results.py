@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from twins_fast.evaluation.results import markdown
+from twins_fast.train.run_folder import RunError
 from twins_fast.train.settings import label_of
 from twins_fast.train.sweep import MEASURES, Member
 
@@ -14,11 +15,7 @@ Row = dict[str, Any]
 
 
 def rows_of(members: Iterable[Member]) -> list[Row]:
-    """Plain values for each setting, with a figure for each seed; a run that has not ended is left out.
-
-    Raises:
-        RunError: a run folder that cannot be read.
-    """
+    """Plain values for each setting, with a figure for each seed; a run that failed is left out."""
     settings: dict[str, list[Member]] = {}
     for member in members:
         settings.setdefault(label_of(member.setting), []).append(member)
@@ -35,7 +32,10 @@ def _row(label: str, members: list[Member]) -> Row:
         "figures": {},
     }
     for member in members:
-        validated, result = member.validated(), member.folder.read_result()
+        try:
+            validated, result = member.validated(), member.folder.read_result()
+        except RunError:
+            continue
         if validated is None:
             continue
         figures = {f"validation {name}": validated[name] for name in MEASURES}

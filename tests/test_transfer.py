@@ -1,0 +1,64 @@
+"""The results table: its commands, its statistics, and what it makes of results."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import sources, transfer
+from twins_fast.train import cli
+from twins_fast.train.settings import axis_of, settings_of
+
+
+@pytest.mark.parametrize("t, freedom, p", [(2.776, 4, 0.05), (4.303, 2, 0.05), (12.706, 1, 0.05), (0, 3, 1.0)])
+def test_students_distribution(t, freedom, p):
+    assert transfer.two_sided(t, freedom) == pytest.approx(p, rel=1e-3)
+
+
+def test_paired_differences():
+    mean, error, p = transfer.paired([0.01, 0.02, 0.03])
+    assert (mean, error) == (pytest.approx(0.02), pytest.approx(0.01 / 3**0.5)) and 0.07 < p < 0.08
+    assert transfer.paired([0.0, 0.0]) == (0, 0, 1) and transfer.paired([0.5, 0.5])[2] == 0
+
+
+def test_every_method_has_the_same_number_of_draws_with_the_same_rates():
+    rates = set()
+    for row in transfer.ROWS:
+        words = transfer.command(row, Path("data.npz"), Path("cifar10.npz"))
+        parsed = cli._parse(words)
+        assert parsed.fields.method.name == row.method and parsed.fields.optimizer.epochs == transfer.EPOCHS
+        axes = [axis_of(text) for text in (*transfer.RATES, *([row.axis] if row.axis else []))]
+        drawn = settings_of(parsed.fields, axes, transfer.DRAWS)
+        assert len(drawn) == transfer.DRAWS and all(len(setting) == len(axes) for setting in drawn)
+        rates.add(tuple(setting["optimizer.lr"] for setting in drawn))
+    assert len(rates) == 1
+    assert {name for pair in transfer.PAIRS for name in pair} <= {row.name for row in transfer.ROWS}
+
+
+def test_a_subset_has_as_many_images_of_each_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "FOLDER", tmp_path / "runs")
+    labels = np.arange(100) % 10
+    images = np.zeros((100, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "all.npz", train=images, train_labels=labels, test=images, test_labels=labels)
+    with np.load(transfer.subset(tmp_path / "all.npz", 3)) as found:
+        assert np.bincount(found["train_labels"]).tolist() == [3] * 10 and len(found["test"]) == 100
+    with np.load(sources.shrunk(tmp_path / "all.npz")) as found:
+        assert found["train"].shape == (100, 32, 32, 3) and found["train"].dtype == np.uint8
+
+
+def test_the_tables():
+    titles = ("clean, best", "robust, best", "clean, last", "robust, last", "best minus last")
+
+    def row(shift):
+        figures = {title: [0.5 + shift, 0.6 + shift, 0.7 + shift] for title in titles}
+        return {
+            "figures": figures,
+            "seeds": [0, 1, 2],
+            "setting": {"optimizer.lr": 0.01},
+            "autoattack": {"AutoAttack": 0.3},
+        }
+
+    record = {"size": 2500, "attacked": 1000, "rows": {"at": row(0), "twins-at": row(0.02)}}
+    assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
+    assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
+    assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)

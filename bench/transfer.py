@@ -52,6 +52,11 @@ class Row:
     axis: str = ""  # the method's own, which is searched too
     options: tuple[str, ...] = ()
 
+    @property
+    def slug(self) -> str:
+        """As folders and the command line name it."""
+        return self.name.replace(", ", "-")
+
 
 _PROBED = ("--network.init-head", "adversarial-probe")
 ROWS = (
@@ -101,7 +106,7 @@ def run(words: Sequence[str]) -> None:
 
 def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
     """The sweep over learning rate, weight decay and the method's own weight, with one seed."""
-    folder = FOLDER / str(size) / row.name.replace(", ", "-") / "search"
+    folder = FOLDER / str(size) / row.slug / "search"
     axes = [*RATES, *([row.axis] if row.axis else [])]
     test = ["--evaluation.images", "500", "--evaluation.every", "2"]
     run([*command(row, data, source), *axes, "--draws", str(DRAWS), "--folder", str(folder), *test])
@@ -110,7 +115,7 @@ def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
 
 def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The chosen setting with every seed, on all test images."""
-    folder = FOLDER / str(size) / row.name.replace(", ", "-") / "seeds"
+    folder = FOLDER / str(size) / row.slug / "seeds"
     axes = [f"{field}={value}" for field, value in setting.items()]
     seeds = ",".join(map(str, range(row.seeds)))
     run([*command(row, data, source), *axes, "--seeds", seeds, "--folder", str(folder)])
@@ -194,11 +199,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.transfer", description=__doc__)
     parser.add_argument("source", type=Path, help="CIFAR-10 as an .npz file")
     parser.add_argument("--sizes", default="500", help="training images of a class (%(default)s)")
-    parser.add_argument("--rows", default=",".join(r.name.replace(", ", "-") for r in ROWS), help="default: all")
+    parser.add_argument("--rows", default=",".join(r.slug for r in ROWS), help="default: all")
     args = parser.parse_args(arguments)
     wanted = args.rows.split(",")
     for size in map(int, args.sizes.split(",")):
-        measure(size, args.source.resolve(), [row.name for row in ROWS if row.name.replace(", ", "-") in wanted])
+        measure(size, args.source.resolve(), [row.name for row in ROWS if row.slug in wanted])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Ball:
             if self.norm == "l2":
                 direction = noise.normal_(generator=generator)
                 radius = torch.rand(rows, dtype=images.dtype, device=device, generator=generator)
-                unit = direction / _l2(direction).clamp_min(_TINY)
+                unit = direction / lengths(direction).clamp_min(_TINY)
                 noise = unit * self._on(device) * radius ** (1 / images[0].numel())
             else:  # normalised exponential variables, one more of them than pixels
                 size = noise.exponential_(generator=generator)
@@ -68,7 +68,7 @@ class Ball:
         end of their range left out (Tramèr and Boneh, arXiv 1904.13000, algorithm 1).
         """
         if self.norm == "l2":
-            return x + alpha * gradient / _l2(gradient).clamp_min(_TINY)
+            return x + alpha * gradient / lengths(gradient).clamp_min(_TINY)
         if self.norm != "l1":
             return x + alpha * gradient.sign()
         stuck = ((x <= self.low) & (gradient < 0)) | ((x >= self.high) & (gradient > 0))
@@ -86,7 +86,7 @@ class Ball:
             x = clean + _into_l1(x - clean, self.eps)
         else:
             offset = x - clean
-            length = _l2(offset)
+            length = lengths(offset)
             x = torch.where(length > self.eps, clean + offset / length * self.eps, x)
         return self.clamp(x)
 
@@ -100,7 +100,8 @@ class Ball:
         return self.eps.to(device) if isinstance(self.eps, Tensor) else self.eps
 
 
-def _l2(x: Tensor) -> Tensor:
+def lengths(x: Tensor) -> Tensor:
+    """L2 norm of each image, [N, 1, 1, 1]."""
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 

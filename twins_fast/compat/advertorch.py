@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attacks import PGD
-from twins_fast.compat.balls import BallPGD, BoxFirstBall, OffsetBall, lengths
+from twins_fast.attacks.balls import Ball
+from twins_fast.compat.balls import BallPGD, BoxFirstBall, OffsetBall, into_l2
 
 Predict = nn.Module | Callable[[Tensor], Tensor]
 
@@ -78,7 +79,7 @@ class PGDAttack:
     def _attack(self) -> PGD:
         training = isinstance(self.predict, nn.Module) and self.predict.training
         return BallPGD(
-            OffsetBall if self.ord == torch.inf else BoxFirstBall,
+            self._ball,
             self.predict,
             _by_image(self.eps),
             _by_image(self.eps_iter),
@@ -94,6 +95,10 @@ class PGDAttack:
         )
 
     @property
+    def _ball(self) -> type[Ball]:
+        return OffsetBall if self.ord == torch.inf else BoxFirstBall
+
+    @property
     def _is_cross_entropy(self) -> bool:
         """Whose mean and sum lead to the same steps."""
         loss = self.loss_fn
@@ -106,49 +111,42 @@ class PGDAttack:
         if self.ord == torch.inf:
             noise = noise.uniform_(-1, 1) * _by_image(self.eps)
         else:
-            noise = noise.uniform_(self.clip_min, self.clip_max) - x
-            noise = noise * (_by_image(self.eps) / lengths(noise)).clamp(max=1)
+            noise = into_l2(noise.uniform_(self.clip_min, self.clip_max) - x, _by_image(self.eps))
         return (x + noise).clamp(self.clip_min, self.clip_max)
 
 
-class LinfPGDAttack(PGDAttack):
+class _OfOneNorm(PGDAttack):
+    """The constructor of both."""
+
+    norm: float
+
+    def __init__(
+        self,
+        predict: Predict,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        eps: float | Tensor = 0.3,
+        nb_iter: int = 40,
+        eps_iter: float | Tensor = 0.01,
+        rand_init: bool = True,
+        clip_min: float = 0.0,
+        clip_max: float = 1.0,
+        targeted: bool = False,
+        **options: Any,
+    ):
+        numbers = (predict, loss_fn, eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, self.norm)
+        super().__init__(*numbers, targeted=targeted, **options)
+
+
+class LinfPGDAttack(_OfOneNorm):
     """:class:`PGDAttack` in the L-infinity ball."""
 
-    def __init__(
-        self,
-        predict: Predict,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        eps: float | Tensor = 0.3,
-        nb_iter: int = 40,
-        eps_iter: float | Tensor = 0.01,
-        rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        targeted: bool = False,
-        **options: Any,
-    ):
-        numbers = (predict, loss_fn, eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, torch.inf)
-        super().__init__(*numbers, targeted=targeted, **options)
+    norm = torch.inf
 
 
-class L2PGDAttack(PGDAttack):
+class L2PGDAttack(_OfOneNorm):
     """:class:`PGDAttack` in the L2 ball."""
 
-    def __init__(
-        self,
-        predict: Predict,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        eps: float | Tensor = 0.3,
-        nb_iter: int = 40,
-        eps_iter: float | Tensor = 0.01,
-        rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
-        targeted: bool = False,
-        **options: Any,
-    ):
-        numbers = (predict, loss_fn, eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, 2)
-        super().__init__(*numbers, targeted=targeted, **options)
+    norm = 2
 
 
 def _by_image(number: float | Tensor) -> float | Tensor:

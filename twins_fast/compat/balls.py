@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from twins_fast.attacks import PGD
-from twins_fast.attacks.balls import Ball, Number
+from twins_fast.attacks.balls import Ball, Number, lengths
 
 
-def lengths(x: Tensor) -> Tensor:
-    """L2 norm of each image, [N, 1, 1, 1]."""
-    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+def into_l2(offset: Tensor, eps: Number) -> Tensor:
+    """Offsets [N, C, H, W], shrunk to at most that length."""
+    return offset * (eps / lengths(offset)).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OffsetBall(Ball):
         if self.norm == "linf":
             offset = torch.clamp(offset, -self.eps, self.eps)  # type: ignore[arg-type]  # both may be tensors
         else:
-            offset = offset * (self.eps / lengths(offset)).clamp(max=1)
+            offset = into_l2(offset, self.eps)
         return self.clamp(clean + offset)
 
 
@@ -50,8 +50,7 @@ class BoxFirstBall(Ball):
     """Brings the image into the range of the pixel values, then its offset into the L2 ball."""
 
     def project(self, x: Tensor, clean: Tensor) -> Tensor:
-        offset = self.clamp(x) - clean
-        return clean + offset * (self.eps / lengths(offset)).clamp(max=1)
+        return clean + into_l2(self.clamp(x) - clean, self.eps)
 
 
 class BallPGD(PGD):

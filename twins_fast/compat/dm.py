@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from twins_fast.attacks import PGD
+from twins_fast.attacks.balls import Ball
 from twins_fast.compat import advertorch
 from twins_fast.compat.advertorch import Predict
-from twins_fast.compat.balls import BallPGD, PixelBall
+from twins_fast.compat.balls import PixelBall
 
 ATTACKS = ("fgsm", "linf-pgd", "fgm", "l2-pgd", "linf-df", "l2-df", "linf-apgd", "l2-apgd")
 Loss = Callable[[Tensor, Tensor], Tensor] | None
@@ -58,11 +59,9 @@ class FGSMAttack(PGDAttack):
     ):
         super().__init__(predict, loss_fn, eps, 1, eps, False, **options)
 
-    def _attack(self) -> PGD:
-        attack = super()._attack()
-        assert isinstance(attack, BallPGD)
-        attack.kind = PixelBall
-        return attack
+    @property
+    def _ball(self) -> type[Ball]:
+        return PixelBall
 
 
 class FGMAttack(FGSMAttack):

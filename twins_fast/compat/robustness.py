@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twins_fast.attacks.balls import lengths
 from twins_fast.attacks.pgd import ENGINES
 from twins_fast.compat.balls import BallPGD, OffsetBall
 from twins_fast.nn.modes import in_mode
@@ -121,7 +122,7 @@ class _FastAttacker(nn.Module):
             noise = 2 * (torch.rand_like(x) - 0.5) * eps
         else:
             noise = torch.randn_like(x)
-            noise = eps * noise / (noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-10)
+            noise = eps * noise / (lengths(noise) + 1e-10)
         return (x + noise).clamp(0, 1)
 
 

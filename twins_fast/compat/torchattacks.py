@@ -31,10 +31,10 @@ class _Planned(Attack):  # type: ignore[misc]
 
     Args:
         model: maps normalised images, or images in [0, 1], to logits.
-        engine, amp_dtype: of :class:`twins_fast.PGD`.
+        engine, amp_dtype: of :class:`twins_fast.PGD`, which every attack here takes besides its own arguments (how).
     """
 
-    def __init__(self, name: str, model: nn.Module, engine: str, amp_dtype: torch.dtype | None):
+    def __init__(self, name: str, model: nn.Module, *, engine: str = "auto", amp_dtype: torch.dtype | None = None):
         super().__init__(name, model)
         self.engine, self.amp_dtype = engine, amp_dtype
         self.supported_mode = ["default", "targeted"]
@@ -98,10 +98,8 @@ def _noisy(images: Tensor, noise: Tensor) -> Tensor:
 class FGSM(_Planned):
     """One step of length eps along the sign of the gradient (arXiv 1412.6572)."""
 
-    def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, *, engine: str = "auto", amp_dtype: torch.dtype | None = None
-    ):
-        super().__init__("FGSM", model, engine, amp_dtype)
+    def __init__(self, model: nn.Module, eps: float = 8 / 255, **how: Any):
+        super().__init__("FGSM", model, **how)
         self.eps = eps
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -117,11 +115,9 @@ class FFGSM(_Planned):
         model: nn.Module,
         eps: float = 8 / 255,
         alpha: float = 10 / 255,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("FFGSM", model, engine, amp_dtype)
+        super().__init__("FFGSM", model, **how)
         self.eps, self.alpha = eps, alpha
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -140,11 +136,9 @@ class PGD(_Planned):
         alpha: float = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("PGD", model, engine, amp_dtype)
+        super().__init__("PGD", model, **how)
         self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -166,11 +160,9 @@ class PGDL2(_Planned):
         steps: int = 10,
         random_start: bool = True,
         eps_for_division: float = 1e-10,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("PGDL2", model, engine, amp_dtype)
+        super().__init__("PGDL2", model, **how)
         self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
         self.eps_for_division = eps_for_division
 
@@ -195,11 +187,9 @@ class TPGD(_Planned):
         eps: float = 8 / 255,
         alpha: float = 2 / 255,
         steps: int = 10,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("TPGD", model, engine, amp_dtype)
+        super().__init__("TPGD", model, **how)
         self.eps, self.alpha, self.steps = eps, alpha, steps
         self.supported_mode = ["default"]
 
@@ -219,11 +209,9 @@ class MIFGSM(_Planned):
         alpha: float = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("MIFGSM", model, engine, amp_dtype)
+        super().__init__("MIFGSM", model, **how)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -251,11 +239,9 @@ class APGD(_Planned):
         eot_iter: int = 1,
         rho: float = 0.75,
         verbose: bool = False,
-        *,
-        engine: str = "auto",
-        amp_dtype: torch.dtype | None = None,
+        **how: Any,
     ):
-        super().__init__("APGD", model, engine, amp_dtype)
+        super().__init__("APGD", model, **how)
         if eot_iter != 1:
             raise NotImplementedError(f"eot_iter={eot_iter}: average over random networks inside of the model instead")
         if rho != 0.75:

@@ -62,10 +62,7 @@ def trades_loss(
     else:
         length = 2 * epsilon / perturb_steps
         attack = BallPGD(BoxFirstBall, model, epsilon, length, perturb_steps, norm="l2", **options)
-    x_adv = attack(x_natural, y, x_init=_start(x_natural))
-    model.train()
-    optimizer.zero_grad()
-    natural, adversarial = model(x_natural), model(x_adv)
+    natural, adversarial = _both_logits(attack, model, x_natural, y, optimizer)
     divergence = F.kl_div(F.log_softmax(adversarial, 1), F.softmax(model(x_natural), 1), reduction="sum")
     return F.cross_entropy(natural, y) + beta * (divergence / len(y))
 
@@ -95,10 +92,7 @@ def mart_loss(
     if distance == "l_2":
         raise NotImplementedError("distance='l_2': the original does not attack then; use PGD(norm='l2') and MART")
     attack = PGD(model, epsilon, step_size, perturb_steps, random_start=False, engine=engine, amp_dtype=amp_dtype)
-    x_adv = attack(x_natural, y, x_init=_start(x_natural))
-    model.train()
-    optimizer.zero_grad()
-    natural, adversarial = model(x_natural), model(x_adv)
+    natural, adversarial = _both_logits(attack, model, x_natural, y, optimizer)
     own = y[:, None]
     probabilities, clean = F.softmax(adversarial, 1), F.softmax(natural, 1)
     strongest_other = probabilities.scatter(1, own, 0.0).amax(1)
@@ -108,9 +102,15 @@ def mart_loss(
     return boosted + beta * (unsure.sum() / len(y))
 
 
-def _start(images: Tensor) -> Tensor:
-    """As the originals draw it, which is not brought back into [0, 1]."""
-    return images.detach() + _NOISE * torch.randn(images.shape, device=images.device, dtype=images.dtype)
+def _both_logits(
+    attack: PGD, model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer
+) -> tuple[Tensor, Tensor]:
+    """Of clean images and of attacked ones, in train mode; the attack starts outside of [0, 1], as the originals do."""
+    start = images.detach() + _NOISE * torch.randn(images.shape, device=images.device, dtype=images.dtype)
+    adversarial = attack(images, labels, x_init=start)
+    model.train()
+    optimizer.zero_grad()
+    return model(images), model(adversarial)
 
 
 class AdvWeightPerturb:

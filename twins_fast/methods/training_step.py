@@ -221,6 +221,10 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
         return good
 
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those of the optimiser."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _average(self, tensors: list[Tensor]) -> None:
         """Over all processes, in place."""
         if self.process_group is not None:
@@ -230,13 +234,11 @@ class TrainingStep:
         """Gradients, none after a loss that was not finite, and running statistics."""
         if self.process_group is None:
             return []
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         return gradients + running_statistics(self.model)
 
     def _norms_of_gradients(self, loss: Tensor) -> Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters()]
         return torch.stack(torch._foreach_norm(gradients)) / self.scaler.scale(torch.ones_like(loss))
 
     def _update(self, good: Tensor, rates: tuple[Tensor, ...]) -> None:
@@ -288,7 +290,7 @@ class TrainingStep:
         )
         trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
         modes = tuple(module.training for module in modules_of(self.model))
-        states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
+        states = (self.optimizer.state.get(p, {}) for p in self._parameters())
         state = tuple(_plain(value) for entries in states for value in entries.values())
         groups = tuple(
             (*map(_plain, group["params"]), *((k, _plain(v)) for k, v in group.items() if k not in ("params", "lr")))

@@ -159,13 +159,14 @@ def _is_trained_now(run: RunFolder) -> bool:
 
 
 def _train(member: Member, data_root: str | None, device: str, processes: _Processes) -> str:
-    """Train a run to its end; returns why it failed."""
+    """Train a run to its end; returns why it failed.
+
+    Raises:
+        RunError, OSError: its folder is of another recipe, or cannot be used.
+    """
     run = member.folder
     if run.exists():
-        try:
-            run.check_recipe(member.recipe)
-        except RunError as error:
-            return str(error)
+        run.check_recipe(member.recipe)
         if run.read_result() and run.load_config()[0] == member.recipe:
             return ""
     config = run.folder.with_suffix(".toml")

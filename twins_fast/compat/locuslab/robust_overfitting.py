@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twins_fast.attacks.balls import lengths
 from twins_fast.attacks.objectives import one_hot
-from twins_fast.compat.balls import BallPGD, OffsetBall, lengths
+from twins_fast.compat.balls import BallPGD, OffsetBall
 from twins_fast.compat.locuslab.restarts import highest, mode_of
 from twins_fast.compat.normalised import normalised
 from twins_fast.nn.modes import in_mode

@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
                 status |= 1
             continue
         command = " ".join(["python -m bench.coverage", *given])
-        folder = PARTIAL if args.only or args.small else RESULTS
+        folder = PARTIAL if args.only else RESULTS
         options = {"small": args.small, "version": version(zoo)}
         record = Record(f"{NAME}-{zoo}", "cpu", command, options, folder, args.json)
         record.resume()

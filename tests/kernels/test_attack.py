@@ -256,6 +256,8 @@ GEOMETRIES = [
     convolution_of(3, 8, (4, 4), 7, 2, 3, upsample=7),
     convolution_of(2, 8, (3, 4), (3, 5), 1, (1, 2), (3, 1), (2, 3)),
     convolution_of(16, 8, (3, 3), 3, 3, 1, 1, 2),
+    convolution_of(8, 16, (4, 3), (4, 3)),  # a single result
+    convolution_of(3, 8, (5, 6), (5, 6)),
 ]
 
 

@@ -47,6 +47,13 @@ class Convolution:
         return all(0 <= n < s for n, s in zip(lost, self.stride, strict=True))
 
     @property
+    def apart(self) -> tuple[int, ...]:
+        """The stride; for a single result, where any would do, so large that no pixel sees two taps."""
+        if (self.out_size, self.upsample) != ((1, 1), (1, 1)):
+            return self.stride
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
     def weights(self) -> int:
         return self.out_channels * self.in_channels // self.groups * prod(self.kernel)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.attacks.engine.executors.helpers import ISAS, Result, first, last, pointers, unpack
 from tests.ops.cases import DTYPES, UNIT
-from twins_fast.attacks.engine.convolution import Convolution
+from twins_fast.attacks.engine.convolution import Convolution, axis_backward
 from twins_fast.ops import native
 
 if native._C is None:
@@ -569,6 +569,19 @@ def test_weights_of_both_directions(channels, shared):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("size", [6, 7])
+def test_no_pixel_sees_two_taps_of_a_single_result(size, padding, dilation):
+    kernel = (size + 2 * padding - 1) // dilation + 1
+    shape = dict(kernel=(kernel, 2), stride=(1, 3), padding=(padding, 0), dilation=(dilation, 1))
+    assert Convolution(8, (size, 5), 5, (1, 2), **shape).apart == (1, 3)
+    geometry = Convolution(8, (size, 2), 5, (1, 1), **shape)
+    assert geometry.apart == (dilation * (kernel - 1) + 1, 2)
+    _, _, phases = axis_backward(kernel, geometry.apart[0], padding, dilation, 1)
+    assert all(len(taps) <= 1 for taps in phases)
+
+
 @pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "with sum and mask"])
 @pytest.mark.parametrize(
     "channels, size, kernel, stride, padding, dilation",
@@ -581,6 +594,10 @@ def test_weights_of_both_directions(channels, shared):
         (3, (32, 48), (16, 16), (16, 16), (0, 0), (1, 1)),
         (3, (41, 36), (11, 11), (4, 4), (2, 2), (1, 1)),
         (3, (11, 11), (1, 1), (3, 3), (0, 0), (1, 1)),
+        (3, (12, 10), (12, 10), (1, 1), (0, 0), (1, 1)),  # one result
+        (8, (4, 6), (4, 5), (1, 3), (0, 0), (1, 1)),
+        (6, (3, 9), (5, 4), (1, 2), (1, 0), (1, 1)),  # one row
+        (7, (5, 6), (3, 3), (1, 1), (0, 0), (2, 2)),
     ],
 )
 def test_gradient_of_an_image(channels, size, kernel, stride, padding, dilation, epilogue):

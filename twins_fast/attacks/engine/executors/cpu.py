@@ -166,11 +166,11 @@ class KernelConvolution:
     def __init__(self, geometry: Convolution, dtype: torch.dtype, workspace: Workspace, algorithm: str):
         g = geometry
         self.runs = f"C++ {algorithm}"
-        axes = list(zip(g.kernel, g.stride, g.padding, g.dilation, g.upsample, strict=True))
+        axes = list(zip(g.kernel, g.apart, g.padding, g.dilation, g.upsample, strict=True))
         inner, outer = (g.in_size, g.in_channels), (g.out_size, g.out_channels)
         kind = algorithm, dtype, workspace, g.groups
         self._forward = _phased(axis_forward, axes, (*inner, *outer), *kind)
-        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1) and g.groups == 1:
+        if g.in_channels <= FEW_CHANNELS and g.upsample == (1, 1) and g.groups == 1 and g.out_size != (1, 1):
             self._backward, self._gradient = _ImageGradient(g, dtype, workspace), None
         else:
             other = self._forward if shares_weights(g, algorithm) else None

@@ -78,11 +78,11 @@ def directions(geometry: Convolution, device: torch.device) -> tuple[Direction |
     few = g.in_channels <= attack.MOST_CHANNELS  # an image
     if g.groups > 1 or g.out_channels % 8 or (g.in_channels % 8 and not few):
         return None, None
-    numbers = list(zip(g.kernel, g.stride, g.padding, g.dilation, g.upsample, strict=True))
+    numbers = list(zip(g.kernel, g.apart, g.padding, g.dilation, g.upsample, strict=True))
     down, across = (_phased(axis_forward, *each) for each in numbers)
     if few:
         across = _rows(*axis_forward(*numbers[1]), g.in_size[1])
-    blocks = _blocks(g) if few and g.upsample == (1, 1) else None
+    blocks = _blocks(g) if few and g.upsample == (1, 1) and g.out_size != (1, 1) else None
     back = blocks or tuple(_phased(axis_backward, *each) for each in numbers)
     return Direction(g, False, (down, across), False, device), Direction(g, True, back, blocks is not None, device)
 

@@ -14,6 +14,8 @@ from bench import host as bench_host
 from bench import imports as bench_imports
 from bench import kernels as bench_kernels
 from bench import libraries as bench_libraries
+from bench import sources as bench_sources
+from bench import transfer as bench_transfer
 from bench import twin_bn as bench_twin_bn
 from bench.harness import RESULTS
 from bench.header import ROOT
@@ -332,6 +334,29 @@ def _zoos() -> dict[str, dict]:
     return {path.stem.split("-")[1]: _read(path) for path in paths}
 
 
+def transfer() -> str:
+    """What each method makes of the embedded network: one table per number of training images."""
+    return _of_transfers(bench_transfer.table)
+
+
+def transfer_pairs() -> str:
+    """The same seeds with and without two wings."""
+    return _of_transfers(bench_transfer.pairs_table)
+
+
+def _of_transfers(table: Callable[[dict], str]) -> str:
+    records = [_read(path) for path in sorted(measurements(bench_transfer.NAME), key=lambda path: len(path.stem))]
+    return "\n\n".join(f"{table(record)}\n\n{source(record)}" for record in records) or NOT_MEASURED
+
+
+def sources() -> str:
+    """What networks of other radii are worth as a start."""
+    if not bench_sources.RESULT.exists():
+        return NOT_MEASURED
+    record = _read(bench_sources.RESULT)
+    return f"{bench_sources.table(record)}\n\n{source(record)}"
+
+
 def draw_scaling(target: Path = SCALING_PLOT) -> None:
     """A column for each size: milliseconds per step above, memory below."""
     import matplotlib  # slow to import, and only needed here
@@ -406,6 +431,7 @@ TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "
 TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}
 TABLES |= {"coverage": coverage, "coverage_reasons": coverage_reasons, "coverage_segments": coverage_segments}
 TABLES |= {"coverage_time": coverage_time, "coverage_refused": coverage_refused}
+TABLES |= {"transfer": transfer, "transfer_pairs": transfer_pairs, "sources": sources}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

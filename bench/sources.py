@@ -9,7 +9,6 @@ and shrunk to 16 x 16 and enlarged again, as a control for how fine the images a
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.harness import RESULTS
-from bench.header import ROOT, header
+from bench.harness import RESULTS, keep
+from bench.header import ROOT
 from bench.transfer import subset
 from twins_fast.evaluation.results import markdown
 from twins_fast.models import CifarResNet, register
@@ -92,7 +91,7 @@ def shrunk(data: Path) -> Path:
 
 def measure(source_data: Path) -> dict:
     small = subset(source_data, 500)
-    record = {"header": header(), "command": "python -m bench.sources", "rows": []}
+    rows: list[dict] = []
     for width, radii in RADII.items():
         if width != 16:
             register(architecture(width), partial(CifarResNet, width=width))
@@ -104,8 +103,8 @@ def measure(source_data: Path) -> dict:
                 for way in WAYS:
                     folder = FOLDER / f"w{width}" / f"{name}-{way.split()[0]}-{pixels}"
                     row[f"{way}, {pixels}"] = transferred(source, way, data, folder)
-            record["rows"].append(row)
-            RESULT.write_text(json.dumps(record, indent=1) + "\n")
+            rows.append(row)
+            record = keep(RESULT, NAME, rows=rows)
     return record
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import RESULTS
-from bench.header import ROOT, header
+from bench.harness import RESULTS, keep
+from bench.header import ROOT
 from twins_fast.evaluation.results import markdown
 from twins_fast.train.recipes import SOURCE_CLASSES, TARGET_CLASSES
 from twins_fast.train.settings import label_of
@@ -145,9 +145,7 @@ def measure(size: int, source: Path, names: Sequence[str]) -> None:
         entry = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
         record["rows"][row.name] = entry | {"seeds": found["seeds"], "figures": found["figures"]}
         record["rows"][row.name]["autoattack"] = attacked(folder)
-        record |= {"header": header(), "command": "python -m bench.transfer", "size": size, "draws": DRAWS}
-        record |= {"epochs": EPOCHS, "attacked": ATTACKED}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=record["rows"])
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -344,6 +344,11 @@ def transfer_pairs() -> str:
     return _of_transfers(bench_transfer.pairs_table)
 
 
+def transfer_ablations() -> str:
+    """Lambda, the warm-up stage and the frozen statistics."""
+    return _of_transfers(bench_transfer.ablations_table)
+
+
 def _of_transfers(table: Callable[[dict], str]) -> str:
     records = [_read(path) for path in sorted(measurements(bench_transfer.NAME), key=lambda path: len(path.stem))]
     return "\n\n".join(f"{table(record)}\n\n{source(record)}" for record in records) or NOT_MEASURED
@@ -431,7 +436,12 @@ TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "
 TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}
 TABLES |= {"coverage": coverage, "coverage_reasons": coverage_reasons, "coverage_segments": coverage_segments}
 TABLES |= {"coverage_time": coverage_time, "coverage_refused": coverage_refused}
-TABLES |= {"transfer": transfer, "transfer_pairs": transfer_pairs, "sources": sources}
+TABLES |= {
+    "transfer": transfer,
+    "transfer_pairs": transfer_pairs,
+    "transfer_ablations": transfer_ablations,
+    "sources": sources,
+}
 TABLES |= {"attack_precision": attack_precision, "attack_layers": attack_layers, "attack_scaling": attack_scaling}
 
 

@@ -72,6 +72,13 @@ ROWS = (
     Row("probe, at", "at", options=_PROBED),
     Row("probe, twins-at", "twins-at", axis=LAMBDA, options=_PROBED),
 )
+ABLATED, ABLATION_SEEDS = "twins-at", 3
+ABLATIONS = (  # what is tried instead of the chosen setting's
+    ("method.frozen_weight=0,0.25,0.5,1,2",),
+    ("method.frozen_statistics=target", "method.warmup_epochs=1,2,4"),
+    ("method.frozen_statistics=random",),
+    ("method.affine=shared",),
+)
 PAIRS = (("twins-at", "at"), ("twins-trades", "trades"), ("twins-mart", "mart"), ("probe, twins-at", "probe, at"))
 
 
@@ -131,6 +138,21 @@ def attacked(folder: Path) -> dict[str, Any]:
     return {one["title"]: one["accuracy"] for one in json.loads(file.read_text())["results"]}
 
 
+def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chosen setting with one thing changed at a time."""
+    found = []
+    for number, axes in enumerate(ABLATIONS):
+        folder = FOLDER / str(size) / row.slug / f"ablation-{number}"
+        changed = [axis.partition("=")[0] for axis in axes]
+        kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
+        seeds = ",".join(map(str, range(ABLATION_SEEDS)))
+        run([*command(row, data, source), *kept, *axes, "--seeds", seeds, "--folder", str(folder)])
+        for one in json.loads((folder / "sweep.json").read_text())["settings"]:
+            shown = {field: one["setting"][field] for field in changed}
+            found.append({"changed": shown, "seeds": one["seeds"], "figures": one["figures"]})
+    return found
+
+
 def measure(size: int, source: Path, names: Sequence[str]) -> None:
     """The table of one size, row by row into its file."""
     path = RESULTS / f"{NAME}-{size}.json"
@@ -145,6 +167,8 @@ def measure(size: int, source: Path, names: Sequence[str]) -> None:
         entry = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
         record["rows"][row.name] = entry | {"seeds": found["seeds"], "figures": found["figures"]}
         record["rows"][row.name]["autoattack"] = attacked(folder)
+        if row.name == ABLATED and size == SIZES[0]:
+            record["rows"][row.name]["ablations"] = ablated(row, size, data, source, found["setting"])
         keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=record["rows"])
 
 
@@ -190,6 +214,17 @@ def pairs_table(record: dict[str, Any]) -> str:
             values = [a - b for a, b in zip(*(row["figures"][title] for row in rows), strict=True)]
             mean, error, p = paired(values)
             lines[-1].append(f"{100 * mean:+.2f} ± {100 * error:.2f}, p = {p:.2f}")
+    return markdown(lines)
+
+
+def ablations_table(record: dict[str, Any]) -> str:
+    """Markdown: the ablations of one size, below the setting that was chosen."""
+    titles = ["clean, best", "robust, best", "clean, last", "robust, last"]
+    lines = [[f"{ABLATED}, {record['size']:,} images a class", *(t.replace("robust", "PGD-10") for t in titles)]]
+    row = record["rows"].get(ABLATED, {})
+    for one in [{"changed": {}, **row}, *row["ablations"]] if "ablations" in row else []:
+        figures = [mean_and_deviation(one["figures"][title][:ABLATION_SEEDS]) for title in titles]
+        lines.append([label_of(one["changed"]) or "as chosen", *figures])
     return markdown(lines)
 
 

@@ -32,6 +32,10 @@ def test_every_method_has_the_same_number_of_draws_with_the_same_rates():
         assert len(drawn) == transfer.DRAWS and all(len(setting) == len(axes) for setting in drawn)
         rates.add(tuple(setting["optimizer.lr"] for setting in drawn))
     assert len(rates) == 1
+    (twins,) = (row for row in transfer.ROWS if row.name == transfer.ABLATED)
+    recipe = cli._parse(transfer.command(twins, Path("data.npz"), Path("cifar10.npz"))).fields
+    for changed in transfer.ABLATIONS:
+        assert settings_of(recipe, [axis_of(text) for text in changed])
     assert {name for pair in transfer.PAIRS for name in pair} <= {row.name for row in transfer.ROWS}
 
 
@@ -58,7 +62,10 @@ def test_the_tables():
             "autoattack": {"AutoAttack": 0.3},
         }
 
-    record = {"size": 2500, "attacked": 1000, "rows": {"at": row(0), "twins-at": row(0.02)}}
+    ablations = [{"changed": {"method.affine": "shared"}, **row(0.1)}]
+    record = {"size": 2500, "attacked": 1000, "rows": {"at": row(0), "twins-at": row(0.02) | {"ablations": ablations}}}
+    assert "| as chosen | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert "| affine=shared | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
     assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)

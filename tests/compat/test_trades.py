@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.compat.problem import lengths, problem
-from twins_fast.compat.trades import AdvWeightPerturb, mart_loss, trades_loss
+from twins_fast.compat.trades import AdvWeightPerturb, TradesAWP, mart_loss, trades_loss
 
 
 def attacked(model, images, labels, step_size, epsilon, steps, distance, divergence):
@@ -86,30 +86,33 @@ def test_mart():
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_what_the_originals_do_not_know():
+def test_distances_with_which_the_originals_do_not_attack():
     model, images, labels = problem()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="distance"):
-        trades_loss(model, images, labels, optimizer, distance="l_1")
-    with pytest.raises(NotImplementedError, match="distance='l_2'"):
-        mart_loss(model, images, labels, optimizer, distance="l_2")
+    for function, distance in ((trades_loss, "l_1"), (mart_loss, "l_2")):
+        with pytest.raises(NotImplementedError, match=f"distance='{distance}'"):
+            function(model, images, labels, optimizer, distance=distance)
 
 
-@pytest.mark.parametrize("trades", [False, True])
-def test_adversarial_weight_perturbation(trades):
+@pytest.mark.parametrize("kind", [AdvWeightPerturb, TradesAWP])
+def test_adversarial_weight_perturbation(kind):
     model, images, labels = problem()
+    other = images.flip(0)
     model.train()
     proxy = copy.deepcopy(model)
     for parameter in proxy.parameters():
         torch.nn.init.zeros_(parameter)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    awp = AdvWeightPerturb(model, proxy, torch.optim.SGD(proxy.parameters(), 0.01), gamma=0.01)
-    clean = {"inputs_clean": images, "beta": 6.0} if trades else {}
+    awp = kind(model, proxy, torch.optim.SGD(proxy.parameters(), 0.01), gamma=0.01)
+    clean = {"inputs_clean": other, "beta": 6.0} if kind is TradesAWP else {}
     moves = awp.calc_awp(inputs_adv=images, targets=labels, **clean)
     again = copy.deepcopy(model)
-    loss = F.cross_entropy(again(images), labels)
-    if trades:
-        loss = F.cross_entropy(again(images), labels)  # the divergence of the same images is 0, and so is its gradient
+    if kind is TradesAWP:
+        natural = again(other)
+        loss = F.cross_entropy(natural, labels)
+        loss += 6 / len(images) * F.kl_div(F.log_softmax(again(images), 1), F.softmax(natural, 1), reduction="sum")
+    else:
+        loss = F.cross_entropy(again(images), labels)
     loss.backward()
     gradients = {
         name: value.grad for name, value in again.named_parameters() if value.dim() > 1 and value.grad is not None

@@ -101,6 +101,18 @@ def test_a_trainer_of_mair():
     )
     torch.manual_seed(0)
     assert torch.equal(trainer.atk(images, labels), expected)
+    trainer.atk = theirs.PGD(model, eps=0.02, alpha=0.01, steps=2)
+    trainer.atk.set_mode_targeted_least_likely(quiet=True)
+    trainer.atk.set_model_training_mode(True, True, True)
+    torch.manual_seed(0)
+    expected = copy.deepcopy(trainer.atk)(images, labels)
+    mair.accelerate(trainer, engine="eager")
+    torch.manual_seed(0)
+    assert torch.equal(trainer.atk(images, labels), expected)
+    trainer.atk = theirs.PGD(model)
+    trainer.atk.set_model_training_mode(True, False, False)
+    with pytest.raises(NotImplementedError, match="batchnorm_training"):
+        mair.accelerate(trainer)
     with pytest.raises(TypeError, match="atk is missing"):
         mair.accelerate(SimpleNamespace())
     with pytest.raises(NotImplementedError, match="atk=CW"):

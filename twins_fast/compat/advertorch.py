@@ -29,14 +29,14 @@ class PGDAttack:
         eps, eps_iter: radius, and the length of a step: a number, or one for each image, [N].
         nb_iter: steps.
         rand_init: whether to start at random.
-        clip_min, clip_max: range of the pixel values.
+        clip_min, clip_max: range of the pixel values: numbers, or one for each channel, [C, 1, 1].
         ord: ``inf`` or 2.
         l1_sparsity: of the L1 norm.
         targeted: whether labels are targets.
         engine, amp_dtype: of :class:`twins_fast.PGD`.
 
     Raises:
-        NotImplementedError: ``ord=1`` or ``l1_sparsity``.
+        NotImplementedError: ``ord=1`` or ``l1_sparsity``; no ``clip_min`` or ``clip_max``, or one for each pixel.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class PGDAttack:
         nb_iter: int = 40,
         eps_iter: float | Tensor = 0.01,
         rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
         ord: float = torch.inf,
         l1_sparsity: float | None = None,
         targeted: bool = False,
@@ -60,6 +60,9 @@ class PGDAttack:
             raise NotImplementedError(f"ord={ord}: take twins_fast.PGD(norm='l1'), whose steps are other ones")
         if l1_sparsity is not None:
             raise NotImplementedError("l1_sparsity: take twins_fast.PGD(norm='l1')")
+        for name, bound in {"clip_min": clip_min, "clip_max": clip_max}.items():
+            if bound is None or (isinstance(bound, Tensor) and bound.dim() and bound.shape[-2:] != (1, 1)):
+                raise NotImplementedError(f"{name}: give a number, or one for each channel, [C, 1, 1]")
         self.predict, self.loss_fn, self.eps, self.nb_iter, self.eps_iter = predict, loss_fn, eps, nb_iter, eps_iter
         self.rand_init, self.clip_min, self.clip_max, self.ord = rand_init, clip_min, clip_max, ord
         self.targeted, self.engine, self.amp_dtype = targeted, engine, amp_dtype
@@ -85,7 +88,7 @@ class PGDAttack:
             _by_image(self.eps_iter),
             self.nb_iter,
             norm=self.ord,
-            loss="ce" if self.loss_fn is None or self._is_cross_entropy else _each(self.loss_fn),
+            loss="ce" if self.loss_fn is None or is_cross_entropy(self.loss_fn) else _each(self.loss_fn),
             bn_mode="train" if training else "eval",
             random_start=False,
             targeted=self.targeted,
@@ -98,21 +101,15 @@ class PGDAttack:
     def _ball(self) -> type[Ball]:
         return OffsetBall if self.ord == torch.inf else BoxFirstBall
 
-    @property
-    def _is_cross_entropy(self) -> bool:
-        """Whose mean and sum lead to the same steps."""
-        loss = self.loss_fn
-        if isinstance(loss, nn.CrossEntropyLoss):
-            return loss.weight is None and not loss.label_smoothing and loss.ignore_index < 0
-        return loss is F.cross_entropy
-
     def _start(self, x: Tensor) -> Tensor:
         noise = torch.empty_like(x)
         if self.ord == torch.inf:
             noise = noise.uniform_(-1, 1) * _by_image(self.eps)
         else:
-            noise = into_l2(noise.uniform_(self.clip_min, self.clip_max) - x, _by_image(self.eps))
-        return (x + noise).clamp(self.clip_min, self.clip_max)
+            noise.uniform_(self.clip_min, self.clip_max)  # type: ignore[arg-type]  # which takes numbers only
+            noise = into_l2(noise - x, _by_image(self.eps))
+        start = (x + noise).clamp(min=self.clip_min)
+        return start.clamp(max=self.clip_max)
 
 
 class _OfOneNorm(PGDAttack):
@@ -128,8 +125,8 @@ class _OfOneNorm(PGDAttack):
         nb_iter: int = 40,
         eps_iter: float | Tensor = 0.01,
         rand_init: bool = True,
-        clip_min: float = 0.0,
-        clip_max: float = 1.0,
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
         targeted: bool = False,
         **options: Any,
     ):
@@ -147,6 +144,13 @@ class L2PGDAttack(_OfOneNorm):
     """:class:`PGDAttack` in the L2 ball."""
 
     norm = 2
+
+
+def is_cross_entropy(loss: Any) -> bool:
+    """Whose mean and sum lead to the same steps."""
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return loss.weight is None and not loss.label_smoothing and loss.ignore_index < 0
+    return loss is F.cross_entropy
 
 
 def _by_image(number: float | Tensor) -> float | Tensor:

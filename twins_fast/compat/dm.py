@@ -15,18 +15,33 @@ from torch import Tensor
 from twins_fast.attacks import PGD
 from twins_fast.attacks.balls import Ball
 from twins_fast.compat import advertorch
-from twins_fast.compat.advertorch import Predict
+from twins_fast.compat.advertorch import Predict, is_cross_entropy
 from twins_fast.compat.balls import PixelBall
 
 ATTACKS = ("fgsm", "linf-pgd", "fgm", "l2-pgd", "linf-df", "l2-df", "linf-apgd", "l2-apgd")
-Loss = Callable[[Tensor, Tensor], Tensor] | None
+Loss = Callable[..., Tensor] | None
 
 
 class PGDAttack(advertorch.PGDAttack):
     """advertorch's, which also returns the perturbation, and starts as in TRADES with ``rand_init_type="normal"``."""
 
-    def __init__(self, *arguments: Any, rand_init_type: str = "uniform", **options: Any):
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        predict: Predict,
+        loss_fn: Loss = None,
+        eps: float | Tensor = 0.3,
+        nb_iter: int = 40,
+        eps_iter: float | Tensor = 0.01,
+        rand_init: bool = True,
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
+        ord: float = torch.inf,
+        targeted: bool = False,
+        rand_init_type: str = "uniform",
+        **options: Any,
+    ):
+        numbers = (eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, ord)
+        super().__init__(predict, loss_fn, *numbers, targeted=targeted, **options)
         if rand_init_type not in ("uniform", "normal"):
             raise NotImplementedError(f"rand_init_type={rand_init_type!r}: only uniform and normal")
         self.rand_init_type = rand_init_type
@@ -40,24 +55,57 @@ class PGDAttack(advertorch.PGDAttack):
         return super()._start(x) if self.rand_init_type == "uniform" else x + 0.001 * torch.randn_like(x)
 
 
-class LinfPGDAttack(PGDAttack):
+class _OfOneNorm(PGDAttack):
+    """The constructor of both."""
+
+    norm: float
+
+    def __init__(
+        self,
+        predict: Predict,
+        loss_fn: Loss = None,
+        eps: float | Tensor = 0.3,
+        nb_iter: int = 40,
+        eps_iter: float | Tensor = 0.01,
+        rand_init: bool = True,
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
+        targeted: bool = False,
+        rand_init_type: str = "uniform",
+        **options: Any,
+    ):
+        numbers = (eps, nb_iter, eps_iter, rand_init, clip_min, clip_max, self.norm)
+        super().__init__(predict, loss_fn, *numbers, targeted, rand_init_type, **options)
+
+
+class LinfPGDAttack(_OfOneNorm):
     """:class:`PGDAttack` in the L-infinity ball."""
 
+    norm = torch.inf
 
-class L2PGDAttack(PGDAttack):
+
+class L2PGDAttack(_OfOneNorm):
     """:class:`PGDAttack` in the L2 ball."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, ord=2, **options)
+    norm = 2
 
 
 class FGSMAttack(PGDAttack):
     """One step of length eps along the sign of the gradient."""
 
+    norm: float = torch.inf
+
     def __init__(
-        self, predict: Predict, loss_fn: Callable[..., Tensor] | None = None, eps: float = 0.3, **options: Any
+        self,
+        predict: Predict,
+        loss_fn: Loss = None,
+        eps: float = 0.3,
+        clip_min: float | Tensor = 0.0,
+        clip_max: float | Tensor = 1.0,
+        targeted: bool = False,
+        **options: Any,
     ):
-        super().__init__(predict, loss_fn, eps, 1, eps, False, **options)
+        super().__init__(predict, loss_fn, eps, 1, eps, False, clip_min, clip_max, self.norm, targeted, **options)
 
     @property
     def _ball(self) -> type[Ball]:
@@ -67,10 +115,7 @@ class FGSMAttack(PGDAttack):
 class FGMAttack(FGSMAttack):
     """One step of length eps along the gradient."""
 
-    def __init__(
-        self, predict: Predict, loss_fn: Callable[..., Tensor] | None = None, eps: float = 0.3, **options: Any
-    ):
-        super().__init__(predict, loss_fn, eps, ord=2, **options)
+    norm = 2
 
 
 LinfFastGradientAttack, L2FastGradientAttack = FGSMAttack, FGMAttack
@@ -127,7 +172,8 @@ def create_attack(
 
     Args:
         model: maps images [N, C, H, W] to logits.
-        criterion: a loss as in :class:`twins_fast.compat.advertorch.PGDAttack`; for APGD cross-entropy is meant.
+        criterion: a loss as in :class:`twins_fast.compat.advertorch.PGDAttack`; for APGD ``"ce"``, ``"dlr"``, or None
+            and ``CrossEntropyLoss`` for the former.
         attack_type: one of :data:`ATTACKS`.
         attack_eps, attack_iter, attack_step: radius, steps, and the length of a step.
         rand_init_type: ``"uniform"`` or ``"normal"``.
@@ -135,7 +181,7 @@ def create_attack(
         options: ``engine`` and ``amp_dtype`` of :class:`twins_fast.PGD`.
 
     Raises:
-        NotImplementedError: DeepFool, or an unknown name.
+        NotImplementedError: DeepFool, an unknown name, or of APGD another loss or range of the pixel values.
     """
     box = {"clip_min": clip_min, "clip_max": clip_max, **options}
     if attack_type in ("fgsm", "fgm"):
@@ -147,8 +193,13 @@ def create_attack(
     if attack_type in ("linf-apgd", "l2-apgd"):
         if (clip_min, clip_max) != (0, 1):
             raise NotImplementedError(f"clip_min={clip_min}, clip_max={clip_max}: APGD knows images in [0, 1] only")
+        loss = "ce" if criterion is None or is_cross_entropy(criterion) else criterion
+        if loss not in ("ce", "dlr"):
+            raise NotImplementedError(
+                f"criterion={criterion!r}: APGD knows 'ce' and 'dlr'; take twins_fast.PGD(loss=...)"
+            )
         apgd = LinfAPGDAttack if attack_type == "linf-apgd" else L2APGDAttack
-        return apgd(model, "ce", 2, attack_eps, attack_iter, **options)
+        return apgd(model, loss, 2, attack_eps, attack_iter, **options)
     if attack_type in ATTACKS:
         raise NotImplementedError(f"attack_type={attack_type!r}: run its own DeepFool on twins_fast.accelerate(model)")
     raise NotImplementedError(f"attack_type={attack_type!r} is none of {', '.join(ATTACKS)}")

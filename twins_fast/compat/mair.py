@@ -33,5 +33,10 @@ def accelerate(trainer: Any, amp_dtype: torch.dtype | None = None, engine: str =
     ours.device = theirs.device
     if theirs.normalization_used is not None:
         ours.set_normalization_used(*(theirs.normalization_used[key].flatten().tolist() for key in ("mean", "std")))
+    for key in ("attack_mode", "targeted", "_target_map_function"):  # which asks theirs where it has to
+        setattr(ours, key, getattr(theirs, key))
+    ours.set_model_training_mode(
+        *(getattr(theirs, f"_{part}_training", False) for part in ("model", "batchnorm", "dropout"))
+    )
     trainer.atk = ours
     return trainer

@@ -27,8 +27,8 @@ def accelerate(model: nn.Module, amp_dtype: torch.dtype | None = None, engine: s
     """Let an ``AttackerModel`` attack by :class:`twins_fast.PGD` wherever that knows how.
 
     So it does for ``constraint="inf"`` and ``"2"``; another constraint, ``custom_loss``, ``est_grad`` and ``do_tqdm``
-    run as before. Names of the state dict stay. Of several random restarts an image keeps one that fooled the network;
-    the library keeps the last one.
+    run as before. ``mixed_precision=True`` is float16 on a GPU and bfloat16 on a CPU. Names of the state dict stay. Of
+    several random restarts an image keeps one that fooled the network; the library keeps the last one.
 
     Args:
         model: changed in place and returned.
@@ -72,17 +72,22 @@ class _FastAttacker(nn.Module):
         iterations: int,
         random_start: bool = False,
         random_restarts: int = False,
+        do_tqdm: bool = False,
         targeted: bool = False,
+        custom_loss: Any = None,
         should_normalize: bool = True,
         orig_input: Tensor | None = None,
         use_best: bool = True,
         return_image: bool = True,
+        est_grad: Any = None,
         mixed_precision: bool = False,
-        **others: Any,
     ) -> Tensor:
-        if constraint not in _NORMS or any(others.get(name) for name in ("custom_loss", "est_grad", "do_tqdm")):
+        if constraint not in _NORMS or custom_loss or est_grad or do_tqdm:
             given = locals()
-            return super().forward(x, target, **{name: given[name] for name in _PASSED}, **others)
+            return super().forward(x, target, **{name: given[name] for name in _PASSED})
+        dtype = self.amp_dtype
+        if mixed_precision and dtype is None:
+            dtype = torch.float16 if x.is_cuda else torch.bfloat16
         network = self._normalised() if should_normalize else self.model
         attack = BallPGD(
             OffsetBall,
@@ -95,7 +100,7 @@ class _FastAttacker(nn.Module):
             best=use_best,
             targeted=targeted,
             engine=self.engine,
-            amp_dtype=torch.float16 if mixed_precision and self.amp_dtype is None and x.is_cuda else self.amp_dtype,
+            amp_dtype=dtype,
             more={"division": 1e-10},
         )
         centre = x.detach() if orig_input is None else orig_input.to(x.device)
@@ -127,6 +132,6 @@ class _FastAttacker(nn.Module):
 
 
 _PASSED = (
-    *("constraint", "eps", "step_size", "iterations", "random_start", "random_restarts", "targeted"),
-    *("should_normalize", "orig_input", "use_best", "return_image", "mixed_precision"),
+    *("constraint", "eps", "step_size", "iterations", "random_start", "random_restarts", "do_tqdm", "targeted"),
+    *("custom_loss", "should_normalize", "orig_input", "use_best", "return_image", "est_grad", "mixed_precision"),
 )

@@ -1,8 +1,8 @@
 """The losses of TRADES, MART and AWP under the names of their authors' code.
 
 ``from twins_fast.compat.trades import trades_loss`` in place of ``from trades import trades_loss``
-(https://github.com/yaodongyu/TRADES); so for ``mart_loss`` (https://github.com/YisenWang/MART) and ``AdvWeightPerturb``
-(https://github.com/csdongxian/AWP).
+(https://github.com/yaodongyu/TRADES); so for ``mart_loss`` (https://github.com/YisenWang/MART) and for
+``AdvWeightPerturb`` and ``TradesAWP`` (https://github.com/csdongxian/AWP).
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch.optim import Optimizer
 
 from twins_fast.attacks import PGD
 from twins_fast.compat.balls import BallPGD, BoxFirstBall
-from twins_fast.validation import check_choice
 
-_DISTANCES = ("l_inf", "l_2")
 _NOISE = 0.001  # standard deviation of the start
 _TINY = 1e-20  # as the authors of AWP divide
 
@@ -53,9 +51,10 @@ def trades_loss(
         engine, amp_dtype: of :class:`twins_fast.PGD`.
 
     Raises:
-        ValueError: another distance.
+        NotImplementedError: another distance, with which the original does not attack at all.
     """
-    check_choice("distance", distance, _DISTANCES)
+    if distance not in ("l_inf", "l_2"):
+        raise NotImplementedError(f"distance={distance!r}: the original does not attack then; take 'l_inf' or 'l_2'")
     options: dict[str, Any] = {"random_start": False, "loss": "kl", "engine": engine, "amp_dtype": amp_dtype}
     if distance == "l_inf":
         attack = PGD(model, epsilon, step_size, perturb_steps, **options)
@@ -86,11 +85,12 @@ def mart_loss(
     Arguments are those of :func:`trades_loss`; the attack maximises the cross-entropy.
 
     Raises:
-        NotImplementedError: ``distance="l_2"``, with which the original does not attack at all.
+        NotImplementedError: another distance than ``"l_inf"``, with which the original does not attack at all.
     """
-    check_choice("distance", distance, _DISTANCES)
-    if distance == "l_2":
-        raise NotImplementedError("distance='l_2': the original does not attack then; use PGD(norm='l2') and MART")
+    if distance != "l_inf":
+        raise NotImplementedError(
+            f"distance={distance!r}: the original does not attack then; take the method 'mart' with PGD(norm='l2')"
+        )
     attack = PGD(model, epsilon, step_size, perturb_steps, random_start=False, engine=engine, amp_dtype=amp_dtype)
     natural, adversarial = _both_logits(attack, model, x_natural, y, optimizer)
     own = y[:, None]
@@ -126,26 +126,19 @@ class AdvWeightPerturb:
     def __init__(self, model: nn.Module, proxy: nn.Module, proxy_optim: Optimizer, gamma: float):
         self.model, self.proxy, self.proxy_optim, self.gamma = model, proxy, proxy_optim, gamma
 
-    def calc_awp(
-        self,
-        inputs_adv: Tensor,
-        targets: Tensor,
-        inputs_clean: Tensor | None = None,
-        beta: float = 6.0,
-    ) -> OrderedDict[str, Tensor]:
-        """The moves by the name of the weight, on adversarial images; with clean images, those of TRADES-AWP."""
+    def calc_awp(self, inputs_adv: Tensor, targets: Tensor) -> OrderedDict[str, Tensor]:
+        """The moves by the name of the weight, from the loss of adversarial images."""
+        return self._moves(F.cross_entropy(self._copied()(inputs_adv), targets))
+
+    def _copied(self) -> nn.Module:
+        """The proxy, which has the model's weights."""
         self.proxy.load_state_dict(self.model.state_dict())
-        self.proxy.train()
-        if inputs_clean is None:
-            loss = -F.cross_entropy(self.proxy(inputs_adv), targets)
-        else:
-            natural = self.proxy(inputs_clean)
-            divergence = F.kl_div(
-                F.log_softmax(self.proxy(inputs_adv), 1), F.softmax(natural, 1), reduction="batchmean"
-            )
-            loss = -(F.cross_entropy(natural, targets) + beta * divergence)
+        return self.proxy.train()
+
+    def _moves(self, loss: Tensor) -> OrderedDict[str, Tensor]:
+        """Those that increase the proxy's loss."""
         self.proxy_optim.zero_grad()
-        loss.backward()
+        (-loss).backward()
         self.proxy_optim.step()
         moves = OrderedDict()
         moved = self.proxy.state_dict()
@@ -167,3 +160,16 @@ class AdvWeightPerturb:
         for name, parameter in self.model.named_parameters():
             if name in diff:
                 parameter.add_(factor * diff[name])
+
+
+class TradesAWP(AdvWeightPerturb):
+    """:class:`AdvWeightPerturb` for the loss of TRADES."""
+
+    def calc_awp(  # type: ignore[override]  # as its authors have it
+        self, inputs_adv: Tensor, inputs_clean: Tensor, targets: Tensor, beta: float
+    ) -> OrderedDict[str, Tensor]:
+        """The moves by the name of the weight, from adversarial and clean images."""
+        proxy = self._copied()
+        natural = proxy(inputs_clean)
+        divergence = F.kl_div(F.log_softmax(proxy(inputs_adv), 1), F.softmax(natural, 1), reduction="batchmean")
+        return self._moves(F.cross_entropy(natural, targets) + beta * divergence)

@@ -1,7 +1,9 @@
 """Attack libraries get the same from an accelerated network as from the network itself, and leave it as it was."""
 
+import copy
 import itertools
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.third_party import library
 from tests.attacks.engine.helpers import assert_untouched, data, lively, small, state_of
-from twins_fast import accelerate
+from twins_fast import accelerate, convert_twin_bn
 
 foolbox = library("foolbox")
 torchattacks = library("torchattacks")
@@ -165,6 +167,18 @@ def test_pyautoattack(names, problem, caplog):
     # each image that falls makes a new number of images
     compare(lambda model: auto_attack(model, problem, *names), problem, sizes=len(problem.images))
     assert not [line for line in caplog.messages if "defense" in line]  # what its checks say of odd networks
+
+
+@pytest.mark.parametrize("kind", ["accelerated", "two wings", "two wings, accelerated"])
+def test_pyautoattack_has_nothing_to_warn_of(kind, problem, caplog, capsys):
+    """No flag of its checks (randomised or dynamic defence, zero gradients, probabilities, Square's success)."""
+    model = convert_twin_bn(copy.deepcopy(problem.model)).eval() if "wings" in kind else problem.model
+    network = accelerate(model) if "accelerated" in kind else model
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        robust = problem.robust(auto_attack(network, problem))
+    assert 0 < sum(robust) < len(robust)
+    assert not caplog.messages and not any(capsys.readouterr())
 
 
 TORCHATTACKS = {  # options by radius

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all lint install clean
+.PHONY: train test test-all lint docs install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
@@ -18,6 +18,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into site/. The package is installed already, so that pip only brings what the extra asks for.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'twins-fast[docs]'
+	$(BIN)/mkdocs build --strict
 
 install: .venv/installed
 

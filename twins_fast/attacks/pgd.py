@@ -104,8 +104,9 @@ class PGD:
         step_rule: ``"fixed"`` for steps of length alpha, ``"apgd"`` for those of APGD (arXiv 2003.01690), which choose
             their own length, begin with 2 * eps and return the best iterate.
         bounds: the lowest and the highest pixel value, two numbers, such as (0, 255).
-        mean, std: if images are normalised, (pixels - mean) / std, both as C numbers in the units of ``bounds``: eps,
-            alpha and bounds then hold for pixels, adversarial images are normalised as well.
+        mean: if images are normalised, (pixels - mean) / std, C numbers in the units of ``bounds``: eps, alpha and
+            bounds then hold for pixels, adversarial images are normalised as well.
+        std: goes with ``mean``.
         output: for a model that returns a tuple or a dictionary, the index or the key of the logits, or a function
             that takes them out.
 
@@ -546,7 +547,11 @@ def named_attack(name: str, model: nn.Module, **options: Any) -> PGD:
     Args:
         name: ``"ce"`` (cross-entropy, uniform start: what the TWINS code uses for every method)
             or ``"trades"`` (KL divergence, 0.001 * N(0, 1) start: the original TRADES one).
-        model, options: of :class:`PGD`.
+        model: as :class:`PGD` takes it.
+        **options: of :class:`PGD`.
+
+    Raises:
+        ValueError: an unknown name; else as :class:`PGD`.
     """
     check_choice("attack", name, ADVERSARIES)
     return PGD(model, **{**ADVERSARIES[name], **options})

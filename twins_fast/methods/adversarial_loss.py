@@ -24,18 +24,16 @@ def adversarial_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss of ``method`` on one batch (B images, the first B // 2 on the frozen wing).
 
-    ========================  ==================================================================
-    ``standard``              CE(f(x))
-    ``noise``                 CE(f(x + noise)), the noise being that of the method's own attack
-    ``at``                    CE(f(x_adv)) (Madry et al., arXiv 1706.06083)
-    ``trades``                CE(f(x)) + beta / B * KL_sum(f(x) || f(x_adv)) (arXiv 1901.08573)
-    ``mart``                  BCE(f(x_adv)) + weight / B * sum(KL(f(x) || f(x_adv)) * (1 - p(y | x))) (ICLR 2020)
-    ``twins-at``              lambda * CE(frozen half) + CE(adaptive half) of one forward of x_adv
-    ``twins-trades``          lambda * CE(clean, frozen half) + CE(clean, adaptive half)
-                              + beta / B * [lambda * KL_sum(frozen half) + KL_sum(adaptive half)]
-    ``linear-probe``          CE(f(x)), and ``adversarial-linear-probe`` CE(f(x_adv)), batch norm in eval mode
-    ``twins-mart``            MART on both halves, weighed in the same way
-    ========================  ==================================================================
+    - ``standard``: CE(f(x))
+    - ``noise``: CE(f(x + noise)), the noise being that of the method's own attack
+    - ``at``: CE(f(x_adv)) (Madry et al., arXiv 1706.06083)
+    - ``trades``: CE(f(x)) + beta / B * KL_sum(f(x) || f(x_adv)) (arXiv 1901.08573)
+    - ``mart``: BCE(f(x_adv)) + weight / B * sum(KL(f(x) || f(x_adv)) * (1 - p(y | x))) (ICLR 2020)
+    - ``twins-at``: lambda * CE(frozen half) + CE(adaptive half) of one forward of x_adv
+    - ``twins-trades``: lambda * CE(clean, frozen half) + CE(clean, adaptive half)
+      + beta / B * [lambda * KL_sum(frozen half) + KL_sum(adaptive half)]
+    - ``twins-mart``: MART on both halves, weighed in the same way
+    - ``linear-probe``, ``adversarial-linear-probe``: CE(f(x)), CE(f(x_adv)), batch norm in eval mode
 
     CE is a mean over its rows. Methods that need x, too, run x_adv through the model first, so
     that running statistics are updated in the published order (TWINS: arXiv 2303.11135).

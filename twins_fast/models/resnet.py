@@ -80,9 +80,11 @@ class TransferResNet(ResNet):
     ``fc_downstream``. The ImageNet head ``fc`` stays, unused. Entries are named as in torchvision.
 
     Args:
-        block, layers, width_per_group: of :class:`torchvision.models.ResNet`.
+        block: of :class:`torchvision.models.ResNet`.
+        layers: likewise.
         num_classes: downstream classes.
         upsample: side in pixels to upsample to, or None.
+        width_per_group: of :class:`torchvision.models.ResNet`.
 
     Shapes:
         images [N, 3, H, W] floating point in [0, 1] -> logits [N, num_classes].

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all lint docs install clean
+.PHONY: train test test-all test-compat lint docs install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
@@ -13,6 +13,14 @@ test: install
 # With the long proofs, which take some minutes more.
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+
+# The adapters and the attack libraries' tests with the originals themselves, from PyPI, in an environment of their own.
+test-compat: install runs/compat-env/installed
+	OMP_NUM_THREADS=1 runs/compat-env/bin/python -m pytest -q tests/compat tests/attacks/test_libraries.py tests/nn/test_tools.py
+
+runs/compat-env/installed: tests/compat/originals/requirements.txt
+	rm -f $@
+	$(BIN)/python -m bench.environments compat-env --requirement $<
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import attack as bench_attack
 from bench import coverage as bench_coverage
+from bench import drop_in as bench_drop_in
 from bench import dynamics as bench_dynamics
 from bench import host as bench_host
 from bench import imports as bench_imports
@@ -290,6 +291,14 @@ def libraries_autoattack() -> str:
     )
 
 
+def drop_in() -> str:
+    """Loops of other codebases, and the same loops with our lines."""
+    return parts(
+        bench_drop_in.NAME,
+        lambda record: f"{markdown(bench_drop_in.table(record['workloads']))}\n\n{source(record)}",
+    )
+
+
 def coverage() -> str:
     """What the engine makes of the networks of each zoo."""
     records = _zoos()
@@ -434,7 +443,12 @@ TABLES |= {"imports": imports, "host": host, "devices": devices, "dynamics": dyn
 TABLES |= {"twin_bn": twin_bn, "twin_bn_layers": twin_bn_layers}
 TABLES |= {"speed": speed, "attack": attack, "attack_details": attack_details, "attack_training": attack_training}
 TABLES |= {"attack_few": attack_few, "libraries": libraries, "libraries_autoattack": libraries_autoattack}
-TABLES |= {"coverage": coverage, "coverage_reasons": coverage_reasons, "coverage_segments": coverage_segments}
+TABLES |= {
+    "drop_in": drop_in,
+    "coverage": coverage,
+    "coverage_reasons": coverage_reasons,
+    "coverage_segments": coverage_segments,
+}
 TABLES |= {"coverage_time": coverage_time, "coverage_refused": coverage_refused}
 TABLES |= {
     "transfer": transfer,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.children import Limits, alone
+from bench.environments import environment, folder_of
 from bench.harness import PARTIAL
-from bench.header import ROOT
 from bench.third_party import library
 from bench.workloads import CLASSES
 
-ENVIRONMENT = ROOT / "runs" / "coverage-env"  # RobustBench as pip installs it, with the timm that it asks for
+ENVIRONMENT = "coverage-env"  # RobustBench as pip installs it, with the timm that it asks for
 BATCH = 4  # images whose statistics the batch norms take
 
 
@@ -93,23 +91,12 @@ ZOOS = {
 
 def interpreter(zoo: str) -> Path:
     """The Python that has the zoo, which for one that is not ours is made here."""
-    if ZOOS[zoo].ours:
-        return Path(sys.executable)
-    python = ENVIRONMENT / "bin" / "python"
-    done = ENVIRONMENT / "installed"
-    if not done.exists():
-        venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
-        outer = [path for path in sys.path if path.endswith("site-packages")]  # what is there is not installed again
-        (packages / "outer.pth").write_text("\n".join(outer) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", zoo], check=True)
-        done.touch()
-    return python
+    return Path(sys.executable) if ZOOS[zoo].ours else environment(ENVIRONMENT, zoo)
 
 
 def has(zoo: str) -> bool:
     """Whether this Python has the zoo."""
-    return ZOOS[zoo].ours or Path(sys.prefix) == ENVIRONMENT
+    return ZOOS[zoo].ours or Path(sys.prefix) == folder_of(ENVIRONMENT)
 
 
 def version(zoo: str) -> str:

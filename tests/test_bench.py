@@ -18,6 +18,7 @@ from bench import (
     attack,
     children,
     coverage,
+    drop_in,
     dynamics,
     harness,
     header,
@@ -613,6 +614,45 @@ def test_autoattack_a_batch_at_a_time(tiny_libraries, monkeypatch):
     monkeypatch.setattr(libraries, "EPOCHS", libraries.EPOCHS + 1)
     (other,) = measured(3, "--resume")
     assert other["images"] == 3
+
+
+TINY_LOOPS = ["--device", "cpu", "--workload", "resnet18-32:batch=4:side=8:width=4:steps=2", "--rounds", "1"]
+
+
+def test_loops_of_others_beside_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setitem(drop_in.TOLERANCE, torch.bfloat16, 1.0)
+    file = tmp_path / "drop_in-cpu.json"
+    evaluation = "fast_adversarial, evaluation"
+    assert drop_in.main([*TINY_LOOPS, "--only", evaluation, "--json", str(file)]) == 0
+    assert drop_in.main([*TINY_LOOPS, "--only", f"{evaluation};MAIR", "--json", str(file), "--resume"]) == 0
+    rows = json.loads(file.read_text())["workloads"]
+    assert [row["name"] for row in rows] == [evaluation, "MAIR"]
+    for row in rows:
+        assert row["lines"] == 1 and list(row["peers"]) == list(drop_in.WAYS)
+        assert all(outcome["seconds"] > 0 and len(outcome["losses"]) == 2 for outcome in row["peers"].values())
+    losses = rows[0]["peers"]["ours, float32"]["losses"]
+    assert losses[0] == losses[1] and rows[1]["peers"]["ours, float32"]["losses"][0] != losses[0]
+    text = report.drop_in()
+    assert "| MAIR | eval mode | 1 |" in text and " ms, " in text
+
+
+def test_a_loop_that_trains_on_something_else_is_not_timed(tmp_path, monkeypatch, capsys):
+    def clean(s, **how):
+        return lambda: drop_in.trained_on(s, lambda: s.images)
+
+    def failing(s):
+        raise ValueError("no such loop")
+
+    right = drop_in.CASES["MAIR"]
+    cases = {"clean": replace(right, ours=clean), "failing": replace(right, ours=failing)}
+    monkeypatch.setattr(drop_in, "CASES", cases)
+    file = tmp_path / "drop_in-cpu.json"
+    assert drop_in.main([*TINY_LOOPS, "--json", str(file)]) == 1
+    rows = {row["name"]: row["peers"]["ours, float32"] for row in json.loads(file.read_text())["workloads"]}
+    assert rows["clean"]["status"] == "wrong" and "seconds" not in rows["clean"]
+    assert rows["failing"] == {"status": "error", "reason": "ValueError: no such loop"}
+    assert "clean: ours, float32 wrong" in capsys.readouterr().err
 
 
 def test_a_part_of_the_libraries_does_not_replace_the_whole(monkeypatch):

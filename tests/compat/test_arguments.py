@@ -41,6 +41,7 @@ ORIGINALS = {  # as their authors have them
     "rand_init_type='uniform', clip_min=0.0, clip_max=1.0",
     "trades.trades_loss": LOSS.format(0.003, 1.0),
     "trades.mart_loss": LOSS.format(0.007, 6.0),
+    "trades.perturb_input": "model, x_natural, step_size=0.003, epsilon=0.031, perturb_steps=10, distance='l_inf'",
     "trades.AdvWeightPerturb": "model, proxy, proxy_optim, gamma",
     "trades.AdvWeightPerturb.calc_awp": "self, inputs_adv, targets",
     "trades.TradesAWP": "model, proxy, proxy_optim, gamma",
@@ -169,8 +170,8 @@ def result(name, **changed):
     how = {"engine": "eager"}
     torch.manual_seed(1)
     if module == "trades":
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        return kind(model, images, labels, optimizer, **options, **how).detach()
+        batch = (images,) if name.endswith("input") else (images, labels, torch.optim.SGD(model.parameters(), 0.1))
+        return kind(model, *batch, **options, **how).detach()
     if module == "locuslab":
         return kind(model, images, labels, **options, **how)
     if module == "robustness":

@@ -1,7 +1,6 @@
 """Each difference of docs/drop-in.md, with what stands around it in the code that it is for, runs and attacks."""
 
-import re
-from pathlib import Path
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +8,12 @@ import torch
 from torch import nn
 
 import twins_fast
+from bench.drop_in import CASES, differences
 from bench.third_party import library
 from tests.compat.problem import problem
 from tests.compat.test_wrappers import Network
 
-TEXT = Path(twins_fast.__file__).parents[1].joinpath("docs", "drop-in.md").read_text()
-BLOCKS = {
-    (title, number): block
-    for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
-    for number, block in enumerate(re.findall(r"```diff\n(.*?)```", section, re.DOTALL))
-}
+BLOCKS = differences()
 
 
 def surroundings(monkeypatch):
@@ -36,7 +31,7 @@ def surroundings(monkeypatch):
     }
     names |= dict.fromkeys(("images", "x_natural", "X", "x"), images) | dict.fromkeys(("labels", "y"), labels)
     names |= {"optimizer": torch.optim.SGD(model.parameters(), 0.1), "attack_iters": 2, "restarts": 1, "norm": "l_inf"}
-    names |= {"epsilon": 8 / 255, "alpha": 2 / 255}
+    names |= {"proxy": copy.deepcopy(model), "proxy_optim": None, "epsilon": 8 / 255, "alpha": 2 / 255}
 
     def make_and_restore_model(arch, dataset):
         return library("robustness.attacker").AttackerModel(Network(model), dataset), None
@@ -54,7 +49,8 @@ def in_normalised_space(names):
 
 
 def test_every_codebase_has_one():
-    assert len(BLOCKS) == 9 and {title for title, _ in BLOCKS} >= {"torchattacks", "MAIR", "The published TWINS code"}
+    assert {title for title, _ in BLOCKS} == {case.title for case in CASES.values()}
+    assert len(BLOCKS) == 10 and {title for title, _ in BLOCKS} >= {"torchattacks", "MAIR", "The published TWINS code"}
 
 
 @pytest.mark.parametrize("title, number", BLOCKS)
@@ -73,7 +69,7 @@ def test_it_runs(monkeypatch, title, number):
         names["adversarial"] = attack.perturb(images, names["y"])
         layer = names["MixBatchNorm2d"](3)
         assert layer.apply(names["to_mix_status"])(images).shape == images.shape
-    if title == "TRADES, MART, AWP":
+    if (title, number) == ("TRADES, MART, AWP", 0):
         assert names["loss"].item() > 0 and names["model"].fc_downstream.weight.grad is not None
         return
     found = names.get("adversarial", names.get("x_adv", images + names["delta"] if "delta" in names else None))

@@ -82,6 +82,17 @@ def test_advertorch_without_labels_with_radii_by_image_and_another_loss():
             advertorch.PGDAttack(model, **options)
 
 
+@pytest.mark.parametrize("name, norm, eps, alpha", [("linf-pgd", "linf", 0.05, 0.02), ("l2-pgd", "l2", 0.8, 0.3)])
+def test_dm_starts_as_trades_does(name, norm, eps, alpha):
+    model, images, labels = problem()
+    torch.manual_seed(1)
+    expected = advertorch_loop(model, images, labels, norm, eps, alpha, 3, 0.001 * torch.randn_like(images))
+    torch.manual_seed(1)
+    options = {"rand_init_type": "normal", "engine": "eager"}
+    attack = dm.create_attack(model, nn.CrossEntropyLoss(), name, eps, 3, alpha, **options)
+    assert_same_images(attack.perturb(images, labels)[0], expected, images)
+
+
 def test_dm_attacks_by_name():
     model, images, labels = problem()
     with torch.no_grad():
@@ -100,6 +111,8 @@ def test_dm_attacks_by_name():
     gradient = gradient_of(model, images, labels)
     found, _ = dm.create_attack(model, nn.CrossEntropyLoss(), "fgsm", 0.02, 1, 0).perturb(images, labels)
     assert_same_images(found, (images + 0.02 * gradient.sign()).clamp(0, 1), images)
+    found, _ = dm.create_attack(model, nn.CrossEntropyLoss(), "fgm", 0.5, 1, 0).perturb(images, labels)
+    assert_same_images(found, (images + 0.5 * gradient / lengths(gradient)).clamp(0, 1), images)
     with pytest.raises(NotImplementedError, match="attack_type='cw' is none of"):
         dm.create_attack(model, None, "cw", 0.1, 1, 0.1)
     with pytest.raises(NotImplementedError, match="rand_init_type"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.compat.problem import lengths, problem
-from twins_fast.compat.trades import AdvWeightPerturb, TradesAWP, mart_loss, trades_loss
+from tests.compat.problem import assert_same_images, lengths, problem
+from twins_fast.compat.trades import AdvWeightPerturb, TradesAWP, mart_loss, perturb_input, trades_loss
 
 
 def attacked(model, images, labels, step_size, epsilon, steps, distance, divergence):
@@ -66,6 +66,17 @@ def test_trades(distance, epsilon):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     for found, expected in losses(adapter, formula, engine="plan"):
         assert (found - expected).norm() < 0.1 * expected.norm()  # signs of the first gradients are those of roundoff
+
+
+@pytest.mark.parametrize("distance, epsilon", [("l_inf", 0.031), ("l_2", 0.5)])
+def test_images_of_trades(distance, epsilon):
+    model, images, labels = problem()
+    torch.manual_seed(1)
+    expected = attacked(model, images, labels, 0.007, epsilon, 3, distance, True)
+    torch.manual_seed(1)
+    found = perturb_input(model.train(), images, 0.007, epsilon, 3, distance, engine="eager")
+    assert_same_images(found, expected, images)
+    assert not model.training
 
 
 def test_mart():

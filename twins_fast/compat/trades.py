@@ -2,7 +2,7 @@
 
 ``from twins_fast.compat.trades import trades_loss`` in place of ``from trades import trades_loss``
 (https://github.com/yaodongyu/TRADES); so for ``mart_loss`` (https://github.com/YisenWang/MART) and for
-``AdvWeightPerturb`` and ``TradesAWP`` (https://github.com/csdongxian/AWP).
+``AdvWeightPerturb``, ``TradesAWP`` and ``perturb_input`` (https://github.com/csdongxian/AWP).
 """
 
 from __future__ import annotations
@@ -53,14 +53,7 @@ def trades_loss(
     Raises:
         NotImplementedError: another distance, with which the original does not attack at all.
     """
-    if distance not in ("l_inf", "l_2"):
-        raise NotImplementedError(f"distance={distance!r}: the original does not attack then; take 'l_inf' or 'l_2'")
-    options: dict[str, Any] = {"random_start": False, "loss": "kl", "engine": engine, "amp_dtype": amp_dtype}
-    if distance == "l_inf":
-        attack = PGD(model, epsilon, step_size, perturb_steps, **options)
-    else:
-        length = 2 * epsilon / perturb_steps
-        attack = BallPGD(BoxFirstBall, model, epsilon, length, perturb_steps, norm="l2", **options)
+    attack = _away_from_clean(model, step_size, epsilon, perturb_steps, distance, engine, amp_dtype)
     natural, adversarial = _both_logits(attack, model, x_natural, y, optimizer)
     divergence = F.kl_div(F.log_softmax(adversarial, 1), F.softmax(model(x_natural), 1), reduction="sum")
     return F.cross_entropy(natural, y) + beta * (divergence / len(y))
@@ -102,12 +95,54 @@ def mart_loss(
     return boosted + beta * (unsure.sum() / len(y))
 
 
+def perturb_input(
+    model: nn.Module,
+    x_natural: Tensor,
+    step_size: float = 0.003,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    distance: str = "l_inf",
+    *,
+    engine: str = "auto",
+    amp_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The images [B, C, H, W] that :func:`trades_loss` trains on; the network is left in eval mode."""
+    attack = _away_from_clean(model, step_size, epsilon, perturb_steps, distance, engine, amp_dtype)
+    unused = torch.zeros(len(x_natural), dtype=torch.int64, device=x_natural.device)  # labels
+    adversarial = _from_noise(attack, x_natural, unused)
+    model.eval()
+    return adversarial
+
+
+def _away_from_clean(
+    model: nn.Module,
+    step_size: float,
+    epsilon: float,
+    steps: int,
+    distance: str,
+    engine: str,
+    amp_dtype: torch.dtype | None,
+) -> PGD:
+    """The attack of TRADES."""
+    if distance not in ("l_inf", "l_2"):
+        raise NotImplementedError(f"distance={distance!r}: the original does not attack then; take 'l_inf' or 'l_2'")
+    options: dict[str, Any] = {"random_start": False, "loss": "kl", "engine": engine, "amp_dtype": amp_dtype}
+    if distance == "l_inf":
+        return PGD(model, epsilon, step_size, steps, **options)
+    return BallPGD(BoxFirstBall, model, epsilon, 2 * epsilon / steps, steps, norm="l2", **options)
+
+
+def _from_noise(attack: PGD, images: Tensor, labels: Tensor) -> Tensor:
+    """Adversarial images; the start lies outside of [0, 1], as that of the originals does."""
+    start = images.detach() + _NOISE * torch.randn(images.shape, device=images.device, dtype=images.dtype)
+    return attack(images, labels, x_init=start)
+
+
 def _both_logits(
     attack: PGD, model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer
 ) -> tuple[Tensor, Tensor]:
-    """Of clean images and of attacked ones, in train mode; the attack starts outside of [0, 1], as the originals do."""
-    start = images.detach() + _NOISE * torch.randn(images.shape, device=images.device, dtype=images.dtype)
-    adversarial = attack(images, labels, x_init=start)
+    """Of clean images and of attacked ones, in train mode."""
+    adversarial = _from_noise(attack, images, labels)
     model.train()
     optimizer.zero_grad()
     return model(images), model(adversarial)

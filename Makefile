@@ -16,7 +16,7 @@ test-all: install
 
 # The adapters and the attack libraries' tests with the originals themselves, from PyPI, in an environment of their own.
 test-compat: install runs/compat-env/installed
-	OMP_NUM_THREADS=1 runs/compat-env/bin/python -m pytest -q tests/compat tests/attacks/test_libraries.py tests/nn/test_tools.py
+	OMP_NUM_THREADS=1 runs/compat-env/bin/python -m pytest -q tests/compat tests/attacks/test_libraries.py
 
 runs/compat-env/installed: tests/compat/originals/requirements.txt
 	rm -f $@

@@ -9,7 +9,6 @@ import timm
 import timm.optim
 import timm.utils
 import torch
-import torch.ao.quantization
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -199,15 +198,21 @@ def test_traversals_of_timm(images):
 
 
 def test_traversals_of_torch_ao(images):
+    quantization = pytest.importorskip("torch.ao.quantization", reason="PyTorch announces that it goes")
     model = built("plain").eval()
     with wings(model, "adaptive"):
         expected = model(images)
     conv, norm = model.conv1, model.bn1
     torch.testing.assert_close(fuse_conv_bn_eval(conv, norm)(images), norm(conv(images)), rtol=1e-4, atol=1e-4)
     with pytest.raises((NotImplementedError, KeyError, TypeError, AssertionError)):  # loud: it knows exact types only
-        torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["conv1", "bn1"]])
+        quantization.fuse_modules(copy.deepcopy(model), [["conv1", "bn1"]])
+    observed = copy.deepcopy(model)
+    observed.qconfig = quantization.default_qconfig
+    observed = quantization.prepare(observed)
+    torch.testing.assert_close(observed(images), expected)  # observers change nothing
+    assert len(layers(observed)) == len(layers(model)) and hasattr(observed.conv1, "activation_post_process")
     ordinary = revert_twin_bn(copy.deepcopy(model))
-    fused = torch.ao.quantization.fuse_modules(ordinary, [["conv1", "bn1"]])
+    fused = quantization.fuse_modules(ordinary, [["conv1", "bn1"]])
     torch.testing.assert_close(fused(images), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "twins_fast"
 # Lowest first; those of one row do not know each other.
 ROWS = [
-    {"kernels", "devices"},
+    {"kernels", "devices", "json_text"},
     {"deferred", "verdicts"},
     {"validation"},
     {"options", "ops"},

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twins_fast.json_text import parse
 from twins_fast.kernels.tuning import cache_folder
 
 PACKAGE = Path(__file__).parent
@@ -129,7 +130,7 @@ def load(device: torch.device) -> dict[str, Verdict]:
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Verdict]:
     try:
-        content = json.loads(path.read_text())
+        content = parse(path.read_text())
         return {name: Verdict(*found) for name, found in content["verdicts"].items()} if content["key"] == key else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from twins_fast.checkpoints.explain import explain, first_sentence
 from twins_fast.checkpoints.formats import file_format, loadable, not_a_checkpoint
 from twins_fast.checkpoints.names import CheckpointError, canonical, listed
+from twins_fast.json_text import parse
 
 _scalar = np.float64(0).__reduce__()[0]  # its module was renamed in NumPy 2: files hold either name
 _NUMPY_SCALARS = [
@@ -63,8 +63,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         raise not_a_checkpoint(path, "not a safetensors file, which twins-fast writes")
     _, metadata = _read_safetensors(path, tensors=False)
     try:
-        return json.loads(metadata["meta"])
-    except (KeyError, json.JSONDecodeError) as error:
+        return parse(metadata["meta"])
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: holds no meta data of a twins-fast checkpoint") from error
 
 

@@ -27,7 +27,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     modules = modules_of(model)
     modes = [module.training for module in modules]
     # Such a method may do more than set flags, such as taking merged weights apart.
-    own_method = any(type(module).train is not nn.Module.train for module in modules)
+    own_method = any(type(module).train is not nn.Module.train for module in modules) and set(modes) != {training}
     try:
         if own_method:
             model.train(training)

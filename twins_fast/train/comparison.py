@@ -31,7 +31,11 @@ def compared(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
     """
     recipes = {label: run.load_config()[0] for label, run in runs.items()}
     fields = _differing([recipe.fields() for recipe in recipes.values()])
-    return [_row(label, run, recipes[label], fields) for label, run in runs.items()]
+    rows = []
+    for label, run in runs.items():
+        with run.reading():
+            rows.append(_row(label, run, recipes[label], fields))
+    return rows
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
@@ -66,15 +70,15 @@ def _row(label: str, run: RunFolder, recipe: Recipe, fields: list[str]) -> dict[
     row |= {name: own[name] for name in fields if name in own}
     done = max((line["epoch"] for line in lines), default=recipe.optimizer.epochs if result else 0)
     row |= {"epochs": round(done, 2), "of": recipe.optimizer.epochs}
-    row["seconds"] = result.get("seconds", lines[-1].get("seconds", 0.0) if lines else 0.0)
+    row["seconds"] = float(result.get("seconds", lines[-1].get("seconds", 0.0) if lines else 0.0))
     best, last = (result.get("best"), result["after"]) if result else _evaluations(lines)
     if last:
-        row |= {"images": last["images"], "of images": "test" if result else last["kind"]}
-        row |= {f"{name}, last": last[name] for name in _ACCURACIES}
+        row |= {"images": _count(last["images"]), "of images": "test" if result else last["kind"]}
+        row |= {f"{name}, last": _accuracy(last[name]) for name in _ACCURACIES}
     if best and last:
-        row |= {"best epoch": best["epoch"]} | {f"{name}, best": best[name] for name in _ACCURACIES}
-        row["best minus last"] = best["robust"] - last["robust"]
-    gaps = [line["robust_gap"] for line in lines if line.get("robust_gap") is not None]
+        row |= {"best epoch": int(best["epoch"])} | {f"{name}, best": _accuracy(best[name]) for name in _ACCURACIES}
+        row["best minus last"] = row["robust, best"] - row["robust, last"]
+    gaps = [float(line["robust_gap"]) for line in lines if line.get("robust_gap") is not None]
     row |= {"robust gap": gaps[-1]} if gaps else {}
     return row | _evaluated(run)
 
@@ -90,10 +94,24 @@ def _evaluated(run: RunFolder) -> dict[str, float]:
     """What ``twins-fast eval`` found last about the best network, clean accuracy apart."""
     found = run.read_evaluation()
     return {
-        f"{one['title']}, {found['norm']} eps {fraction_of_255(one['eps'])}, {found['images']} images": one["accuracy"]
+        f"{one['title']}, {found['norm']} eps {fraction_of_255(one['eps'])}, {found['images']} images": _accuracy(
+            one["accuracy"]
+        )
         for one in found.get("results", [])
         if one["attack"] != "clean"
     }
+
+
+def _accuracy(value: Any) -> float:
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"an accuracy of {value}")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} images")
+    return int(value)
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:

@@ -27,7 +27,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{str(path)!r} is not a TOML file: {error}") from error
     try:
         return Recipe.from_dict({"name": Path(path).stem, **tables})

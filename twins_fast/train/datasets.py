@@ -111,7 +111,7 @@ def _npz(path: Path, chosen: tuple[str, ...]) -> tuple[ImageArray, ImageArray, t
         raise DataError(f"data file {str(path)!r} does not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: np.asarray(file[name]) for name in file.files}  # what is no .npy comes as bytes
     except Exception as error:
         raise DataError(f"cannot read {str(path)!r} as .npz: {error}") from error
     missing = [name for name in ("train", "train_labels", "test", "test_labels") if name not in arrays]

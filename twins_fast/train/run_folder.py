@@ -10,8 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from twins_fast.checkpoints import read_meta, write_atomically
+from twins_fast.checkpoints import CheckpointError, read_meta, write_atomically
 from twins_fast.checkpoints.write import naming
+from twins_fast.json_text import parse
 from twins_fast.train.recipe import Recipe, RecipeError
 
 
@@ -65,6 +66,19 @@ class RunFolder:
         finally:
             lock.release()
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Values that its files lack, or that make no sense, become a RunError that names the folder."""
+        try:
+            yield
+        except (RunError, CheckpointError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RunError(
+                f"run folder {str(self.folder)!r}: a value in its files is missing or makes no sense "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
     def create(self, recipe: Recipe, data_root: str | None) -> None:
         """Write the configuration.
 
@@ -89,11 +103,11 @@ class RunFolder:
     def load_config(self) -> tuple[Recipe, str | None]:
         """The recipe and data root the run was made with."""
         try:
-            config = json.loads(self.config.read_text())
+            config = parse(self.config.read_text())
             return Recipe.from_dict(config["recipe"]), config["data_root"]
         except RecipeError as error:
             raise RunError(f"run folder {str(self.folder)!r}, perhaps of another version: {error}") from error
-        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise RunError(f"{str(self.folder)!r} is not a run folder: cannot read config.json ({error})") from error
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -185,14 +199,15 @@ def labelled(folders: Sequence[str]) -> dict[str, RunFolder]:
 
 def _read_if_possible(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text())
+        found = parse(file.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _read_line(text: bytes) -> dict[str, Any]:
-    line = json.loads(text)
-    if not isinstance(line, dict) or not {"kind", "step", "epoch"} <= line.keys():
+    line = parse(text)
+    needed = {"kind": str, "step": int, "epoch": (int, float)}
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in needed.items()):
         raise ValueError("it has no kind, step and epoch")
     return line

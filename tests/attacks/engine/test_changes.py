@@ -391,3 +391,32 @@ def test_a_buffer_that_has_to_be_more_than_a_number():
     model, (x, y) = Scaled().eval(), data(2)
     with pytest.raises(RuntimeError, match="data-dependent"):
         PGD(model, engine="plan", **STEP)(x, y)
+
+
+class Keeping(nn.Module):
+    """Computes a bias at its first forward and keeps it until it is trained again, as LeViT's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.bias = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 4), nn.Parameter(torch.rand(8))
+        self.kept = {}
+
+    def train(self, mode=True):
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias * 2
+        return self.head(torch.sigmoid(self.conv(x).mean((2, 3)) + self.kept["bias"]))
+
+
+def test_what_is_kept_from_the_first_forward():
+    torch.manual_seed(0)
+    model, (x, y) = Keeping().eval(), data(classes=4)
+    assert_same_step(model, x, y)  # without a forward of its own before
+    with torch.no_grad():
+        model.bias -= 3
+    assert_same_step(model, x, y)  # not yet
+    assert_same_step(model.train().eval(), x, y)

@@ -92,18 +92,21 @@ def capture(
 def _nodes(model: nn.Module, shape: tuple[int, int, int], device: torch.device, output: Output) -> list[Node]:
     images = torch.zeros(2, *shape, dtype=torch.float32, device=device, requires_grad=True)
     with in_mode(model, training=False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        functions: set[type] = set()
         try:
-            exported, messages = _exported(model, images, set())
+            exported, changed = _exported(model, images, functions)
         except OwnBackward:
             with random_numbers_restored():
                 functions = differentiable_functions(model, images.detach() + 0.5)
             if not functions:
                 raise
-            exported, messages = _exported(model, images, functions)
-    names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}
-    for text in (str(message.message).splitlines()[0] for message in messages):
-        if "assigned during export" in text and not names.issuperset(re.findall(r"self\.([\w.]*\w)", text)):
-            raise NotCaptured(f"the forward changes the model, which it must not in eval mode: {text}"[:200])
+            exported, changed = _exported(model, images, functions)
+        if changed:  # perhaps it only keeps at its first call what later ones need
+            with torch.no_grad(), random_numbers_restored():
+                model(images)
+            exported, changed = _exported(model, images, functions)
+    if changed:
+        raise NotCaptured(f"the forward changes the model, which it must not in eval mode: {changed}"[:200])
     return Reader(model, exported, shape, output).nodes
 
 
@@ -165,10 +168,8 @@ def _as_numbers(model: nn.Module, read: set[str]) -> Iterator[None]:
         yield
 
 
-def _exported(
-    model: nn.Module, images: torch.Tensor, functions: set[type]
-) -> tuple[torch.export.ExportedProgram, list[warnings.WarningMessage]]:
-    """The exported forward, and warnings; backward passes of ``functions`` are derivatives, and left out."""
+def _exported(model: nn.Module, images: torch.Tensor, functions: set[type]) -> tuple[torch.export.ExportedProgram, str]:
+    """The exported forward, and what it changes; backward passes of ``functions`` are derivatives, and left out."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # takes seconds, as an export does
 
     batch: Any = {0: torch.export.Dim.DYNAMIC}
@@ -176,13 +177,16 @@ def _exported(
     shapes = ((batch,),) if first is not None and first.kind is first.VAR_POSITIONAL else (batch,)
     with _watched(functions) as messages, _without_strangers(model):
         try:
-            return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), messages
+            exported = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
         except NotCaptured:
             raise
         except GuardOnDataDependentSymNode as error:
             raise DependsOnValues(in_one_line(error)) from error
         except Exception as error:  # export raises errors of all kinds
             raise NotCaptured(in_one_line(error)) from error
+    names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}
+    said = [text for m in messages if "assigned during export" in (text := str(m.message).splitlines()[0])]
+    return exported, next((t for t in said if not names.issuperset(re.findall(r"self\.([\w.]*\w)", t))), "")
 
 
 @contextmanager

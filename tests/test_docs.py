@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import pkgutil
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import twins_fast
 from bench.report import DOCUMENTS, ROOT
@@ -136,6 +138,24 @@ def test_docstrings_name_arguments(module, name):
         assert named and named <= set(inspect.signature(thing).parameters)
 
 
-def test_all_names_of_the_package_are_in_the_reference():
+def test_the_reference_has_all_names_of_the_package_and_no_others():
     for name in twins_fast.__all__:
         assert f"`{name}`" in PAGES["docs/api/index.md"], name
+    for path in re.findall(r"^::: (\S+)$", "\n".join(PAGES.values()), re.MULTILINE):
+        assert pkgutil.resolve_name(path), path
+
+
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_the_site_has_every_page():
+    def pages(entry):
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(pages, entry.values() if isinstance(entry, dict) else entry))
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert {f"docs/{page}" for page in listed} == {page for page in PAGES if page.startswith("docs/")}

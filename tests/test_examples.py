@@ -1,5 +1,7 @@
 """The examples run, on little data."""
 
+import json
+import re
 import runpy
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib import pyplot
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -37,3 +40,24 @@ def test_a_recipe_runs_from_python(capsys, tmp_path):
     little = {"data": {"batch_size": 256}, "attack": {"steps": 1}, "evaluation": {"steps": 1, "images": 20}}
     example("run_recipe")(tmp_path / "run", optimizer={"epochs": 1}, **little)
     assert "| AT |" in capsys.readouterr().out
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    """Its cells one after the other, with fewer steps and images."""
+    pyplot.switch_backend("agg")
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    cells = json.loads((EXAMPLES / "first_look.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sizes = "HEAD_STEPS, STEPS, IMAGES = "
+    (line,) = re.findall(f"^{sizes}.*$", code[0], re.MULTILINE)
+    names = {}
+    for number, text in enumerate(code):
+        exec(compile(text.replace(line, f"{sizes}2, 2, 16"), f"cell {number}", "exec"), names)
+    said = capsys.readouterr().out
+    assert "| 16 images, linf | clean | PGD-10 |" in said and "lines more" in said
+    assert len(names["losses"]["frozen_loss"]) == 2
+    pyplot.close("all")
+
+
+def test_the_notebook_is_small():
+    assert (EXAMPLES / "first_look.ipynb").stat().st_size < 300_000

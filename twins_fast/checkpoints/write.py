@@ -39,7 +39,11 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at any moment, kill and power cut included, it is either the old or the new one."""
+    """Write a file so that at any moment, kill and power cut included, it is either the old or the new one.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is named.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # same folder: a rename must not copy
     try:

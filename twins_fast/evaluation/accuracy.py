@@ -41,12 +41,16 @@ def evaluate(
         model: maps images [N, C, H, W] in [0, 1] to logits.
         batches: of images float32 [N, C, H, W] in [0, 1] and labels int64 [N].
         attack: ``(images, labels) -> adversarial images``, of this model, on ``device``.
+        device: where the model is, and batches are moved to.
         wing: ``"adaptive"`` (what None means too) or ``"frozen"``, for a model with two-wing layers.
         process_group: processes that measure batches of their own, perhaps none, and count together; None for this
             process alone.
 
+    Returns:
+        Fractions of all images, those of all processes included.
+
     Raises:
-        ValueError: no images.
+        ValueError: no images; a ``wing`` of a model without two-wing layers.
     """
     clean = robust = total = 0
     chosen_wing = nullcontext() if wing is None else wings(model, wing)

@@ -281,7 +281,11 @@ def attack_named(name: str) -> NamedAttack:
 
 
 def transfer(name: str, source: nn.Module) -> NamedAttack:
-    """The attack of a name on another network, ``source``; the one that is measured sees its images."""
+    """The attack of a name on another network, ``source``; the one that is measured sees its images.
+
+    Raises:
+        ValueError: no such attack, or one that is none or several in turn.
+    """
     (stage,) = attack_named(name).attacks
     made = Transfer(stage, source)
     return NamedAttack("transfer", made.title, (Clean(), made))

@@ -30,8 +30,8 @@ def adversarial_loss(
     - ``trades``: CE(f(x)) + beta / B * KL_sum(f(x) || f(x_adv)) (arXiv 1901.08573)
     - ``mart``: BCE(f(x_adv)) + weight / B * sum(KL(f(x) || f(x_adv)) * (1 - p(y | x))) (ICLR 2020)
     - ``twins-at``: lambda * CE(frozen half) + CE(adaptive half) of one forward of x_adv
-    - ``twins-trades``: lambda * CE(clean, frozen half) + CE(clean, adaptive half)
-      + beta / B * [lambda * KL_sum(frozen half) + KL_sum(adaptive half)]
+    - ``twins-trades``: lambda * CE(clean, frozen half) + CE(clean, adaptive half) +
+      beta / B * [lambda * KL_sum(frozen half) + KL_sum(adaptive half)]
     - ``twins-mart``: MART on both halves, weighed in the same way
     - ``linear-probe``, ``adversarial-linear-probe``: CE(f(x)), CE(f(x_adv)), batch norm in eval mode
 

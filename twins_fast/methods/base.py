@@ -20,18 +20,29 @@ Attack = Callable[..., Tensor]
 
 
 class Logits(NamedTuple):
-    """What the model said in train mode, float32 or float64."""
+    """What the model said in train mode, float32 or float64.
 
-    adversarial: Tensor  # [B, classes]
-    clean: Tensor | None = None  # [B, classes], of methods that look at clean images too
-    penalty: Tensor | None = None  # a term of the loss, [], that is not of these logits
+    Attributes:
+        adversarial: [B, classes].
+        clean: [B, classes], of methods that look at clean images too.
+        penalty: a term of the loss, [], that is not of these logits.
+    """
+
+    adversarial: Tensor
+    clean: Tensor | None = None
+    penalty: Tensor | None = None
 
 
 class Beside(NamedTuple):
-    """What a step looks at besides the network and its batch."""
+    """What a step looks at besides the network and its batch.
 
-    kept: Any = None  # what the method's ``keep`` made
-    source: tuple[Tensor, Tensor] | None = None  # images and labels of the pre-training
+    Attributes:
+        kept: what the method's ``keep`` made.
+        source: images and labels of the pre-training.
+    """
+
+    kept: Any = None
+    source: tuple[Tensor, Tensor] | None = None
 
 
 NOTHING = Beside()
@@ -46,15 +57,24 @@ class Method:
         images -> perturb -> forward, as [frozen | adaptive] -> loss -> backward -> optimiser step
 
     A subclass is one file of this folder, gives itself a ``name``, and is listed in ``METHODS``.
+
+    Attributes:
+        name: by which recipes and the command line know it.
+        wings: parts of the batch that have a batch norm of their own.
+        needs_clean: whether the loss looks at the logits of the clean images, too.
+        needs_pretrained: whether ``keep`` makes something of the pre-trained network.
+        needs_source: whether a step needs images of the pre-training, and the network their head.
+        dropped: children that ``prepare`` gives the network for training alone.
+        takes_soft_labels: whether the loss is defined for probabilities of classes.
     """
 
     name: ClassVar[str]
-    wings: ClassVar[int] = 1  # parts of the batch that have a batch norm of their own
-    needs_clean: ClassVar[bool] = False  # whether the loss looks at the logits of the clean images, too
-    needs_pretrained: ClassVar[bool] = False  # whether ``keep`` makes something of the pre-trained network
-    needs_source: ClassVar[bool] = False  # whether a step needs images of the pre-training, and the network their head
-    dropped: ClassVar[tuple[str, ...]] = ()  # children that ``prepare`` gives the network for training alone
-    takes_soft_labels: ClassVar[bool] = True  # whether the loss is defined for probabilities of classes
+    wings: ClassVar[int] = 1
+    needs_clean: ClassVar[bool] = False
+    needs_pretrained: ClassVar[bool] = False
+    needs_source: ClassVar[bool] = False
+    dropped: ClassVar[tuple[str, ...]] = ()
+    takes_soft_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self)

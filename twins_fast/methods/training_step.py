@@ -63,6 +63,9 @@ class TrainingStep:
 
     Attributes:
         reason: why the last step ran without a graph; empty if there is one for the next of its kind.
+
+    Raises:
+        ValueError: an unknown method or dtype, a negative option, label smoothing that the method's loss cannot have.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ OTHER = {  # another value of each argument; of a flag the other one
     "step_size": 0.001, "steps": 1, "nb_iter": 1, "attack_iter": 1, "attack_iters": 1, "perturb_steps": 1,
     "max_iters": 1, "iterations": 1, "restarts": 4, "n_restarts": 8,
     "eps_for_division": 1.0, "decay": 0.1, "norm": "L2", "ord": 2, "constraint": "2", "distance": "l_2", "_type": "l2",
-    "seed": 2, "loss": "dlr", "eot_iter": 2, "rho": 0.5, "l1_sparsity": 0.9, "loss_fn": confidence,
+    "seed": 2, "loss": "dlr", "eot_iter": 2, "rho": 1.5, "l1_sparsity": 0.9, "loss_fn": confidence,
     "criterion": confidence, "attack_type": "l2-pgd", "rand_init_type": "normal", "clip_min": -0.2, "clip_max": 1.2,
     "min_val": -0.2, "max_val": 1.2, "beta": 3.0, "reduction4loss": "sum", "opt": object(),
     "custom_loss": lambda model, x, y: (confidence(model(x), y)[None].expand(len(y)), None),
@@ -127,6 +127,7 @@ ELSEWHERE = {  # (adapter, argument) -> another value for this one
     ("dm.L2APGDAttack", "loss_fn"): "dlr",
 }
 WITHOUT_EFFECT = {
+    "eot_iter": "of a network without randomness: test_torchattacks.py",
     "reduction4loss": "signs of gradients do not depend on it",
     "return_image": "its images are no others unless constraint is 'fourier', which the library runs itself",
     "do_tqdm": "the library runs then, and shows how far it is",

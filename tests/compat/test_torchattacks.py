@@ -143,21 +143,62 @@ def test_the_engine_runs_them(module, problem):
         assert losses[0] == pytest.approx(losses[1], rel=0.05), name
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_apgd_is_as_strong(module, problem, norm):
+class Noisy(torch.nn.Module):
+    """Another network at every call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x + 0.01 * torch.randn_like(x))
+
+
+APGD = {
+    "as it comes": {},
+    "L2": {"norm": "L2", "eps": 0.15},
+    "one step": {"steps": 1},
+    "many steps": {"steps": 30},
+    "difference of logits": {"loss": "dlr", "seed": 3},
+    "restarts": {"n_restarts": 3},
+    "rho": {"rho": 0.4, "steps": 20},
+    "random network": {"eot_iter": 3},
+}
+
+
+@pytest.mark.parametrize("case", APGD)
+def test_apgd_gives_the_same_images(problem, case):
     model, images, _ = problem
+    options = {"eps": 1 / 255} | APGD[case]
+    images = torch.cat([images, torch.rand(6, 3, 16, 16)])
     with torch.no_grad():
         labels = model(images).argmax(1)
-    eps = {"Linf": 2 / 255, "L2": 0.3}[norm]
-    found = module.APGD(model, norm=norm, eps=eps, steps=20)(images, labels)
+    network = Noisy(model).eval() if "eot_iter" in options else model
+    torch.manual_seed(1)  # a first look at the images comes before the attack's own seed
+    expected = library("torchattacks").APGD(network, **options)(images, labels)
+    torch.manual_seed(1)
+    assert torch.equal(ours.APGD(network, engine="eager", **options)(images, labels), expected)
+    moved = (expected != images).flatten(1).any(1).sum()
+    assert 0 < moved < len(images)
+
+
+@pytest.mark.parametrize("norm, eps", [("Linf", 1 / 255), ("L2", 0.15)])
+def test_apgd_by_the_engine(problem, norm, eps):
+    model, images, _ = problem
+    images = torch.cat([images, torch.rand(6, 3, 16, 16)])
     with torch.no_grad():
-        fooled = model(found).argmax(1) != labels
-    size = (found - images).flatten(1).norm(float(norm[1:]), dim=1)
-    assert fooled.any() and (size <= eps + 1e-5).all() and 0 <= found.min() and found.max() <= 1
-    assert torch.equal(found[~fooled], images[~fooled])
-    theirs = library("torchattacks").APGD(model, norm=norm, eps=eps, steps=20)(images, labels)
-    with torch.no_grad():
-        assert (model(theirs).argmax(1) != labels).sum() <= fooled.sum() + 1
+        labels = model(images).argmax(1)
+    found = {}
+    for engine, dtype in (("eager", None), ("plan", None), ("plan", torch.bfloat16), ("eager", torch.bfloat16)):
+        attack = ours.APGD(model.train(), norm=norm, eps=eps, steps=8, engine=engine, amp_dtype=dtype)
+        adversarial = attack(images, labels)
+        assert model.training and (adversarial - images).flatten(1).norm(float(norm[1:]), dim=1).max() <= eps + 1e-5
+        model.eval()
+        with torch.no_grad():
+            found[engine, dtype] = (model(adversarial).argmax(1) != labels).sum()
+    assert found["eager", None] > 0 and max(found.values()) - min(found.values()) <= 1
+    with pytest.raises(RuntimeError, match="engine='plan'"):
+        ours.APGD(Noisy(model).eval(), engine="plan")(images, labels)
 
 
 def test_modes_of_targets(module, problem):
@@ -203,6 +244,8 @@ def test_flags_are_put_back_and_train_mode_is_all_or_nothing(module, problem):
 
 
 def test_what_cannot_be_honoured_is_said(module, problem):
-    for options in ({"eot_iter": 2}, {"rho": 0.5}, {"verbose": True}):
-        with pytest.raises(NotImplementedError, match=next(iter(options))):
+    with pytest.raises(NotImplementedError, match="verbose"):
+        module.APGD(problem[0], verbose=True)
+    for options in ({"norm": "L1"}, {"loss": "kl"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
             module.APGD(problem[0], **options)

@@ -2,21 +2,26 @@
 
 ``from twins_fast.compat.torchattacks import PGD`` in place of ``from torchattacks import PGD``. Where torchattacks is
 installed, they are subclasses of its ``Attack``, and have all methods of that. With the same seed, on a CPU, in float32
-and with ``engine="eager"`` the images are the very same (those of ``APGD``, whose step rule is that of the paper, as
-strong).
+and with ``engine="eager"`` the images are the very same.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twins_fast.attacks.balls import Ball
+from twins_fast.attacks import accelerate
 from twins_fast.compat.balls import BallPGD, OffsetBall, PixelBall
 from twins_fast.compat.normalised import normalised
+from twins_fast.compat.torchattacks_apgd import Search
 from twins_fast.nn.modes import in_mode
+from twins_fast.validation import check_choice
 
 try:
     from torchattacks.attack import Attack  # type: ignore[import-untyped]
@@ -224,7 +229,7 @@ class APGD(_Planned):
     """Auto-PGD (arXiv 2003.01690): what is fooled in a restart stays; images that are not fooled come back clean.
 
     Raises:
-        NotImplementedError: ``eot_iter`` above 1, another ``rho`` than 0.75.
+        NotImplementedError: ``verbose``.
     """
 
     def __init__(
@@ -242,10 +247,8 @@ class APGD(_Planned):
         **how: Any,
     ):
         super().__init__("APGD", model, **how)
-        if eot_iter != 1:
-            raise NotImplementedError(f"eot_iter={eot_iter}: average over random networks inside of the model instead")
-        if rho != 0.75:
-            raise NotImplementedError(f"rho={rho}: the step rule has the paper's 0.75; take torchattacks' own APGD")
+        check_choice("norm", norm, ("Linf", "L2"))
+        check_choice("loss", loss, _LOSSES)
         if verbose:
             raise NotImplementedError("verbose=True: nothing is printed; twins_fast.evaluation measures attacks")
         self.norm, self.eps, self.steps, self.n_restarts = norm, eps, steps, n_restarts
@@ -255,28 +258,47 @@ class APGD(_Planned):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self._own(images, labels)
         network = self._network()
-        adversarial, left = images.clone(), self._right(network, images, labels)
-        torch.manual_seed(self.seed)
-        for _ in range(self.n_restarts):
-            rows = left.nonzero()[:, 0]
-            if not len(rows):
-                break
-            numbers = {"eps": self.eps, "steps": self.steps, "norm": self.norm, "loss": self.loss, "step_rule": "apgd"}
-            start = self._start(images[rows])
-            found = self._attacked(images[rows], labels[rows], start, kind=Ball, early_stop=True, **numbers)
-            fooled = ~self._right(network, found, labels[rows])
-            adversarial[rows[fooled]], left[rows[fooled]] = found[fooled], False
+        autocast = nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype)
+        with in_mode(network, training=self._model_training), autocast:
+            network = self._differentiable(network, images)
+            with torch.no_grad():
+                adversarial, left = images.clone(), network(images).argmax(1) == labels
+            torch.manual_seed(self.seed)
+            for _ in range(self.n_restarts):
+                rows = left.nonzero()[:, 0]
+                if not len(rows):
+                    break
+                evaluate = functools.partial(self._evaluated, network, labels[rows])
+                found, fooled = Search(evaluate, self.norm, self.eps, self.steps, self.thr_decr).run(images[rows])
+                adversarial[rows[fooled]], left[rows[fooled]] = found[fooled], False
         return adversarial
 
-    def _right(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with in_mode(network, training=self._model_training), torch.no_grad():
-            return network(images).argmax(1) == labels
+    def _differentiable(self, network: nn.Module, images: Tensor) -> nn.Module:
+        """The network as the engine runs it, or itself."""
+        if self.engine == "eager":
+            return network
+        fast = accelerate(network, self.amp_dtype)
+        if self.engine == "plan" and (found := fast.explain(images)).engine != "plan":
+            raise RuntimeError(f"engine='plan': {found.reason}")
+        return fast
 
-    def _start(self, images: Tensor) -> Tensor:
-        if self.norm == "Linf":
-            noise = 2 * torch.rand(images.shape).to(images) - 1
-            length = noise.flatten(1).abs().amax(1)
-        else:
-            noise = torch.randn(images.shape).to(images)
-            length = noise.flatten(1).norm(dim=1)
-        return _noisy(images, self.eps * noise / length.view(-1, 1, 1, 1))
+    def _evaluated(self, network: nn.Module, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, their gradient, which is the mean of ``eot_iter`` passes, and whether the network is right."""
+        x = x.detach().requires_grad_()
+        total = torch.zeros_like(x)
+        for _ in range(self.eot_iter):
+            logits = network(x).float()
+            losses = _LOSSES[self.loss](logits, labels)
+            total += torch.autograd.grad(losses.sum(), x)[0]
+        return losses.detach(), total / float(self.eot_iter), logits.argmax(1) == labels
+
+
+def _ratio(logits: Tensor, labels: Tensor) -> Tensor:
+    """The difference of logits ratio, which three classes are needed for."""
+    order = logits.sort(1).values
+    own = logits.gather(1, labels[:, None])[:, 0]
+    first = (logits.argmax(1) == labels).float()
+    return -(own - order[:, -2] * first - order[:, -1] * (1.0 - first)) / (order[:, -1] - order[:, -3] + 1e-12)
+
+
+_LOSSES: dict[str, Callable[..., Tensor]] = {"ce": functools.partial(F.cross_entropy, reduction="none"), "dlr": _ratio}

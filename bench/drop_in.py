@@ -419,8 +419,8 @@ CASES = {
         ),
         block=1,
     ),  # fmt: skip
-    "fast_adversarial, evaluation": Case(LOCUSLAB, fast_adversarial_original, fast_adversarial_ours, trains=False),
-    "robust_overfitting, evaluation": Case(
+    "fast_adversarial (evaluation)": Case(LOCUSLAB, fast_adversarial_original, fast_adversarial_ours, trains=False),
+    "robust_overfitting (evaluation)": Case(
         LOCUSLAB,
         partial(robust_overfitting_original, training=False),
         partial(robust_overfitting_ours, training=False),
@@ -551,13 +551,13 @@ def table(rows: list[dict]) -> list[list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.drop_in", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", help="separated by semicolons, of " + "; ".join(CASES))
+    parser.add_argument("--only", help=f"comma-separated, of {', '.join(CASES)}")
     parser.add_argument("--workload", default=WORKLOAD, help=f"network and batch, as of bench.attack ({WORKLOAD})")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each way")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run on this machine has measured")
     parser.add_argument("--json", type=Path, help=f"default: a file in {RESULTS.name}, or of runs/bench for a part")
     args = parser.parse_args(arguments)
-    names = args.only.split(";") if args.only else list(CASES)
+    names = args.only.split(",") if args.only else list(CASES)
     if unknown := {*names} - {*CASES}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -623,9 +623,9 @@ def test_loops_of_others_beside_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setitem(drop_in.TOLERANCE, torch.bfloat16, 1.0)
     file = tmp_path / "drop_in-cpu.json"
-    evaluation = "fast_adversarial, evaluation"
+    evaluation = "fast_adversarial (evaluation)"
     assert drop_in.main([*TINY_LOOPS, "--only", evaluation, "--json", str(file)]) == 0
-    assert drop_in.main([*TINY_LOOPS, "--only", f"{evaluation};MAIR", "--json", str(file), "--resume"]) == 0
+    assert drop_in.main([*TINY_LOOPS, "--only", f"{evaluation},MAIR", "--json", str(file), "--resume"]) == 0
     rows = json.loads(file.read_text())["workloads"]
     assert [row["name"] for row in rows] == [evaluation, "MAIR"]
     for row in rows:

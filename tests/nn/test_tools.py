@@ -135,6 +135,24 @@ def test_averages_of_the_weights(network, images, kind):
             assert torch.equal(mean, first), name
 
 
+def test_distributed_data_parallel(network, images, tmp_path):
+    """One process of one; two share their statistics in tests/ops/test_sync.py."""
+    expected = copy.deepcopy(network)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(network)
+        for model in (parallel, expected):
+            for _ in range(2):
+                model.zero_grad()
+                model(images).square().sum().backward()
+        for own, other in zip(network.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad)
+        for own, other in zip(network.buffers(), expected.buffers(), strict=True):
+            torch.testing.assert_close(own, other)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["plain", "BatchNormAct2d"])
 def test_compiled(images, name, training):

@@ -95,9 +95,15 @@ def _takes(model: nn.Module, side: int) -> bool:
 
 
 def examine(zoo: str, name: str, depth: Depth) -> dict:
-    """The row of a network: whether it is planned, or why not; whether the plan computes what the network does."""
+    """The row of a network; of one that is not planned for small images, that for its own size."""
+    row = examined(zoo, name, depth.small)
+    return examined(zoo, name, False) if depth.small and row["status"] in (UNEQUAL, REFUSED) else row
+
+
+def examined(zoo: str, name: str, small: bool) -> dict:
+    """Whether a network is planned, or why not; whether the plan computes what the network does."""
     try:
-        problem = problem_of(zoo, name, CHECKED, depth.small)
+        problem = problem_of(zoo, name, CHECKED, small)
         gradient_of(problem)
     except Exception as error:
         return {"status": BROKEN, "reason": one_line(error)}

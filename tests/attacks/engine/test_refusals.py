@@ -123,6 +123,20 @@ def write_to_copy(copied):
     return forward
 
 
+def write_to_slice_of_everything(m, x):
+    a = m.c1(x)
+    b = a[:, :8]  # GhostNet's
+    b += m.c1(x).relu()
+    return m.top((a + 2 * b).relu())
+
+
+def write_to_slice(m, x):
+    a = m.c1(x)
+    b = a[:, :4]
+    b += 1
+    return m.top(a.relu())
+
+
 def shifted(m, x):
     return m.top(torch.roll(m.c1(x), random.randint(0, 7), 3).relu())
 
@@ -149,6 +163,8 @@ FORWARDS = {
     "a write to a clone": write_to_copy(torch.clone),
     "a write to a contiguous copy": write_to_copy(lambda a: a.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
     "a write to a converted copy": write_to_copy(lambda a: a.to(torch.float32, copy=True)),
+    "a write to a slice of everything": write_to_slice_of_everything,
+    "a write to a slice": write_to_slice,
     "batch statistics": lambda m, x: m.top(F.batch_norm(m.c1(x), None, None, training=True).relu()),
     "padding of the batch": lambda m, x: m.top(m.c1(F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)))),
     "upsampling by a scale": lambda m, x: m.top(m.c1(F.interpolate(x, scale_factor=1.3))),
@@ -186,7 +202,15 @@ def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypa
 
 @pytest.mark.parametrize(
     "name",
-    ["double use", "one layer twice", "a channel shuffle", "dropout in place", "feature dropout", "a flattened view"],
+    [
+        "double use",
+        "one layer twice",
+        "a channel shuffle",
+        "dropout in place",
+        "feature dropout",
+        "a flattened view",
+        "a write to a slice of everything",
+    ],
 )
 def test_common_forwards_are_planned_in_chunks(name):
     assert program_of(PGD(net(FORWARDS[name])), data(4, 8)[0]).plan.per_sample

@@ -373,7 +373,7 @@ class Reader(Reading):
         schema = node.target._schema
         written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         if not written or is_switched_off(node):
-            passed = node.target in _SAME or node.target in _SAME_IF_ALIKE or is_switched_off(node)
+            passed = node.target in _SAME | _SAME_IF_ALIKE or is_switched_off(node) or _is_whole(node)
             if any(r.alias_info is not None for r in schema.returns) and not passed:
                 self.shared |= {node, *node.all_input_nodes}  # a view
             return node

@@ -72,7 +72,7 @@ TwinBnForward forward_args(int64_t images, int64_t channels, int64_t pixels, int
                            const std::string& dtype, Pointer x, Pointer residual, Pointer frozen_mean,
                            Pointer frozen_var, Pointer frozen_weight, Pointer frozen_bias, Pointer running_mean,
                            Pointer running_var, Pointer weight, Pointer bias, Pointer y, Pointer bits, Pointer stats,
-                           double momentum, double eps, bool relu, int phase) {
+                           double momentum, double eps, bool relu, bool both_adaptive, int phase) {
   return {{images, channels, pixels, split, channels_last},
           dtype_of(dtype),
           as<void>(x),
@@ -91,6 +91,7 @@ TwinBnForward forward_args(int64_t images, int64_t channels, int64_t pixels, int
           momentum,
           eps,
           relu,
+          both_adaptive,
           static_cast<Phase>(phase)};
 }
 
@@ -98,7 +99,7 @@ TwinBnBackward backward_args(int64_t images, int64_t channels, int64_t pixels, i
                              const std::string& dtype, Pointer dy, Pointer x, Pointer bits, Pointer frozen_mean,
                              Pointer frozen_var, Pointer frozen_weight, Pointer weight, Pointer stats, Pointer dx,
                              Pointer dresidual, Pointer dfrozen_weight, Pointer dfrozen_bias, Pointer dweight,
-                             Pointer dbias, Pointer sums, double eps, int phase) {
+                             Pointer dbias, Pointer sums, double eps, bool both_adaptive, int phase) {
   return {{images, channels, pixels, split, channels_last},
           dtype_of(dtype),
           as<void>(dy),
@@ -117,6 +118,7 @@ TwinBnBackward backward_args(int64_t images, int64_t channels, int64_t pixels, i
           as<float>(dbias),
           as<float>(sums),
           eps,
+          both_adaptive,
           static_cast<Phase>(phase)};
 }
 

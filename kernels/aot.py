@@ -48,10 +48,11 @@ class Variant(NamedTuple):
     residual: bool
     relu: bool
     candidate: int | None = None  # number of the block sizes, the default if None
+    both_adaptive: bool = False
 
     def __str__(self) -> str:
         words = ["channels-last" if self.channels_last else "contiguous", self.size]
-        words += ["residual"] * self.residual + ["relu+bits"] * self.relu
+        words += ["residual"] * self.residual + ["relu+bits"] * self.relu + ["both adaptive"] * self.both_adaptive
         return " ".join(words if self.candidate is None else [*words, f"candidate {self.candidate}"])
 
 
@@ -89,6 +90,10 @@ def variants(candidates: bool = False, brief: bool = False) -> list[Variant]:
         Variant(dtype, last, size, True, True)
         for size, dtype, last in itertools.product(("odd", "aligned 64-bit"), dtypes, (True, False))
     ]
+    calls += [
+        Variant(dtype, last, size, True, True, both_adaptive=True)
+        for size, dtype, last in itertools.product(("aligned", "odd"), dtypes, (True, False))
+    ]
     if candidates:
         count = max(len(configs) for configs in tuning.CANDIDATES.values())
         calls += [call._replace(candidate=i) for call in calls if call.residual for i in range(1, count)]
@@ -118,7 +123,8 @@ def launches(variant: Variant | AttackVariant) -> list[Launch]:
         return list(calls)
     images, channels, *_ = shape
     geometry = twin_bn.Geometry.of(shape, images // 2, variant.channels_last, variant.dtype)
-    x, stats, wing, eps = _empty(*shape, dtype=dtype), _empty(2, channels), (_empty(channels),) * 4, 1e-5
+    x, wing, eps = _empty(*shape, dtype=dtype), (_empty(channels),) * 4, 1e-5
+    stats = _empty(4 if variant.both_adaptive else 2, channels)
     residual = x if variant.residual else None
     bits = _empty(1, dtype=torch.uint8) if variant.relu else None
     with _recording(variant.candidate) as calls:

@@ -2,6 +2,7 @@
 
 Forward: partial moments of the adaptive half; then each program merges those of its channels and normalises its
 rows of either half. Backward: partial sums, with all results of the frozen half on the way; then the adaptive half.
+Where both halves are adaptive, as many launches do for both what they do for the adaptive one.
 
 A program has a tile of channels and a slab of units. In channels-last memory a unit is a row of pixels' channels
 and a tile BLOCK_V of them; in contiguous memory a unit is 8 neighbouring pixels (one byte of bits) of the tile's
@@ -11,11 +12,13 @@ same from run to run for a given choice of block sizes (see tuning.py).
 The functions write to tensors of the caller's, :mod:`twins_fast.ops.triton`; formulas are those of
 csrc/cpu/twin_bn.cpp. x, residual, dy and the results of their shape are [N, C, H, W], dense and of one layout; a wing
 is (running_mean, running_var, weight, bias), each [C] float32 or None; stats are [2, C] float32, mean and 1 / std of
-the adaptive rows; bits are as in tiles.py, None without.
+the adaptive rows, or [4, C] where both halves are adaptive, those of the first half last; bits are as in tiles.py,
+None without.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -134,10 +137,11 @@ def _merge_sums(
     return tl.sum(sum1, 0), tl.sum(sum2, 0)
 
 
-@tiles.jit()
+@tiles.jit("programs")
 def moments_kernel(
     x,
     partial,  # [slabs, 2, C]: mean and sum of squared deviations of each slab
+    programs,  # per tile, of the first half, or None where that is not measured
     channels,
     pixels,
     groups,
@@ -156,10 +160,17 @@ def moments_kernel(
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < channels
     row = partial + slab * 2 * channels
+    begin = first
+    limit = units
+    if programs is not None:
+        in_first = slab < programs
+        begin = tl.where(in_first, 0, first)
+        limit = tl.where(in_first, first, units)
+        slab -= tl.where(in_first, 0, programs)
     if INDEX64:
         slab = slab.to(tl.int64)
-    start = first + slab * chunk
-    end = tl.minimum(start + chunk, units)
+    start = begin + slab * chunk
+    end = tl.minimum(start + chunk, limit)
     before = _values_before(start, pixels, groups, LAST)
     # Squares about the mean of the first block lose at most a factor of the number of blocks.
     offset, mask, _, _ = tiles.offsets_and_masks(
@@ -230,7 +241,65 @@ def merge_moments_kernel(
     tl.store(moments + channels + c, m2, mask=live)
 
 
-@tiles.jit("slabs", "slab_chunk", "count", "momentum", "eps", "programs")
+@triton.jit
+def _statistics(
+    partial,
+    stats,
+    running_mean,
+    running_var,
+    c,
+    live,
+    writes,
+    momentum,
+    eps,
+    slabs,
+    slab_chunk,
+    count,
+    channels,
+    pixels,
+    groups,
+    first,
+    units,
+    LAST: tl.constexpr,
+    INDEX64: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and 1 / std of units [first, units) from their partial moments; the program that ``writes`` keeps them."""
+    mean, m2 = _merge_moments(
+        partial,
+        c,
+        live,
+        slabs,
+        slab_chunk,
+        count,
+        channels,
+        pixels,
+        groups,
+        first,
+        units,
+        LAST,
+        INDEX64,
+        ALIGN,
+        BLOCK_S,
+        BLOCK_C,
+    )
+    rstd = _rstd(tl.div_rn(m2, count), eps)
+    if writes:  # nobody else reads what it writes
+        tl.store(stats + c, mean, mask=live)
+        tl.store(stats + channels + c, rstd, mask=live)
+        if running_mean is not None:
+            old = tl.load(running_mean + c, mask=live)
+            tl.store(running_mean + c, (1.0 - momentum) * old + momentum * mean, mask=live)
+        if running_var is not None:
+            old = tl.load(running_var + c, mask=live)
+            new = tl.div_rn(m2, count - 1.0)
+            tl.store(running_var + c, (1.0 - momentum) * old + momentum * new, mask=live)
+    return mean, rstd
+
+
+@tiles.jit("slabs", "slab_chunk", "count", "frozen_slabs", "frozen_count", "momentum", "eps", "programs")
 def apply_kernel(
     x,
     residual,
@@ -246,11 +315,14 @@ def apply_kernel(
     bias,
     partial,  # of the moments, or
     stats_in,  # mean and 1 / std, or neither where there is no adaptive row
+    frozen_partial,  # of the moments of the first half, if it is adaptive, too
     stats_out,
     momentum,
     eps,
     count,
     slabs,
+    frozen_count,
+    frozen_slabs,
     slab_chunk,
     programs,  # per tile, of the adaptive half
     channels,
@@ -274,10 +346,16 @@ def apply_kernel(
     live = c < channels
     if program < programs:
         if partial is not None:
-            mean, m2 = _merge_moments(
+            mean, rstd = _statistics(
                 partial,
+                stats_out,
+                running_mean,
+                running_var,
                 c,
                 live,
+                program == 0,
+                momentum,
+                eps,
                 slabs,
                 slab_chunk,
                 count,
@@ -292,17 +370,6 @@ def apply_kernel(
                 BLOCK_S,
                 BLOCK_C,
             )
-            rstd = _rstd(tl.div_rn(m2, count), eps)
-            if program == 0:  # nobody else reads what it writes
-                tl.store(stats_out + c, mean, mask=live)
-                tl.store(stats_out + channels + c, rstd, mask=live)
-                if running_mean is not None:
-                    old = tl.load(running_mean + c, mask=live)
-                    tl.store(running_mean + c, (1.0 - momentum) * old + momentum * mean, mask=live)
-                if running_var is not None:
-                    old = tl.load(running_var + c, mask=live)
-                    new = tl.div_rn(m2, count - 1.0)
-                    tl.store(running_var + c, (1.0 - momentum) * old + momentum * new, mask=live)
         else:
             mean = tiles.load_vector(stats_in, c, live, 0.0)
             rstd = tiles.load_vector(stats_in, channels + c, live, 0.0)
@@ -315,8 +382,35 @@ def apply_kernel(
         start = first + start * chunk
         end = tl.minimum(start + chunk, units)
     else:
-        mean = tiles.load_vector(frozen_mean, c, live, 0.0)
-        scale = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps) * tiles.load_vector(frozen_weight, c, live, 1.0)
+        if frozen_partial is not None:
+            mean, rstd = _statistics(
+                frozen_partial,
+                stats_out + 2 * channels,
+                frozen_mean,
+                frozen_var,
+                c,
+                live,
+                program == programs,
+                momentum,
+                eps,
+                frozen_slabs,
+                slab_chunk,
+                frozen_count,
+                channels,
+                pixels,
+                groups,
+                0,
+                first,
+                LAST,
+                INDEX64,
+                ALIGN,
+                BLOCK_S,
+                BLOCK_C,
+            )
+        else:
+            mean = tiles.load_vector(frozen_mean, c, live, 0.0)
+            rstd = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps)
+        scale = rstd * tiles.load_vector(frozen_weight, c, live, 1.0)
         shift = tiles.load_vector(frozen_bias, c, live, 0.0)
         start = program - programs
         if INDEX64:
@@ -353,7 +447,7 @@ def sums_kernel(
     dy,
     x,
     bits,
-    frozen_mean,
+    frozen_mean,  # of the batch, without dx and dresidual, if the first half is adaptive, too
     frozen_var,
     frozen_weight,
     stats,
@@ -470,18 +564,57 @@ def _sums_of(
     return g, gx
 
 
-@tiles.jit("eps", "count", "frozen_slabs", "slabs", "programs")
+@triton.jit
+def _gradients(
+    partial,
+    means,
+    stats,
+    weight,
+    dweight,
+    dbias,
+    c,
+    live,
+    writes,
+    count,
+    slabs,
+    channels,
+    LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of an adaptive half, what dx needs: mean, scale, offset and slope. The program that ``writes`` keeps the rest."""
+    rstd = tl.load(stats + channels + c, mask=live, other=0.0)
+    g, gx = _sums_of(partial, c, live, slabs, channels, LAST, ALIGN, BLOCK_S, BLOCK_C)
+    if writes:
+        if dweight is not None:
+            tl.store(dweight + c, gx * rstd, mask=live)
+        if dbias is not None:
+            tl.store(dbias + c, g, mask=live)
+    if means is None:
+        offset = tl.div_rn(g, count)
+        mean_gx = tl.div_rn(gx, count)
+    else:
+        offset = tl.load(means + c, mask=live, other=0.0)
+        mean_gx = tl.load(means + channels + c, mask=live, other=0.0)
+    mean = tl.load(stats + c, mask=live, other=0.0)
+    scale = rstd * tiles.load_vector(weight, c, live, 1.0)
+    return mean, scale, offset, mean_gx * rstd * rstd
+
+
+@tiles.jit("eps", "count", "frozen_count", "frozen_slabs", "slabs", "programs")
 def apply_backward_kernel(
     dy,
     x,
     bits,
     frozen_var,
+    frozen_weight,
     weight,
     stats,
     frozen_partial,
     partial,  # of the sums, or
     means,  # [2, C], what they come to per value, or neither where dx is not wanted
-    dx,  # of the adaptive half, as dresidual
+    dx,  # of adaptive halves, as dresidual
     dresidual,
     dfrozen_weight,
     dfrozen_bias,
@@ -489,9 +622,10 @@ def apply_backward_kernel(
     dbias,
     eps,
     count,
+    frozen_count,  # None unless the first half is adaptive, too
     frozen_slabs,
     slabs,
-    programs,
+    programs,  # per tile, of the second half
     channels,
     pixels,
     groups,
@@ -510,38 +644,66 @@ def apply_backward_kernel(
     program = tl.program_id(1)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < channels
-    rstd = tl.load(stats + channels + c, mask=live, other=0.0)
-    g_total, gx_total = _sums_of(partial, c, live, slabs, channels, LAST, ALIGN, BLOCK_S, BLOCK_C)
-    if program == 0:
-        if dfrozen_weight is not None or dfrozen_bias is not None:
-            frozen_g, frozen_gx = _sums_of(
-                frozen_partial, c, live, frozen_slabs, channels, LAST, ALIGN, BLOCK_S, BLOCK_C
-            )
-            if dfrozen_weight is not None:
-                frozen_rstd = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps)
-                tl.store(dfrozen_weight + c, frozen_gx * frozen_rstd, mask=live)
-            if dfrozen_bias is not None:
-                tl.store(dfrozen_bias + c, frozen_g, mask=live)
-        if dweight is not None:
-            tl.store(dweight + c, gx_total * rstd, mask=live)
-        if dbias is not None:
-            tl.store(dbias + c, g_total, mask=live)
-    if dx is not None or dresidual is not None:
-        if dx is not None:
-            if partial is not None:
-                mean_g = tl.div_rn(g_total, count)
-                mean_gx = tl.div_rn(gx_total, count)
-            else:
-                mean_g = tl.load(means + c, mask=live, other=0.0)
-                mean_gx = tl.load(means + channels + c, mask=live, other=0.0)
-            mean = tl.load(stats + c, mask=live, other=0.0)
-            scale = rstd * tiles.load_vector(weight, c, live, 1.0)
-            slope = mean_gx * rstd * rstd
+    begin = first
+    limit = units
+    if frozen_count is not None:
+        begin = tl.where(program >= programs, 0, first)
+        limit = tl.where(program >= programs, first, units)
+    if frozen_count is not None and program >= programs:
+        mean, scale, mean_g, slope = _gradients(
+            frozen_partial,
+            None,
+            stats + 2 * channels,
+            frozen_weight,
+            dfrozen_weight,
+            dfrozen_bias,
+            c,
+            live,
+            program == programs,
+            frozen_count,
+            frozen_slabs,
+            channels,
+            LAST,
+            ALIGN,
+            BLOCK_S,
+            BLOCK_C,
+        )
+        start = program - programs
+    else:
+        if frozen_count is None and (dfrozen_weight is not None or dfrozen_bias is not None):
+            if program == 0:
+                frozen_g, frozen_gx = _sums_of(
+                    frozen_partial, c, live, frozen_slabs, channels, LAST, ALIGN, BLOCK_S, BLOCK_C
+                )
+                if dfrozen_weight is not None:
+                    frozen_rstd = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps)
+                    tl.store(dfrozen_weight + c, frozen_gx * frozen_rstd, mask=live)
+                if dfrozen_bias is not None:
+                    tl.store(dfrozen_bias + c, frozen_g, mask=live)
+        mean, scale, mean_g, slope = _gradients(
+            partial,
+            means,
+            stats,
+            weight,
+            dweight,
+            dbias,
+            c,
+            live,
+            program == 0,
+            count,
+            slabs,
+            channels,
+            LAST,
+            ALIGN,
+            BLOCK_S,
+            BLOCK_C,
+        )
         start = programs - 1 - program  # the last first, as in the forward pass
+    if dx is not None or dresidual is not None:
         if INDEX64:
             start = start.to(tl.int64)
-        start = first + start * chunk
-        end = tl.minimum(start + chunk, units)
+        start = begin + start * chunk
+        end = tl.minimum(start + chunk, limit)
         for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
             offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
                 u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V
@@ -565,6 +727,7 @@ class Geometry(NamedTuple):
     first: int  # unit of the adaptive half
     units: int
     count: int  # values per channel in the adaptive half
+    frozen_count: int  # in the other one
     align: int
     index_64: bool
 
@@ -578,7 +741,7 @@ class Geometry(NamedTuple):
         per_image = pixels if channels_last else groups
         # A unit starts at a multiple of the run, or of 8 pixels in it.
         align = gcd(run, 16 if channels_last else 8)
-        sizes = split * per_image, images * per_image, (images - split) * pixels
+        sizes = split * per_image, images * per_image, (images - split) * pixels, split * pixels
         return cls(channels_last, dtype, channels, pixels, groups, *sizes, align, prod(shape) >= tiles.INDEX64_FROM)
 
     def kind(self) -> str:
@@ -651,9 +814,12 @@ _NOTHING = Partial(None, None, Slabs(0, 0, 0, 0))
 
 
 def forward(x, residual, geometry, frozen, adaptive, y, bits, stats, momentum, eps, relu) -> None:
-    """Writes y, bits and stats, and updates the running statistics of ``adaptive``."""
+    """Writes y, bits and stats, and updates the running statistics of adaptive wings."""
+    both = stats.shape[0] == 4
+    if both and not 0 < geometry.first < geometry.units:
+        stats.zero_()  # nobody else writes those of a half without rows
     with tiles.on_device_of(x):
-        partial = _partial_moments(x, geometry)
+        partial = _partial_moments(x, geometry, both)
         _apply(x, residual, geometry, frozen, adaptive, y, bits, None, partial, stats, momentum, eps, relu)
 
 
@@ -681,12 +847,12 @@ def apply(x, residual, geometry, frozen, adaptive, y, bits, stats, eps, relu) ->
 
 def backward(dy, x, bits, geometry, frozen, adaptive, stats, dx, dresidual, vectors, eps) -> None:
     """Writes dx, dresidual and ``vectors``, the gradients of both wings' weight and bias; None where not wanted."""
-    frozen_sums = any(vector is not None for vector in vectors[:2])
+    both = stats.shape[0] == 4
+    frozen_sums = (both and dx is not None) or any(vector is not None for vector in vectors[:2])
     adaptive_sums = dx is not None or any(vector is not None for vector in vectors[2:])
+    of_frozen = ((stats[2], None, None), stats, None, None) if both else (frozen[:3], stats, dx, dresidual)
     with tiles.on_device_of(x):
-        partial = _partial_sums(
-            dy, x, bits, geometry, frozen[:3], stats, dx, dresidual, eps, sums=(frozen_sums, adaptive_sums)
-        )
+        partial = _partial_sums(dy, x, bits, geometry, *of_frozen, eps, sums=(frozen_sums, adaptive_sums))
         _apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, partial, None, dx, dresidual, vectors, eps)
 
 
@@ -715,42 +881,47 @@ def apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, means, dx, dr
         _apply_backward(dy, x, bits, geometry, frozen, adaptive, stats, _NOTHING, means, dx, dresidual, [None] * 4, eps)
 
 
-def _partial_moments(x: Tensor, geometry: Geometry) -> Partial:
-    if geometry.first == geometry.units:
+def _partial_moments(x: Tensor, geometry: Geometry, both: bool = False) -> Partial:
+    halves = geometry.first if both else 0, geometry.units - geometry.first
+    if halves == (0, 0):
         return _NOTHING
-
-    halves = 0, geometry.units - geometry.first
 
     def launch(config: Config, x: Tensor) -> Partial:
         blocks, slabs = geometry.divide(config, halves, x.device)
-        partial = _empty_partial(x, slabs.adaptive)
-        moments_kernel[slabs.grid()](x, partial, **geometry.sizes(), chunk=slabs.chunk, **blocks)
-        return Partial(None, partial, slabs)
+        partial = _empty_partial(x, slabs.frozen + slabs.adaptive)
+        programs = slabs.frozen if both else None
+        moments_kernel[slabs.grid()](x, partial, programs, **geometry.sizes(), chunk=slabs.chunk, **blocks)
+        frozen, adaptive = partial.split([slabs.frozen, slabs.adaptive])
+        return Partial(frozen if slabs.frozen else None, adaptive if slabs.adaptive else None, slabs)
 
     return launch(tuning.choose("moments", geometry.kind(), x, launch, (x,)), x)
 
 
 def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, stats_out, momentum, eps, relu) -> None:
-    running, affine = adaptive[:2], adaptive[2:]
+    running = (*frozen[:2], *adaptive[:2])
     has_rows = geometry.first < geometry.units
     halves = geometry.first, geometry.units - geometry.first
 
-    def launch(config: Config, running: tuple, x, residual, y, bits) -> None:
+    def launch(config: Config, running: Sequence[Tensor | None], x, residual, y, bits) -> None:
         blocks, slabs = geometry.divide(config, halves, x.device)
         apply_kernel[slabs.grid()](
             x,
             residual,
             y,
             bits,
-            *frozen,
-            *running,
-            *affine,
+            *running[:2],
+            *frozen[2:],
+            *running[2:],
+            *adaptive[2:],
             partial.adaptive,
             stats_in if has_rows else None,
+            partial.frozen,
             stats_out,
             momentum,
             eps,
             **_merging_sizes(geometry, partial),
+            frozen_count=float(max(geometry.frozen_count, 1)),
+            frozen_slabs=partial.slabs.frozen,
             programs=slabs.adaptive,
             **geometry.sizes(),
             chunk=slabs.chunk,
@@ -760,7 +931,7 @@ def _apply(x, residual, geometry, frozen, adaptive, y, bits, stats_in, partial, 
         )
 
     def trial(config: Config, *tensors) -> None:
-        launch(config, [None if t is None else torch.empty_like(t) for t in running], *tensors)
+        launch(config, [None if t is None else t.clone() for t in running], *tensors)
 
     tensors = x, residual, y, bits
     launch(tuning.choose("apply", geometry.kind(), x, trial, tensors), running, *tensors)
@@ -805,23 +976,26 @@ def _partial_sums(dy, x, bits, geometry, frozen, stats, dx, dresidual, eps, sums
 def _apply_backward(
     dy, x, bits, geometry, frozen, adaptive, stats, partial, means, dx, dresidual, vectors, eps
 ) -> None:
-    if geometry.first == geometry.units:
+    both = stats.shape[0] == 4
+    if geometry.first == geometry.units and not both:
         dx = dresidual = None
     images = dx is not None or dresidual is not None
     if not images and all(vector is None for vector in vectors):
         return
-    _, frozen_var, _, _ = frozen
+    _, frozen_var, frozen_weight, _ = frozen
     _, _, weight, _ = adaptive
-    halves = 0, geometry.units - geometry.first if images else 0
+    halves = geometry.first if both and images else 0, geometry.units - geometry.first if images else 0
 
     def launch(config: Config, dy, x, bits, dx, dresidual) -> None:
         blocks, slabs = geometry.divide(config, halves, x.device)
-        slabs = slabs._replace(adaptive=max(slabs.adaptive, 1))  # one writes the vectors in any case
+        # One writes the vectors in any case.
+        slabs = slabs._replace(frozen=max(slabs.frozen, int(both)), adaptive=max(slabs.adaptive, 1))
         apply_backward_kernel[slabs.grid()](
             dy,
             x,
             bits,
             frozen_var,
+            frozen_weight,
             weight,
             stats,
             partial.frozen,
@@ -832,6 +1006,7 @@ def _apply_backward(
             *vectors,
             eps,
             float(max(geometry.count, 1)),
+            float(max(geometry.frozen_count, 1)) if both else None,
             partial.slabs.frozen,
             partial.slabs.adaptive,
             slabs.adaptive,

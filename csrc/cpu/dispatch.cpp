@@ -88,12 +88,14 @@ const Isa* find(const std::string& name) {
   return nullptr;
 }
 
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // Fresh memory of this size is faulted in page by page, which takes longer than all arithmetic on it. Asking for
 // huge pages makes that 512 times fewer; memory that is already there stays as it is.
 void prefer_huge_pages(const Shape& shape, DType dtype, std::initializer_list<void*> results) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const int64_t bytes = shape.rows() * shape.run() * (dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t bytes = shape.rows() * shape.run() * bytes_of(dtype);
   if (bytes < static_cast<int64_t>(2 * kPage)) return;
   for (void* result : results) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(result) + kPage - 1) / kPage * kPage;
@@ -125,6 +127,60 @@ Status run(const Args& args, int threads, const std::string& isa_name, Run Isa::
                                       float[(Scratch::kShared + Scratch::kFloats * threads) * stride]());
   if (!doubles || !floats) return Status::kOutOfMemory;
   (isa->*unit)(args, Scratch{doubles.get(), floats.get(), stride}, threads);
+  return Status::kOk;
+}
+
+// Makes of a call whose halves are both adaptive that of one half alone. Returns the rows before it.
+template <class Args>
+int64_t make_half(Args& args, bool second) {
+  Shape& s = args.shape;
+  const int64_t skipped = second ? s.split * s.rows_per_image() : 0;
+  s.images = s.images_of(second);
+  s.split = 0;
+  args.both_adaptive = false;
+  if (!second) args.stats += 2 * s.channels;
+  return skipped;
+}
+
+// Makes an image tensor start later.
+template <class T>
+void skip(T*& image, int64_t bytes) {
+  if (image) image = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(image) + bytes);
+}
+
+TwinBnForward half_of(TwinBnForward args, bool second) {
+  const int64_t rows = make_half(args, second), bytes = rows * args.shape.run() * bytes_of(args.dtype);
+  skip(args.x, bytes), skip(args.residual, bytes), skip(args.y, bytes);
+  skip(args.bits, rows * args.shape.bytes_of_bits());
+  if (!second) {
+    args.running_mean = args.frozen_mean, args.running_var = args.frozen_var;
+    args.weight = args.frozen_weight, args.bias = args.frozen_bias;
+  }
+  if (args.shape.images == 0) std::fill_n(args.stats, 2 * args.shape.channels, 0.f);
+  return args;
+}
+
+TwinBnBackward half_of(TwinBnBackward args, bool second) {
+  const int64_t rows = make_half(args, second), bytes = rows * args.shape.run() * bytes_of(args.dtype);
+  skip(args.dy, bytes), skip(args.x, bytes), skip(args.dx, bytes), skip(args.dresidual, bytes);
+  skip(args.bits, rows * args.shape.bytes_of_bits());
+  if (!second) args.weight = args.frozen_weight, args.dweight = args.dfrozen_weight, args.dbias = args.dfrozen_bias;
+  args.dfrozen_weight = args.dfrozen_bias = nullptr;
+  for (float* vector : {args.dweight, args.dbias})
+    if (vector && args.shape.images == 0) std::fill_n(vector, args.shape.channels, 0.f);
+  return args;
+}
+
+// Two adaptive halves have nothing in common, and each is one piece of memory in either layout.
+template <class Args, class Run>
+Status run_halves(const Args& args, int threads, const std::string& isa_name, Run Isa::*unit) {
+  if (!args.both_adaptive) return run(args, threads, isa_name, unit);
+  if (args.phase != Phase::kAll) return Status::kBadArgument;
+  for (const bool second : {false, true}) {
+    const Args half = half_of(args, second);
+    if (half.shape.images == 0) continue;
+    if (const Status status = run(half, threads, isa_name, unit); status != Status::kOk) return status;
+  }
   return Status::kOk;
 }
 
@@ -311,12 +367,12 @@ InputProgram::InputProgram(std::vector<Step> steps, int64_t channels, int64_t he
 
 Status twin_bn_forward_cpu(const TwinBnForward& args, int threads, const std::string& isa) {
   prefer_huge_pages(args.shape, args.dtype, {args.y});
-  return run(args, threads, isa, &Isa::forward);
+  return run_halves(args, threads, isa, &Isa::forward);
 }
 
 Status twin_bn_backward_cpu(const TwinBnBackward& args, int threads, const std::string& isa) {
   prefer_huge_pages(args.shape, args.dtype, {args.dx, args.dresidual});
-  return run(args, threads, isa, &Isa::backward);
+  return run_halves(args, threads, isa, &Isa::backward);
 }
 
 Status pointwise_cpu(const Pointwise& args, int threads, const std::string& isa) {

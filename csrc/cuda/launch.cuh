@@ -27,11 +27,13 @@ enum Step : unsigned { kReduceStep = 1, kMergeStep = 2, kApplyStep = 4, kCoopera
 // How a launch divides its work.
 struct Plan {
   Partials partials;
-  float* means;  // backward: [2, channels], what dx needs
+  float* means;  // backward: [4, channels], what dx needs of the second half and, where it is adaptive, the first
   int kept;      // units of an adaptive slab, its last, that the second-level cache is to hold for the second pass
 };
 
-int64_t workspace_floats(int64_t channels, int slabs) { return channels * (2 * Sums::kVectors * int64_t{slabs} + 2); }
+constexpr int kPartialVectors = 2 * Moments::kVectors;  // of both halves
+
+int64_t workspace_floats(int64_t channels, int slabs) { return channels * (kPartialVectors * int64_t{slabs} + 4); }
 
 struct Where {
   float* workspace;
@@ -93,10 +95,11 @@ cudaError_t launch(Args args, double again, const Where& where) {
   const int slabs = std::max(std::min(most_blocks / tiling.tiles, useful), 1);
   const unsigned blocks = std::min(slabs * tiling.tiles, most_blocks);
 
-  const double bytes = again * static_cast<double>(s.adaptive_count()) * static_cast<double>(s.channels);
+  const int64_t adaptive_images = args.both_adaptive ? s.images : s.images_of(true);
+  const double bytes = again * static_cast<double>(adaptive_images * s.pixels) * static_cast<double>(s.channels);
   const double share = bytes > 0 ? std::min(kKeptShare * device.cache_bytes / bytes, 1.) : 0;
   Plan plan{{where.workspace, slabs, s.channels},
-            where.workspace + 2 * Sums::kVectors * int64_t{slabs} * s.channels,
+            where.workspace + kPartialVectors * int64_t{slabs} * s.channels,
             static_cast<int>(share * Half(s, true, slabs).slab_units)};
   unsigned steps = kReduceStep | kMergeStep | kApplyStep;
   void* arguments[] = {&args, &plan, &steps};

@@ -27,10 +27,9 @@ struct Half {
   int units;      // per tile: pixels, each with the groups of a tile; or the groups of a channel's pixels
   int slab_units;
 
-  __host__ __device__ Half(const Shape& s, bool adaptive, int slabs)
-      : first(adaptive ? s.split : 0),
-        units(static_cast<int>((adaptive ? s.images - s.split : s.split) *
-                               (s.channels_last ? s.pixels : s.bytes_of_bits()))),
+  __host__ __device__ Half(const Shape& s, bool second, int slabs)
+      : first(second ? s.split : 0),
+        units(static_cast<int>(s.images_of(second) * (s.channels_last ? s.pixels : s.bytes_of_bits()))),
         slab_units((units + slabs - 1) / slabs) {}
 
   __host__ __device__ Range slab(int index) const {

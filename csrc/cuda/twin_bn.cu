@@ -6,6 +6,9 @@
 //   -> my adaptive rows, newest in the cache first.
 // Without cooperative launch the same steps run as three launches, cut at the barriers.
 //
+// Where both halves are adaptive nothing is frozen, and each step but those of the frozen half is taken for both: first
+// the second half, and at the end the first one, which is newer in the cache.
+//
 // The adaptive half is read twice. Of what is read first, the last part of every slab, as much as the second-level
 // cache can hold, is loaded as usual and all else to be evicted first; so are results stored until that part has been
 // read again.
@@ -57,6 +60,13 @@ __device__ __forceinline__ void each_merge(const Shape& shape, Visit&& visit) {
   for (int job = blockIdx.x; job < jobs; job += step) visit(job);
 }
 
+// visit(second) of the adaptive halves. backwards: the second half last.
+template <class Visit>
+__device__ __forceinline__ void each_adaptive_half(bool both, bool backwards, Visit&& visit) {
+#pragma unroll 1
+  for (int i = 0; i <= both; ++i) visit(!both || (i == 1) == backwards);
+}
+
 // One of the two parts in which a slab of the frozen half is visited.
 __device__ __forceinline__ Range part_of(Range slab, int part) {
   const int middle = slab.begin + slab.size() / 2;
@@ -71,11 +81,13 @@ struct Forward {
   Memory& memory;
   const Eviction normal = evict_normal(), first = evict_first();
 
-  __device__ Half half(bool adaptive) const { return {a.shape, adaptive, plan.partials.slabs}; }
+  __device__ Half half(bool second) const { return {a.shape, second, plan.partials.slabs}; }
+  __device__ float* stats(bool second) const { return a.stats + (second ? 0 : 2 * a.shape.channels); }
+  static __device__ int partials(bool second) { return second ? 0 : Moments::kVectors; }
 
-  __device__ void measure(int tile, int slab) const {
+  __device__ void measure(int tile, int slab, bool second) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half adaptive = half(true);
+    const Half adaptive = half(second);
     const Range range = adaptive.slab(slab);
     // One-pass sums about my first value, or the mean of my first group: they stay comparable to the variance.
     float pivot[kOwn] = {}, sum[kOwn] = {}, squares[kOwn] = {};
@@ -117,23 +129,25 @@ struct Forward {
       const float deviations = squares[i] - sum[i] * sum[i] * inverse;
       moments[i] = {{static_cast<float>(count), pivot[i] + sum[i] * inverse, deviations < 0 ? 0 : deviations}};
     }
-    write_partials(memory, worker, moments, plan.partials, 0, slab, false);
+    write_partials(memory, worker, moments, plan.partials, partials(second), slab, false);
   }
 
   // Statistics of the job's channels.
-  __device__ void merge(int job) const {
+  __device__ void merge(int job, bool second) const {
     const int64_t c = merged_channel(plan.partials, job), channels = a.shape.channels;
-    const double n = static_cast<double>(a.shape.adaptive_count());
+    const double n = static_cast<double>(a.shape.images_of(second) * a.shape.pixels);
     Moments total{};
-    if (n > 0) total = merge_slabs<Moments>(memory, plan.partials, 0, job);
+    if (n > 0) total = merge_slabs<Moments>(memory, plan.partials, partials(second), job);
     if (c < 0) return;
     const float mean = total.v[1], deviations = total.v[2];
     const bool finishes = a.phase == Phase::kAll && n > 0;
-    a.stats[c] = mean;
-    a.stats[channels + c] = finishes ? static_cast<float>(1 / sqrt(deviations / n + a.eps)) : deviations;
+    float *stats = this->stats(second), *running_mean = second ? a.running_mean : a.frozen_mean,
+          *running_var = second ? a.running_var : a.frozen_var;
+    stats[c] = mean;
+    stats[channels + c] = finishes ? static_cast<float>(1 / sqrt(deviations / n + a.eps)) : deviations;
     if (!finishes) return;
-    if (a.running_mean) update(a.running_mean[c], mean);
-    if (a.running_var) update(a.running_var[c], deviations / (n - 1));
+    if (running_mean) update(running_mean[c], mean);
+    if (running_var) update(running_var[c], deviations / (n - 1));
   }
 
   __device__ void update(float& running, double value) const {
@@ -154,17 +168,19 @@ struct Forward {
     normalise<false>(worker, frozen, part_of(frozen.slab(slab), part), mean, scale, bias, 0);
   }
 
-  __device__ void adaptive(int tile, int slab, bool last) const {
+  __device__ void adaptive(int tile, int slab, bool last, bool second) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
+    const float *stats = this->stats(second), *weight = second ? a.weight : a.frozen_weight,
+                *shift = second ? a.bias : a.frozen_bias;
     float mean[kOwn], scale[kOwn], bias[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {  // statistics may be new: not through the first-level cache
       const int64_t c = worker.channel(i);
-      mean[i] = __ldcg(a.stats + c);
-      scale[i] = value_or(a.weight, c, 1) * __ldcg(a.stats + a.shape.channels + c);
-      bias[i] = value_or(a.bias, c, 0);
+      mean[i] = __ldcg(stats + c);
+      scale[i] = value_or(weight, c, 1) * __ldcg(stats + a.shape.channels + c);
+      bias[i] = value_or(shift, c, 0);
     }
-    const Half adaptive = half(true);
+    const Half adaptive = half(second);
     const Range range = adaptive.slab(slab);
     normalise<true>(worker, adaptive, range, mean, scale, bias, last ? range.size() - plan.kept : 0);
   }
@@ -217,23 +233,32 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     forward_kernel(TwinBnForward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
   const Forward<T, kLast, kWhole> forward{a, plan, memory};
-  const bool adaptive = a.shape.split < a.shape.images, frozen = a.phase != Phase::kReduce && a.shape.split > 0;
+  const bool both = a.both_adaptive, adaptive = both || a.shape.split < a.shape.images;
+  const bool frozen = !both && a.phase != Phase::kReduce && a.shape.split > 0;
   Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
     if (a.phase != Phase::kApply && adaptive)
-      each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.measure(tile, slab); });
+      each_adaptive_half(both, false, [&](bool second) {
+        each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.measure(tile, slab, second); });
+      });
     barrier.arrive();
     if (frozen) each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.frozen(tile, slab, 0); });
     barrier.wait();
   }
   if (steps & kMergeStep) {
-    if (a.phase != Phase::kApply) each_merge(a.shape, [&](int job) { forward.merge(job); });
+    if (a.phase != Phase::kApply)
+      each_adaptive_half(both, false,
+                         [&](bool second) { each_merge(a.shape, [&](int job) { forward.merge(job, second); }); });
     barrier.arrive();
     if (frozen) each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.frozen(tile, slab, 1); });
     barrier.wait();
   }
   if ((steps & kApplyStep) && a.phase != Phase::kReduce && adaptive)
-    each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) { forward.adaptive(tile, slab, last); });
+    each_adaptive_half(both, true, [&](bool second) {
+      each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) {
+        forward.adaptive(tile, slab, last && second, second);
+      });
+    });
 }
 
 template <class T, bool kLast, bool kWhole>
@@ -249,11 +274,13 @@ struct Backward {
   __device__ bool frozen_sums() const {
     return reduces() && a.shape.split > 0 && (a.phase == Phase::kReduce || a.dfrozen_weight || a.dfrozen_bias);
   }
-  __device__ bool adaptive_sums() const {
-    return reduces() && a.shape.split < a.shape.images && (a.phase == Phase::kReduce || a.dx || a.dweight || a.dbias);
+  __device__ bool adaptive_sums(bool second) const {
+    return reduces() && a.shape.images_of(second) > 0 &&
+           (a.phase == Phase::kReduce || a.dx || (second ? a.dweight || a.dbias : a.dfrozen_weight || a.dfrozen_bias));
   }
   __device__ bool images() const { return a.dx || a.dresidual; }
-  __device__ Half half(bool adaptive) const { return {a.shape, adaptive, plan.partials.slabs}; }
+  __device__ Half half(bool second) const { return {a.shape, second, plan.partials.slabs}; }
+  __device__ const float* stats(bool second) const { return a.stats + (second ? 0 : 2 * a.shape.channels); }
 
   // dy, x and the bits of the ReLU, by a place's slot.
   struct Inputs {
@@ -289,9 +316,9 @@ struct Backward {
 
   // Sums of g and g * (x - mean) of a range of one half, and the results of the frozen one.
   template <bool kFrozen>
-  __device__ void reduce(int tile, int slab, int part) const {
+  __device__ void reduce(int tile, int slab, int part, bool second) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const Half half = this->half(!kFrozen);
+    const Half half = this->half(second);
     const Range range = kFrozen ? part_of(half.slab(slab), part) : half.slab(slab);
     const bool sums = kFrozen ? frozen_sums() : true;
     float mean[kOwn], scale[kOwn];
@@ -299,7 +326,7 @@ struct Backward {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int64_t c = worker.channel(i);
-      mean[i] = sums ? (kFrozen ? a.frozen_mean : a.stats)[c] : 0;
+      mean[i] = sums ? (kFrozen ? a.frozen_mean : stats(second))[c] : 0;
       if (kFrozen && a.dx) scale[i] = value_or(a.frozen_weight, c, 1) * reciprocal_root(a.frozen_var[c], a.eps);
     }
     Inputs inputs = inputs_of();
@@ -331,42 +358,48 @@ struct Backward {
           }
         });
     if (sums)
-      write_partials(memory, worker, total, plan.partials, kFrozen ? kFrozenSums : kAdaptiveSums, slab, part > 0);
+      write_partials(memory, worker, total, plan.partials, second ? kAdaptiveSums : kFrozenSums, slab, part > 0);
   }
 
-  // Vector gradients of the adaptive wing, and what dx needs.
-  __device__ void merge(int job) const {
+  // Vector gradients of an adaptive wing, and what dx needs.
+  __device__ void merge(int job, bool second) const {
     const int64_t c = merged_channel(plan.partials, job), channels = a.shape.channels;
     Sums total{};
-    if (adaptive_sums()) total = merge_slabs<Sums>(memory, plan.partials, kAdaptiveSums, job);
+    if (adaptive_sums(second))
+      total = merge_slabs<Sums>(memory, plan.partials, second ? kAdaptiveSums : kFrozenSums, job);
     if (c < 0) return;
-    const float n = static_cast<float>(a.shape.adaptive_count());
+    const float n = static_cast<float>(a.shape.images_of(second) * a.shape.pixels);
     if (a.phase == Phase::kReduce) {
       a.sums[2 * channels + c] = total.v[0];
       a.sums[3 * channels + c] = total.v[1];
       return;
     }
-    plan.means[c] = total.v[0] / n;
-    plan.means[channels + c] = total.v[1] / n;
-    if (a.dbias) a.dbias[c] = total.v[0];
-    if (a.dweight) a.dweight[c] = total.v[1] * a.stats[channels + c];
+    float *means = means_of(second), *dweight = second ? a.dweight : a.dfrozen_weight,
+          *dbias = second ? a.dbias : a.dfrozen_bias;
+    means[c] = total.v[0] / n;
+    means[channels + c] = total.v[1] / n;
+    if (dbias) dbias[c] = total.v[0];
+    if (dweight) dweight[c] = total.v[1] * stats(second)[channels + c];
   }
 
-  __device__ void adaptive(int tile, int slab, bool last) const {
+  __device__ float* means_of(bool second) const { return plan.means + (second ? 0 : 2 * a.shape.channels); }
+
+  __device__ void adaptive(int tile, int slab, bool last, bool second) const {
     const Worker<kLast, kWhole> worker(a.shape, tile);
-    const float* means = reduces() ? plan.means : a.sums;
+    const float *means = reduces() ? means_of(second) : a.sums, *stats = this->stats(second),
+                *weight = second ? a.weight : a.frozen_weight;
     float mean[kOwn], scale[kOwn], offset[kOwn], slope[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int64_t c = worker.channel(i);
       if (!a.dx) break;
-      const float rstd = a.stats[a.shape.channels + c];
-      mean[i] = a.stats[c];
-      scale[i] = value_or(a.weight, c, 1) * rstd;
+      const float rstd = stats[a.shape.channels + c];
+      mean[i] = stats[c];
+      scale[i] = value_or(weight, c, 1) * rstd;
       offset[i] = __ldcg(means + c);
       slope[i] = __ldcg(means + a.shape.channels + c) * rstd * rstd;
     }
-    const Half half = this->half(true);
+    const Half half = this->half(second);
     const Range range = half.slab(slab);
     const int plain = last ? range.size() - plan.kept : 0;
     Inputs inputs = inputs_of();
@@ -411,33 +444,42 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     backward_kernel(TwinBnBackward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
   const Backward<T, kLast, kWhole> backward{a, plan, memory};
-  const bool frozen = a.shape.split > 0 && (backward.frozen_sums() || backward.images());
+  const bool both = a.both_adaptive;
+  const bool frozen = !both && a.shape.split > 0 && (backward.frozen_sums() || backward.images());
   const auto frozen_part = [&](int part) {
     if (!frozen) return;
     each_item<kLast>(a.shape, plan,
-                     [&](int tile, int slab, bool) { backward.template reduce<true>(tile, slab, part); });
+                     [&](int tile, int slab, bool) { backward.template reduce<true>(tile, slab, part, false); });
   };
   Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
-    if (backward.adaptive_sums())
-      each_item<kLast>(a.shape, plan,
-                       [&](int tile, int slab, bool) { backward.template reduce<false>(tile, slab, 0); });
+    each_adaptive_half(both, false, [&](bool second) {
+      if (backward.adaptive_sums(second))
+        each_item<kLast>(a.shape, plan,
+                         [&](int tile, int slab, bool) { backward.template reduce<false>(tile, slab, 0, second); });
+    });
     barrier.arrive();
     frozen_part(0);
     barrier.wait();
   }
   if (steps & kMergeStep) {
-    if (backward.reduces()) each_merge(a.shape, [&](int job) { backward.merge(job); });
+    if (backward.reduces())
+      each_adaptive_half(both, false,
+                         [&](bool second) { each_merge(a.shape, [&](int job) { backward.merge(job, second); }); });
     barrier.arrive();
     frozen_part(1);
     barrier.wait();
     barrier.arrive();  // the frozen sums are written
   }
   if (steps & kApplyStep) {
-    if (a.phase != Phase::kReduce && a.shape.split < a.shape.images && backward.images())
-      each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) { backward.adaptive(tile, slab, last); });
+    if (a.phase != Phase::kReduce && (both || a.shape.split < a.shape.images) && backward.images())
+      each_adaptive_half(both, true, [&](bool second) {
+        each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) {
+          backward.adaptive(tile, slab, last && second, second);
+        });
+      });
     barrier.wait();
-    if (backward.reduces()) each_merge(a.shape, [&](int job) { backward.finish(job); });
+    if (!both && backward.reduces()) each_merge(a.shape, [&](int job) { backward.finish(job); });
   }
 }
 

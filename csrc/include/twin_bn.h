@@ -26,7 +26,7 @@ struct Shape {
   int64_t images;
   int64_t channels;
   int64_t pixels;  // H * W
-  int64_t split;   // images [0, split) are frozen, [split, images) adaptive
+  int64_t split;   // images [0, split) are frozen (or adaptive, too), [split, images) adaptive
   bool channels_last;
 
   // Memory is a matrix of contiguous runs: all channels of a pixel, or all pixels of a channel.
@@ -34,7 +34,8 @@ struct Shape {
   TWINS_FAST_ANYWHERE int64_t rows_per_image() const { return channels_last ? pixels : channels; }
   TWINS_FAST_ANYWHERE int64_t run() const { return channels_last ? channels : pixels; }
   TWINS_FAST_ANYWHERE int64_t bytes_of_bits() const { return (run() + 7) / 8; }  // per row
-  TWINS_FAST_ANYWHERE int64_t adaptive_count() const { return (images - split) * pixels; }
+  TWINS_FAST_ANYWHERE int64_t images_of(bool second) const { return second ? images - split : split; }
+  TWINS_FAST_ANYWHERE int64_t adaptive_count() const { return images_of(true) * pixels; }
 };
 
 // Null pointers: absent. Vectors are float32 [channels]; x, y, ... have type `dtype` and one layout.
@@ -43,14 +44,17 @@ struct TwinBnForward {
   DType dtype;
   const void* x;
   const void* residual;
-  const float *frozen_mean, *frozen_var, *frozen_weight, *frozen_bias;
+  float *frozen_mean, *frozen_var;  // updated in place if both_adaptive
+  const float *frozen_weight, *frozen_bias;
   float *running_mean, *running_var;  // updated in place
   const float *weight, *bias;
   void* y;
   uint8_t* bits;  // [rows, bytes_of_bits]: 1 where the ReLU passes
-  float* stats;   // [2, channels]: mean and 1 / std of the adaptive half; zeros without one
+  float* stats;   // [2, channels]: mean and 1 / std of the adaptive half; zeros without one. [4, channels] if
+                  // both_adaptive, those of the first half last
   double momentum, eps;
   bool relu;
+  bool both_adaptive;  // kAll only
   Phase phase;
 };
 
@@ -68,6 +72,7 @@ struct TwinBnBackward {
   // kApply: [2, channels] given, the adaptive sums divided by their count. kAll: null.
   float* sums;
   double eps;
+  bool both_adaptive;  // kAll only; frozen_mean and frozen_var are not read then
   Phase phase;
 };
 

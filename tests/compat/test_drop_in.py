@@ -1,19 +1,26 @@
 """Each difference of docs/drop-in.md, with what stands around it in the code that it is for, runs and attacks."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 import twins_fast
 from bench.drop_in import CASES, differences
 from bench.third_party import library
 from tests.compat.problem import problem
 from tests.compat.test_wrappers import Network
+from tests.nn.test_branches import MixBatchNorm2d
+from twins_fast.nn.wings import two_wing_layers
 
 BLOCKS = differences()
+
+
+AUXILIARY = ("AdvProp", "timm's split batch norm", "ARES")
 
 
 def surroundings(monkeypatch):
@@ -32,6 +39,8 @@ def surroundings(monkeypatch):
     names |= dict.fromkeys(("images", "x_natural", "X", "x"), images) | dict.fromkeys(("labels", "y"), labels)
     names |= {"optimizer": torch.optim.SGD(model.parameters(), 0.1), "attack_iters": 2, "restarts": 1, "norm": "l_inf"}
     names |= {"proxy": copy.deepcopy(model), "proxy_optim": None, "epsilon": 8 / 255, "alpha": 2 / 255}
+    names |= {"resnet50": partial(resnet18, num_classes=10), "MixBatchNorm2d": MixBatchNorm2d, "torch": torch}
+    names |= {"to_mix_status": lambda module: setattr(module, "batch_type", "mix")}
 
     def make_and_restore_model(arch, dataset):
         return library("robustness.attacker").AttackerModel(Network(model), dataset), None
@@ -49,8 +58,8 @@ def in_normalised_space(names):
 
 
 def test_every_codebase_has_one():
-    assert {title for title, _ in BLOCKS} == {case.title for case in CASES.values()}
-    assert len(BLOCKS) == 10 and {title for title, _ in BLOCKS} >= {"torchattacks", "MAIR", "The published TWINS code"}
+    assert {title for title, _ in BLOCKS} == {case.title for case in CASES.values()} | set(AUXILIARY)
+    assert len(BLOCKS) == 13 and {title for title, _ in BLOCKS} >= {"torchattacks", "MAIR", "The published TWINS code"}
 
 
 @pytest.mark.parametrize("title, number", BLOCKS)
@@ -60,6 +69,9 @@ def test_it_runs(monkeypatch, title, number):
     names = surroundings(monkeypatch)
     if title.startswith("fast_adversarial") and number == 0:
         names = in_normalised_space(names)
+    if title in AUXILIARY:
+        names["model"].train()
+        names["adversarial"] = names["images"].flip(3)
     exec("\n".join(line[1:] for line in lines if line[0] != "-"), names)
     images = names["X"]
     if title == "MAIR":
@@ -69,6 +81,12 @@ def test_it_runs(monkeypatch, title, number):
         names["adversarial"] = attack.perturb(images, names["y"])
         layer = names["MixBatchNorm2d"](3)
         assert layer.apply(names["to_mix_status"])(images).shape == images.shape
+    if title in AUXILIARY:
+        names["loss"].backward()
+        layers = two_wing_layers(names["model"])
+        assert layers and all(layer.child_wing.weight.grad is not None for layer in layers)
+        assert all(layer.child_wing.running_mean.any() for layer in layers)
+        return
     if (title, number) == ("TRADES, MART, AWP", 0):
         assert names["loss"].item() > 0 and names["model"].fc_downstream.weight.grad is not None
         return

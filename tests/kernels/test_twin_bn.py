@@ -24,14 +24,15 @@ def test_in_the_interpreter(pytestconfig):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, memory_format):
-    for i, split in enumerate(splits(shape)):
-        case = Case(shape, split, DTYPES[i % 3], memory_format, i % 2 == 0, i < 3, DEVICE)
-        with backend.use_backend("triton"):
-            got = case.run()
-        case.check(got, "triton")
-        assert got[0].is_contiguous(memory_format=memory_format)
-        if split == shape[0]:
-            assert all(torch.equal(a, b) for a, b in zip(got[7:], case.adaptive[:2], strict=True))
+    for both in (False, True):
+        for i, split in enumerate(splits(shape, both)[1:-1] if both else splits(shape)):
+            case = Case(shape, split, DTYPES[i % 3], memory_format, i % 2 == 0, i < 3, DEVICE, both_adaptive=both)
+            with backend.use_backend("triton"):
+                got = case.run()
+            case.check(got, "triton")
+            assert got[0].is_contiguous(memory_format=memory_format)
+            if split == shape[0]:
+                assert all(torch.equal(a, b) for a, b in zip(got[7:9], case.adaptive[:2], strict=True))
 
 
 @results
@@ -71,10 +72,11 @@ def test_any_block_sizes(config, memory_format, monkeypatch):
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_64_bit_offsets(memory_format, monkeypatch):
     monkeypatch.setattr(tiles, "INDEX64_FROM", 0)
-    case = Case((3, 5, 7, 5), 1, torch.float32, memory_format, True, True, DEVICE)
-    check_phases(triton, case)
-    with backend.use_backend("triton"):
-        case.check(case.run(), "triton")
+    for both in (False, True):
+        case = Case((3, 5, 7, 5), 1, torch.float32, memory_format, True, True, DEVICE, both_adaptive=both)
+        check_phases(triton, case)
+        with backend.use_backend("triton"):
+            case.check(case.run(), "triton")
 
 
 @results
@@ -101,8 +103,8 @@ def test_writes_all_of_its_results_and_nothing_else(dtype, memory_format, monkey
     guard(layout, "forward_results", several)
     guard(layout, "backward_results", several)
     guard(twin_bn, "_empty_partial", guarded)
-    for split in (0, 1, 3):
-        case = Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE)
+    for split, both in ((0, False), (1, False), (3, False), (1, True)):
+        case = Case((3, 9, 3, 3), split, dtype, memory_format, True, True, DEVICE, both_adaptive=both)
         with backend.use_backend("triton"):
             case.check(case.run(), "triton")
     guard(layout, "empty_stats", guarded)  # also part of forward_results
@@ -189,10 +191,11 @@ def test_nan_stays_in_its_channel():
 @results
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_deterministic(memory_format):
-    case = Case((4, 5, 9, 9), 2, torch.bfloat16, memory_format, True, True, DEVICE)
-    with backend.use_backend("triton"):
-        first, second = case.run(), case.run()
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for both in (False, True):
+        case = Case((4, 5, 9, 9), 2, torch.bfloat16, memory_format, True, True, DEVICE, both_adaptive=both)
+        with backend.use_backend("triton"):
+            first, second = case.run(), case.run()
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @results
@@ -307,8 +310,9 @@ def test_slabs_cover_every_unit_once(channels, channels_last, split, monkeypatch
 
 
 @results
-def test_measuring_leaves_the_running_statistics_alone(monkeypatch):
-    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, True, True, DEVICE)
+@pytest.mark.parametrize("both", [False, True])
+def test_measuring_leaves_the_running_statistics_alone(both, monkeypatch):
+    case = Case((4, 5, 3, 3), 2, torch.float32, torch.channels_last, True, True, DEVICE, both_adaptive=both)
     with backend.use_backend("triton"):
         want = case.run()
 
@@ -323,4 +327,4 @@ def test_measuring_leaves_the_running_statistics_alone(monkeypatch):
         got = case.run()
     case.check(got, "triton")
     if DEVICE == "cpu":  # where the same configuration was used before
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -266,7 +266,8 @@ def test_conversion_refuses_before_it_changes_anything():
     assert type(model[0]) is nn.BatchNorm2d
 
     class Odd(nn.BatchNorm2d):
-        pass
+        def forward(self, x):
+            return super().forward(x) + 1
 
     with pytest.raises(TypeError, match="Odd"):
         convert_twin_bn(nn.Sequential(Odd(4)))

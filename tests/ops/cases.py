@@ -16,10 +16,11 @@ EPS, MOMENTUM = 1e-5, 0.1
 class Case:
     """Random arguments of a call, and the gradient of its result."""
 
-    def __init__(self, shape, split, dtype, memory_format, residual, relu, device="cpu", seed=0):
+    def __init__(self, shape, split, dtype, memory_format, residual, relu, device="cpu", seed=0, both_adaptive=False):
         torch.manual_seed(seed)
         channels = shape[1]
         self.split, self.relu, self.dtype, self.memory_format, self.seed = split, relu, dtype, memory_format, seed
+        self.both_adaptive = both_adaptive
         # Unit spread about a mean of up to 3, so that mean and variance both matter.
         self.x = (torch.randn(shape) + 3 * torch.rand(1, channels, 1, 1)).to(dtype, memory_format=memory_format)
         self.residual = torch.randn(shape).to(dtype, memory_format=memory_format) if residual else None
@@ -50,17 +51,18 @@ class Case:
         x, residual = leaf(self.x), leaf(self.residual)
         wings = [[t.clone() for t in wing] for wing in (self.frozen, self.adaptive)]
         leaves = [t.requires_grad_() for wing in wings for t in wing[2:]]
-        y = function(x, self.split, *wings, MOMENTUM, EPS, residual, self.relu)
+        options = {"both_adaptive": True} if self.both_adaptive else {}
+        y = function(x, self.split, *wings, MOMENTUM, EPS, residual, self.relu, **options)
         inputs = [t for t in (x, residual, *leaves) if t is not None]
         grads = list(torch.autograd.grad(y, inputs, self.dy, materialize_grads=True))
         if residual is None:
             grads.insert(1, None)
-        return oracle.Results(y.detach(), *grads, *wings[1][:2])
+        return oracle.Results(y.detach(), *grads, *wings[1][:2], *(wings[0][:2] if self.both_adaptive else ()))
 
     def errors(self, results, backend):
         """As :func:`twins_fast.ops.oracle.errors`."""
         images, wings = (self.x, self.residual, self.dy), (self.frozen, self.adaptive)
-        call = oracle.Call(*images, self.split, *wings, MOMENTUM, EPS, self.relu)
+        call = oracle.Call(*images, self.split, *wings, MOMENTUM, EPS, self.relu, self.both_adaptive)
         return oracle.errors(call, results, rounded_between=backend == "torch")
 
     def check(self, results, backend):
@@ -68,10 +70,15 @@ class Case:
         assert max(errors.values()) <= 1, errors
 
 
-def splits(shape):
+def splits(shape, both_adaptive=False):
     """The extremes that ``shape`` allows, and the middle."""
     wanted = (0, 1, shape[0] // 2, shape[0])
-    return [s for s in dict.fromkeys(wanted) if s == shape[0] or (shape[0] - s) * shape[2] * shape[3] > 1]
+    return [s for s in dict.fromkeys(wanted) if _is_allowed(shape, s, both_adaptive)]
+
+
+def _is_allowed(shape, split, both_adaptive):
+    halves = [shape[0] - split, *[split] * both_adaptive]
+    return all(rows == 0 or rows * shape[2] * shape[3] > 1 for rows in halves)
 
 
 @st.composite
@@ -82,12 +89,12 @@ def random_cases(draw, most_channels=40, most_pixels=9):
         draw(st.integers(1, most_pixels)),
         draw(st.integers(1, most_pixels)),
     )
-    split = draw(st.integers(0, shape[0]))
-    if (shape[0] - split) * shape[2] * shape[3] < 2:
-        split = shape[0]
+    split, both_adaptive = draw(st.integers(0, shape[0])), draw(st.booleans())
+    if not _is_allowed(shape, split, both_adaptive):
+        split, both_adaptive = shape[0], False
     dtype, memory_format = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(FORMATS))
     residual, relu, seed = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 10**6))
-    return Case(shape, split, dtype, memory_format, residual, relu, seed=seed)
+    return Case(shape, split, dtype, memory_format, residual, relu, seed=seed, both_adaptive=both_adaptive)
 
 
 def check_phases(kernels, case):

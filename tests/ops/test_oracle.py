@@ -30,7 +30,7 @@ def test_bounds_of_right_results_are_near(residual, memory_format, name):
     case = a_case(memory_format=memory_format, residual=residual, shape=(16, 32, 9, 9), split=8)
     errors = case.errors(run(case, name), name)
     assert ("dresidual" in errors) == residual and errors.pop("dresidual", 0.0) == 0.0
-    assert set(errors) == set(oracle.Results._fields) - {"dresidual"}
+    assert set(errors) == set(oracle.Results._fields) - {"dresidual", "frozen_mean", "frozen_var"}
     assert all(0.003 < error <= 1 for error in errors.values()), errors
 
 
@@ -160,6 +160,19 @@ def test_faults_are_noticed(fault, wrong, name):
         assert errors[min(wrong)] == math.inf
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_faults_of_a_first_half_that_is_adaptive_too_are_noticed(name):
+    case = a_case()
+    frozen = run(case, name)
+    case.both_adaptive = True
+    results = run(case, name)
+    case.check(results, name)
+    assert case.errors(results._replace(frozen_var=results.frozen_var * (1 + 1e-4)), name)["frozen_var"] > 1
+    taken_for_frozen = frozen._replace(frozen_mean=results.frozen_mean, frozen_var=results.frozen_var)
+    errors = case.errors(taken_for_frozen, name)
+    assert min(errors[name] for name in ("y", "dx", "dfrozen_weight")) > 1 >= errors["dweight"]
+
+
 @pytest.mark.parametrize("split", [0, SHAPE[0]])
 def test_what_needs_no_arithmetic_is_exact(split):
     case = a_case(split=split)
@@ -185,6 +198,8 @@ def test_results_of_another_kind_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             case.errors(results._replace(**changes), "torch")
+    with pytest.raises(ValueError, match="frozen_mean must be None unless both are adaptive"):
+        case.errors(results._replace(frozen_mean=results.running_mean), "torch")
     case.residual = None
     with pytest.raises(ValueError, match="dresidual must be None"):
         case.errors(results, "torch")

@@ -55,13 +55,14 @@ def arguments(case, dtype, rank):
     return *images, *wings
 
 
-def run_op(x, split, residual, dy, frozen, adaptive, relu, group):
+def run_op(x, split, residual, dy, frozen, adaptive, relu, group, both_adaptive=False):
     x, residual = x.clone().requires_grad_(), residual.clone().requires_grad_()
     leaves = [v.requires_grad_() for wing in (frozen, adaptive) for v in wing[2:] if v is not None]
-    y = ops.twin_batch_norm(x, split, frozen, adaptive, 0.3, 1e-5, residual, relu, process_group=group)
+    y = ops.twin_batch_norm(x, split, frozen, adaptive, 0.3, 1e-5, residual, relu, group, both_adaptive)
     grads = torch.autograd.grad(y, [x, residual, *leaves], dy, allow_unused=True)
+    statistics = [*adaptive[:2], *(frozen[:2] if both_adaptive else ())]
     zeros = [torch.zeros_like(v) if g is None else g for g, v in zip(grads, [x, residual, *leaves], strict=True)]
-    return {"images": [y.detach(), *zeros[:2]], "sums": zeros[2:], "statistics": [v.detach() for v in adaptive[:2]]}
+    return {"images": [y.detach(), *zeros[:2]], "sums": zeros[2:], "statistics": [v.detach() for v in statistics]}
 
 
 def network():
@@ -79,11 +80,11 @@ def images_of(rank):
 
 def ops_of_all_cases(rank):
     returned = {}
-    for (name, dtype), case, relu in itertools.product(KERNELS, CASES, (False, True)):
+    for (name, dtype), case, relu, both in itertools.product(KERNELS, CASES, (False, True), (False, True)):
         x, residual, dy, frozen, adaptive = arguments(case, dtype, rank)
         with backend.use_backend(name):
-            result = run_op(x, CASES[case][rank][1], residual, dy, frozen, adaptive, relu, "world")
-        returned[name, case, dtype, relu] = result
+            result = run_op(x, CASES[case][rank][1], residual, dy, frozen, adaptive, relu, "world", both)
+        returned[name, case, dtype, relu, both] = result
     return returned
 
 
@@ -124,6 +125,8 @@ def fewer_than_two_values(rank):
     frozen, wing = ([torch.zeros(3), torch.ones(3), None, None] for _ in range(2))
     with pytest.raises(ValueError, match="at least 2 values per channel in all processes, got 1"):
         ops.twin_batch_norm(x, rank, frozen, wing, 0.1, 1e-5, process_group="world")
+    with pytest.raises(ValueError, match="at least 2 values per channel in all processes, got 1"):
+        ops.twin_batch_norm(torch.randn(2, 3, 1, 1), 1 + rank, wing, frozen, 0.1, 1e-5, None, False, "world", True)
     assert torch.equal(wing[0], torch.zeros(3)) and torch.equal(wing[1], torch.ones(3))
     y = ops.twin_batch_norm(x, 1, frozen, wing, 0.1, 1e-5, process_group="world")  # nobody has adaptive rows
     torch.testing.assert_close(y, F.batch_norm(x, *frozen))
@@ -217,11 +220,12 @@ def union(tensors, splits):
     )
 
 
+@pytest.mark.parametrize("both_adaptive", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "dtype"), KERNELS)
-def test_equal_to_one_batch(both, name, case, dtype, relu):
-    got = [each[name, case, dtype, relu] for each in both["ops_of_all_cases"]]
+def test_equal_to_one_batch(both, name, case, dtype, relu, both_adaptive):
+    got = [each[name, case, dtype, relu, both_adaptive] for each in both["ops_of_all_cases"]]
     splits = [split for _, split in CASES[case]]
     first, second = (arguments(case, dtype, rank) for rank in range(2))
     x, residual, dy = (union(pair, splits) for pair in zip(first[:3], second[:3], strict=True))
@@ -230,10 +234,10 @@ def test_equal_to_one_batch(both, name, case, dtype, relu):
     statistics = got[0]["statistics"]
     assert all(torch.equal(a, b) for a, b in zip(statistics, got[1]["statistics"], strict=True))
     if dtype == torch.float64:
-        want = run_op(x, sum(splits), residual, dy, *first[3:], relu, None)
+        want = run_op(x, sum(splits), residual, dy, *first[3:], relu, None, both_adaptive)
         torch.testing.assert_close([*images, *sums, *statistics], sum(want.values(), []), rtol=1e-12, atol=1e-12)
         return
-    call = oracle.Call(x, residual, dy, sum(splits), *first[3:], 0.3, 1e-5, relu)
+    call = oracle.Call(x, residual, dy, sum(splits), *first[3:], 0.3, 1e-5, relu, both_adaptive)
     errors = oracle.errors(call, oracle.Results(*images, *sums, *statistics))
     assert max(errors.values()) <= 1, errors
 
@@ -241,7 +245,7 @@ def test_equal_to_one_batch(both, name, case, dtype, relu):
 @pytest.mark.parametrize(("name", "dtype"), KERNELS)
 def test_no_frozen_wing(both, name, dtype):
     for without, having in zip(both["ops_without_a_frozen_wing"], both["ops_of_all_cases"], strict=True):
-        got, want = without[name, dtype], having[name, "all adaptive", dtype, True]
+        got, want = without[name, dtype], having[name, "all adaptive", dtype, True, False]
         for a, b in zip(sum(got.values(), []), want["images"] + want["sums"][2:] + want["statistics"], strict=True):
             assert torch.equal(a, b)
 
@@ -263,7 +267,7 @@ def test_running_statistics_of_a_layer(both, name):
 
 def test_half_precision_buffers_are_updated_in_place(both):
     first, second = both["half_precision_buffers"]
-    exact = both["ops_of_all_cases"][0]["torch", "unequal", torch.bfloat16, True]
+    exact = both["ops_of_all_cases"][0]["torch", "unequal", torch.bfloat16, True, False]
     for got, other, want in zip(first["statistics"], second["statistics"], exact["statistics"], strict=True):
         assert got.dtype == torch.bfloat16 and torch.equal(got, other)
         torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twins_fast.attacks import PGD
-from twins_fast.nn import TwinBatchNorm2d
+from twins_fast.nn.wings import is_twin, twin_layers, two_wing_layers
 from twins_fast.options import check_options
 from twins_fast.validation import check_images, check_labels, checked_logits, indexable
 
@@ -187,17 +187,20 @@ class Method:
         return total(weight * F.cross_entropy(logits[part], labels[part]) for weight, part in self.parts(len(labels)))
 
     def _check_wings(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, TwinBatchNorm2d)]
-        mixing = [layer.wing == "mix" or (layer.wing is None and layer.training) for layer in layers]
+        layers = two_wing_layers(model)
+        mixing = [layer.chosen_wing() == "mix" for layer in layers]
         if self.wings == 1 and any(mixing):
+            usual = "adaptive" if is_twin(model) else "main"
             raise ValueError(
                 f"method {self.name!r} sends the whole batch through one batch norm, but the model's two-wing layers "
-                'are in mix mode; use revert_twin_bn, or wings(model, "adaptive")'
+                f'are in mix mode; use revert_twin_bn, or wings(model, "{usual}")'
             )
         if self.wings == 1:
             return
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(f"method {self.name!r} cannot use nn.DataParallel: each replica would split its own rows")
+        if len(twin_layers(model)) < len(layers):
+            raise ValueError(f"method {self.name!r} needs a frozen wing, but the model's layout has an auxiliary one")
         if not (layers and all(mixing)):
             state = (
                 "has no two-wing layers (see convert_twin_bn)" if not layers else "is not in mix mode (call train())"

@@ -22,7 +22,7 @@ from twins_fast.methods.labels import smoothed
 from twins_fast.methods.registry import METHODS
 from twins_fast.nn.guards import has_global_hooks, has_hooks
 from twins_fast.nn.modes import modules_of
-from twins_fast.nn.wings import twin_layers
+from twins_fast.nn.wings import twin_layers, two_wing_layers
 from twins_fast.ops.group import Group, all_true, average_, world_size
 from twins_fast.validation import check_amp_dtype, check_choice, check_not_negative, checked_logits
 
@@ -394,7 +394,7 @@ def _obstacle_of_model(model: nn.Module, device: torch.device) -> str:
     for name, tensor in tensors_of(model):
         if tensor.device != device:
             return f"{name} is on {tensor.device}"
-    groups = [layer.process_group for layer in twin_layers(model) if layer.process_group is not None]
+    groups = [layer.process_group for layer in two_wing_layers(model) if layer.process_group is not None]
     if any(world_size(group) > 1 for group in groups):
         return "batch statistics come from several processes"
     return ""

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from twins_fast.nn.layers import TwinBatchNorm2d
-from twins_fast.nn.wings import require_twin_layers, wings
+from twins_fast.nn.wings import twin_layers, wings
 
 
 def share_affine(model: nn.Module) -> None:
     """Let the frozen wing use the very weight and bias of the adaptive one."""
-    for layer in require_twin_layers(model):
+    for layer in twin_layers(model):
         layer.main_bn.weight, layer.main_bn.bias = layer.weight, layer.bias
 
 
 def shuffle_statistics(model: nn.Module) -> None:
     """Give each channel of the frozen wing the statistics of another one, drawn from PyTorch's generator."""
-    for layer in require_twin_layers(model):
+    for layer in twin_layers(model):
         mean, variance = (layer.main_bn.get_buffer(name) for name in ("running_mean", "running_var"))
         order = torch.randperm(len(mean)).to(mean.device)
         mean.copy_(mean[order])
@@ -29,7 +29,7 @@ def shuffle_statistics(model: nn.Module) -> None:
 
 def forget_statistics(model: nn.Module) -> None:
     """Let the next batch that the frozen wing learns from be its first one."""
-    for layer in require_twin_layers(model):
+    for layer in twin_layers(model):
         layer.main_bn.get_buffer("num_batches_tracked").zero_()
 
 
@@ -39,7 +39,7 @@ def frozen_wing_learns(model: nn.Module) -> Iterator[None]:
 
     All rows go through the adaptive wing's weight and bias; its statistics stay as they are.
     """
-    layers = require_twin_layers(model)
+    layers = twin_layers(model)
     momenta = [layer.momentum for layer in layers]
     with wings(model, "adaptive"):
         try:

@@ -1,4 +1,4 @@
-"""The two-wing layer under its name in the published code."""
+"""The two-wing layer under its name in the published code, and what tells such layers of other codebases."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from twins_fast.nn.layers import TwinBatchNorm2d
+from twins_fast.nn.layers import TwinBatchNorm2d, TwoWingBatchNorm2d
 
+_ORIGINALS = (  # layout, class, child
+    ("twins", "MixBatchNorm2d", "main_bn"),
+    ("advprop", "MixBatchNorm2d", "aux_bn"),
+    ("timm", "SplitBatchNorm2d", "aux_bn"),
+    ("ares", "SwitchableBatchNorm2d", "bn_adv"),
+)
 _WINGS = {"target": "adaptive", "source": "frozen", "mix": "mix"}
 
 
@@ -32,6 +38,17 @@ class MixBatchNorm2d(TwinBatchNorm2d):
         self.wing = _WINGS[name]
 
 
-def is_published(module: nn.Module) -> bool:
-    """Whether it is the layer of the published code itself."""
-    return type(module).__name__ == "MixBatchNorm2d" and not isinstance(module, MixBatchNorm2d)
+def original_layout(module: nn.Module) -> str | None:
+    """The key of ``LAYOUTS`` of a layer that is another codebase's own, by the names of its class and its child."""
+    if isinstance(module, TwoWingBatchNorm2d):
+        return None
+    for layout, kind, child in _ORIGINALS:
+        if type(module).__name__ == kind and child in module._modules:
+            return layout
+    return None
+
+
+def original_child(module: Any) -> Any:
+    """The wing that is a child of a layer that has an :func:`original_layout`."""
+    child = next(module._modules[name] for _, _, name in _ORIGINALS if name in module._modules)
+    return child[0] if isinstance(child, nn.ModuleList) else child

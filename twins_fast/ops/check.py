@@ -21,6 +21,7 @@ def check_arguments(
     eps: Any,
     residual: Any,
     relu: Any,
+    both_adaptive: Any,
     shared: bool,
 ) -> None:
     """Raise what :func:`twins_fast.ops.twin_batch_norm` says of its arguments.
@@ -47,21 +48,24 @@ def check_arguments(
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    if eps == 0.0 and split < rows:
-        raise ValueError("eps must be > 0 for batch statistics, got 0")
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be a bool, got {relu!r}")
+    if not isinstance(both_adaptive, bool):
+        raise TypeError(f"both_adaptive must be a bool, got {both_adaptive!r}")
+    if eps == 0.0 and (split < rows or both_adaptive):
+        raise ValueError("eps must be > 0 for batch statistics, got 0")
     _check_wing("frozen", frozen, x)
     _check_wing("adaptive", adaptive, x)
     if frozen[0] is not None and (frozen[0] is adaptive[0] or frozen[1] is adaptive[1]):
         raise ValueError("frozen and adaptive running statistics must be different tensors")
-    if split > 0 and frozen[0] is None:
+    if split > 0 and frozen[0] is None and not both_adaptive:
         raise ValueError(f"frozen running_mean and running_var must not be None when split > 0, got split={split}")
-    if not shared and split < rows and (rows - split) * height * width < 2:
-        raise ValueError(
-            f"the adaptive half needs at least 2 values per channel, got {rows - split} row(s) of "
-            f"{height} x {width} pixels (N={rows}, split={split})"
-        )
+    for half in (split, rows - split) if both_adaptive else (rows - split,):
+        if not shared and half > 0 and half * height * width < 2:
+            raise ValueError(
+                f"an adaptive half needs at least 2 values per channel, got {half} row(s) of "
+                f"{height} x {width} pixels (N={rows}, split={split})"
+            )
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual must be a tensor or None, got {type(residual).__name__}")

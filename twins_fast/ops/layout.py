@@ -39,9 +39,9 @@ def empty_stats(x: Tensor, rows: int = 2) -> Tensor:
     return x.new_empty((rows, x.shape[1]), dtype=torch.float32)
 
 
-def forward_results(x: Tensor, keep_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward_results(x: Tensor, keep_bits: bool, both_adaptive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """y, bits and stats, not yet written."""
-    return torch.empty_like(x), empty_bits(x, keep_bits), empty_stats(x)
+    return torch.empty_like(x), empty_bits(x, keep_bits), empty_stats(x, 4 if both_adaptive else 2)
 
 
 def backward_results(x: Tensor, wanted: list[bool]) -> list[Tensor]:

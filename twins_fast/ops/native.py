@@ -48,8 +48,10 @@ def check_status(name: str, status: str) -> None:
         raise RuntimeError(f"{name}: {status}")
 
 
-def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
-    y, bits, stats = layout.forward_results(x, keep_bits)
+def forward(
+    x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits, both_adaptive=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, bits, stats = layout.forward_results(x, keep_bits, both_adaptive)
     _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, _ALL)
     return y, bits, stats
 
@@ -88,12 +90,13 @@ def apply_backward(dy, x, bits, split, frozen, adaptive, stats, means, eps, want
 
 
 def _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps, relu, phase) -> None:
-    _launch("forward", x, split, (x, residual, *frozen, *adaptive, y, bits, stats), momentum, eps, relu, phase)
+    tensors = (x, residual, *frozen, *adaptive, y, bits, stats)
+    _launch("forward", x, split, tensors, momentum, eps, relu, stats.shape[0] == 4, phase)
 
 
 def _backward(dy, x, bits, split, frozen, adaptive, stats, results, sums, eps, phase) -> None:
     vectors = (*frozen[:3], adaptive.weight)
-    _launch("backward", x, split, (dy, x, bits, *vectors, stats, *results, sums), eps, phase)
+    _launch("backward", x, split, (dy, x, bits, *vectors, stats, *results, sums), eps, stats.shape[0] == 4, phase)
 
 
 def _launch(direction: str, x: Tensor, split: int, tensors: tuple, *scalars) -> None:

@@ -43,7 +43,7 @@ class Call(NamedTuple):
     """One call of :func:`twins_fast.ops.twin_batch_norm` and the gradient ``dy`` of its result.
 
     Images (x, residual or ``None``, dy) are [N, C, H, W], all float32, bfloat16 or float16. Wings are (running_mean,
-    running_var, weight, bias), each float32 [C]; the running statistics of ``adaptive`` are those before the call.
+    running_var, weight, bias), each float32 [C]; the running statistics of adaptive ones are those before the call.
     """
 
     x: Tensor
@@ -55,13 +55,15 @@ class Call(NamedTuple):
     momentum: float
     eps: float
     relu: bool
+    both_adaptive: bool = False
 
 
 class Results(NamedTuple):
     """What a call and its backward pass gave, on the device of the call.
 
     y and the gradients of x and residual (``None`` without one) have the shape and dtype of x; the gradients of weights
-    and biases (zeros for a wing without rows) and the running statistics after the call are float32 [C].
+    and biases (zeros for a wing without rows) and the running statistics after the call are float32 [C]; those of the
+    first half are ``None`` unless both are adaptive.
     """
 
     y: Tensor
@@ -73,6 +75,8 @@ class Results(NamedTuple):
     dbias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    frozen_mean: Tensor | None = None
+    frozen_var: Tensor | None = None
 
 
 def errors(call: Call, results: Results, *, rounded_between: bool = False, long_sums: bool = False) -> dict[str, float]:
@@ -85,7 +89,7 @@ def errors(call: Call, results: Results, *, rounded_between: bool = False, long_
         long_sums: any sum may be a single chain of float32 additions, as PyTorch's may be.
 
     Returns:
-        Name of the result to its error, in [0, inf]; inf where a result is NaN. No dresidual without a residual.
+        Name of the result to its error, in [0, inf]; inf where a result is NaN. No name of what is ``None``.
 
     Raises:
         TypeError: x has another dtype than the three of a call.
@@ -114,9 +118,11 @@ def _check(call: Call, results: Results) -> None:
     if call.x.dtype not in UNIT:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {call.x.dtype}")
     for name, result in results._asdict().items():
-        if name == "dresidual" and call.residual is None:
+        absent = {"dresidual": call.residual is None and "without a residual"}
+        absent |= dict.fromkeys(("frozen_mean", "frozen_var"), not call.both_adaptive and "unless both are adaptive")
+        if absent.get(name):
             if result is not None:
-                raise ValueError("dresidual must be None without a residual")
+                raise ValueError(f"{name} must be None {absent[name]}")
             continue
         if result is None:
             raise ValueError(f"{name} is missing")
@@ -138,10 +144,12 @@ def _in_float64(value, part: slice):
 
 def _expected(call: Call) -> Results:
     """The results of the reference; ``call.dy`` is masked already."""
-    statistics = [vector.clone() for vector in call.adaptive[:2]]  # which are written
+    statistics = [vector.clone() for vector in (*call.adaptive[:2], *call.frozen[:2])]  # which are written
     leaves = [t.clone().requires_grad_() for t in (call.x, *call.frozen[2:], *call.adaptive[2:])]
-    wings = (*call.frozen[:2], *leaves[1:3]), (*statistics, *leaves[3:])
-    y = reference.twin_batch_norm(leaves[0], call.split, *wings, call.momentum, call.eps, call.residual)
+    wings = (*statistics[2:], *leaves[1:3]), (*statistics[:2], *leaves[3:])
+    y = reference.twin_batch_norm(
+        leaves[0], call.split, *wings, call.momentum, call.eps, call.residual, both_adaptive=call.both_adaptive
+    )
     dx, *dvectors = torch.autograd.grad(y, leaves, call.dy, materialize_grads=True)  # a wing without rows has none
     y = y.detach()
     return Results(y.relu() if call.relu else y, dx, call.dy, *dvectors, *statistics)
@@ -188,11 +196,11 @@ def _allowed(call: Call, expected: Results, dtype: torch.dtype, rounded_between:
     smallest = torch.finfo(dtype).smallest_normal  # below it numbers are evenly spaced
     y, dx, gradients = torch.zeros_like(call.x), torch.zeros_like(call.x), []
     y_size, dx_size = torch.zeros_like(call.x), torch.zeros_like(call.x)
-    statistics = [torch.zeros_like(vector) for vector in call.adaptive[:2]]  # without adaptive rows they stay
+    statistics = [torch.zeros_like(vector) for vector in (*call.adaptive[:2], *call.frozen[:2])]  # stay without rows
     for rows, wing in ((slice(0, call.split), call.frozen), (slice(call.split, None), call.adaptive)):
         x, g = call.x[rows], call.dy[rows]
         mean, var, weight, bias = (vector.view(-1, 1, 1) for vector in wing)
-        count, adaptive = x[:, 0].numel(), wing is call.adaptive
+        count, adaptive = x[:, 0].numel(), call.both_adaptive or wing is call.adaptive
         relative, offset = SHORT, mean.abs()
         if adaptive and count:
             if long_sums and count > CHAIN:
@@ -201,7 +209,8 @@ def _allowed(call: Call, expected: Results, dtype: torch.dtype, rounded_between:
             mean, var = x.mean(_DIMS).view(-1, 1, 1), x.var(_DIMS, correction=0).view(-1, 1, 1)
             # Old statistics count in full, because they may be computed as old + momentum (new - old).
             for i, new in enumerate((offset, squares)):
-                statistics[i] = relative * (call.adaptive[i].abs() + call.momentum * new.flatten())
+                of_wing = i if wing is call.adaptive else 2 + i
+                statistics[of_wing] = relative * (wing[i].abs() + call.momentum * new.flatten())
         scale = (var + call.eps).rsqrt()
         xhat = (x.abs() + offset) * scale
         y_size[rows] = xhat * weight.abs() + bias.abs()

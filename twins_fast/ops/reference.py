@@ -18,6 +18,7 @@ def twin_batch_norm(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = False,
+    both_adaptive: bool = False,
 ) -> Tensor:
     """Two-wing batch norm (TWINS, arXiv 2303.11135, section 4), to the bit two calls of ``F.batch_norm``.
 
@@ -26,7 +27,7 @@ def twin_batch_norm(
     """
     halves = []
     if split > 0:
-        halves.append(F.batch_norm(x[:split], *frozen, training=False, eps=eps))
+        halves.append(F.batch_norm(x[:split], *frozen, training=both_adaptive, momentum=momentum, eps=eps))
     if split < x.shape[0]:
         halves.append(F.batch_norm(x[split:], *adaptive, training=True, momentum=momentum, eps=eps))
     y = halves[0] if len(halves) == 1 else torch.cat(halves)

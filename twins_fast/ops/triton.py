@@ -13,8 +13,10 @@ from twins_fast.ops import layout
 from twins_fast.ops.native import dtype_name
 
 
-def forward(x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits) -> tuple[Tensor, Tensor, Tensor]:
-    y, bits, stats = layout.forward_results(x, keep_bits)
+def forward(
+    x, residual, split, frozen, adaptive, momentum, eps, relu, keep_bits, both_adaptive=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, bits, stats = layout.forward_results(x, keep_bits, both_adaptive)
     results = (y, _if_any(bits), stats)
     twin_bn.forward(x, residual, _geometry(x, split), frozen, adaptive, *results, momentum, eps, relu)
     return y, bits, stats

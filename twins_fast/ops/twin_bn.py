@@ -11,7 +11,7 @@ from torch import Tensor
 from twins_fast.ops import backend, layout, reference, register
 from twins_fast.ops.check import check_arguments
 from twins_fast.ops.group import Group, world_size
-from twins_fast.ops.wing import Wing, wings_of
+from twins_fast.ops.wing import Wing, wings_of, written_by
 
 
 def twin_batch_norm(
@@ -24,6 +24,7 @@ def twin_batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     process_group: Group = None,
+    both_adaptive: bool = False,
 ) -> Tensor:
     """Two-wing batch norm (TWINS, arXiv 2303.11135, section 4) with an optional residual and ReLU.
 
@@ -46,6 +47,8 @@ def twin_batch_norm(
             a ``torch.distributed`` group, ``"world"`` for the default one, or ``None`` for this process
             alone. All of them must make the call; x may differ in N, and a process may have split = N.
             Gradients of weight and bias are sums over this process's rows.
+        both_adaptive: whether rows ``[0, split)`` are normalised with their own batch statistics, too, with all
+            that is said of ``adaptive`` for the wing ``frozen``, which is frozen no more: two batches side by side.
 
     The vectors have the dtype of ``x``, or float32 when ``x`` is half precision; autocast changes
     nothing, as in any batch norm. Kernels compute in float32: values above 1e18 overflow their variance.
@@ -60,26 +63,29 @@ def twin_batch_norm(
             ``torch.distributed`` is not initialised.
     """
     shared = process_group is not None and world_size(process_group) > 1
-    check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, shared)
+    check_arguments(x, split, frozen, adaptive, momentum, eps, residual, relu, both_adaptive, shared)
     name = backend.choose("twin_batch_norm", x)
     if name == "torch" and not shared:
-        return reference.twin_batch_norm(x, split, Wing(*frozen), Wing(*adaptive), momentum, eps, residual, relu)
+        wings = Wing(*frozen), Wing(*adaptive)
+        return reference.twin_batch_norm(x, split, *wings, momentum, eps, residual, relu, both_adaptive)
     memory_format = layout.nearest(x)
     x = _dense(x, memory_format)
     if residual is not None:
         residual = _dense(residual, memory_format)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = adaptive[:2]
+    statistics = written_by(frozen, adaptive, both_adaptive)
     frozen, adaptive = (Wing(*[_as_vector(v, dtype) for v in wing]) for wing in (frozen, adaptive))
     if shared:
         from twins_fast.ops import sync  # imports the compiler, to keep it out
 
-        y = sync.twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, name, process_group)
+        how = both_adaptive, name, process_group
+        y = sync.twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, *how)
     elif _is_differentiated((x, residual, *frozen[2:], *adaptive[2:])):
-        y = _TwinBatchNorm.apply(x, residual, split, momentum, eps, relu, name, *frozen, *adaptive)
+        y = _TwinBatchNorm.apply(x, residual, split, momentum, eps, relu, both_adaptive, name, *frozen, *adaptive)
     else:
-        y, _, _ = register.forward(x, residual, split, frozen, adaptive, momentum, eps, relu, False, name)
-    for buffer, updated in zip(statistics, adaptive[:2], strict=True):
+        rest = momentum, eps, relu, False, name
+        y, _, _ = register.forward(both_adaptive, x, residual, split, frozen, adaptive, *rest)
+    for buffer, updated in zip(statistics, written_by(frozen, adaptive, both_adaptive), strict=True):
         if buffer is not None and updated is not None and buffer is not updated:  # half precision or strided
             buffer.copy_(updated)
     return y
@@ -96,11 +102,15 @@ class _TwinBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        both_adaptive: bool,
         name: str,
         *vectors: Tensor | None,
     ) -> Tensor:
         frozen, adaptive = wings_of(vectors)
-        y, bits, stats = register.forward(x, residual, split, frozen, adaptive, momentum, eps, relu, relu, name)
+        rest = momentum, eps, relu, relu, name
+        y, bits, stats = register.forward(both_adaptive, x, residual, split, frozen, adaptive, *rest)
+        if both_adaptive:  # its statistics may change before the backward pass, which does not need them
+            frozen = Wing(weight=frozen.weight)
         ctx.save_for_backward(x, bits, stats, *frozen[:3], adaptive.weight)
         ctx.split, ctx.eps, ctx.relu, ctx.name = split, eps, relu, name
         return y
@@ -124,7 +134,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         dx, dresidual, dfw, dfb, dw, db = grads
         if need_residual and not ctx.relu:
             dresidual = dy
-        return dx, dresidual, *[None] * 5, *Wing(weight=dfw, bias=dfb), *Wing(weight=dw, bias=db)
+        return dx, dresidual, *[None] * 6, *Wing(weight=dfw, bias=dfb), *Wing(weight=dw, bias=db)
 
 
 def _is_differentiated(leaves: Iterable[Tensor | None]) -> bool:

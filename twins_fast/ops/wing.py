@@ -20,3 +20,8 @@ class Wing(NamedTuple):
 def wings_of(vectors: Sequence[Any]) -> tuple[Wing, Wing]:
     """The frozen and the adaptive wing from their vectors in a row, or from what is known of each of these."""
     return Wing(*vectors[:4]), Wing(*vectors[4:])
+
+
+def written_by(frozen: Sequence[Any], adaptive: Sequence[Any], both_adaptive: bool) -> Sequence[Any]:
+    """The running statistics that a call updates."""
+    return (*frozen[:2], *adaptive[:2]) if both_adaptive else adaptive[:2]

@@ -90,13 +90,15 @@ def _two_wing_batch_norm(how: str, device: torch.device, dtype: torch.dtype) -> 
         cases = product(SHAPES, LAYOUTS, ((False, False), (False, True), (True, True)))
         for number, (shape, memory, (add, relu)) in enumerate(cases):
             split = splits_of(shape)[number % len(splits_of(shape))]
-            case = TwinCase(shape, dtype, LAYOUTS[memory], split, add, relu, device, number, offset=number % 3)
+            both = number % 2 == 1 and split * shape[2] * shape[3] > 2
+            case = TwinCase(shape, dtype, LAYOUTS[memory], split, add, relu, device, number, number % 3, both)
             for name, error in case.errors().items():
                 worst = max(worst, error)
                 if not error <= 1:
                     raise Wrong(f"{name} of {shape}, {memory}, split {split} is off by {error:.3g} times")
         full = TwinCase(FULL, dtype, torch.channels_last, FULL[0] // 2, True, True, device, 0)
         _check_repeats(full)
+        _check_repeats(TwinCase(FULL, dtype, torch.channels_last, FULL[0] // 2, True, True, device, 0, 0, True))
         _check_nan(how, device, dtype)
         if device.type == "cuda":
             _check_graph(full)
@@ -124,6 +126,7 @@ class TwinCase:
         device: torch.device | str,
         seed: int,
         offset: int = 0,
+        both_adaptive: bool = False,
     ):
         generator = torch.Generator().manual_seed(seed)
         channels = shape[1]
@@ -139,6 +142,7 @@ class TwinCase:
         self.x, self.dy = image(), image()
         self.residual = image() if add else None
         self.split, self.relu, self.frozen, self.adaptive = split, relu, wing(), wing()
+        self.both_adaptive = both_adaptive
 
     def run(self) -> oracle.Results:
         """By the backend that is in use."""
@@ -146,17 +150,20 @@ class TwinCase:
         frozen, adaptive = ([vector.clone() for vector in wing] for wing in (self.frozen, self.adaptive))
         vectors = [t.requires_grad_() for t in (*frozen[2:], *adaptive[2:])]
         residual = leaves[1] if len(leaves) > 1 else None
-        y = twin_batch_norm(leaves[0], self.split, frozen, adaptive, MOMENTUM, EPS, residual, self.relu)
+        y = twin_batch_norm(
+            leaves[0], self.split, frozen, adaptive, MOMENTUM, EPS, residual, self.relu, None, self.both_adaptive
+        )
         gradients: list[Any] = [*torch.autograd.grad(y, [*leaves, *vectors], self.dy, materialize_grads=True)]
         if residual is None:
             gradients.insert(1, None)
-        return oracle.Results(y.detach(), *gradients, *adaptive[:2])
+        return oracle.Results(y.detach(), *gradients, *adaptive[:2], *(frozen[:2] if self.both_adaptive else ()))
 
     def errors(self) -> dict[str, float]:
         """Of each result, as a multiple of what is allowed."""
         x, residual, dy = (_on_cpu(t) for t in (self.x, self.residual, self.dy))
         frozen, adaptive = (Wing(*map(_on_cpu, wing)) for wing in (self.frozen, self.adaptive))
-        call = oracle.Call(x, residual, dy, self.split, frozen, adaptive, MOMENTUM, EPS, self.relu)
+        options = MOMENTUM, EPS, self.relu, self.both_adaptive
+        call = oracle.Call(x, residual, dy, self.split, frozen, adaptive, *options)
         return oracle.errors(call, oracle.Results(*map(_on_cpu, self.run())))
 
 

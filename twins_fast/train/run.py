@@ -12,7 +12,7 @@ from torch import nn
 from twins_fast.checkpoints.names import layer_of
 from twins_fast.nn import convert_sync_twin_bn
 from twins_fast.nn.heads import HEAD
-from twins_fast.nn.wings import twin_layers
+from twins_fast.nn.wings import two_wing_layers
 from twins_fast.options import to_plain
 from twins_fast.train.build import make_network
 from twins_fast.train.curves import draw_curves
@@ -134,7 +134,7 @@ def run_recipe(
 
 
 def _with_shared_statistics(model: nn.Module, device: torch.device | str) -> nn.Module:
-    if twin_layers(model):
+    if two_wing_layers(model):
         return convert_sync_twin_bn(model)
     if torch.device(device).type == "cpu":
         raise RecipeError("sync_statistics without two-wing layers is SyncBatchNorm, which PyTorch has on GPUs only")

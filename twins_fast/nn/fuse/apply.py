@@ -25,8 +25,8 @@ from twins_fast.nn.fuse.children import Path, at, children, owners, twin_childre
 from twins_fast.nn.fuse.rewrite import is_pure, obstacle, rewrite
 from twins_fast.nn.fuse.trace import NotFused, trace
 from twins_fast.nn.guards import is_untouched
-from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
-from twins_fast.nn.wings import require_twin_layers
+from twins_fast.nn.layers import TwinBatchNormAct2d, TwoWingBatchNorm2d
+from twins_fast.nn.wings import require_two_wing_layers
 
 _tracing = threading.RLock()  # fx and the tracer replace methods of nn.Module while they trace
 
@@ -67,7 +67,7 @@ def fuse_twin_bn(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a model without two-wing layers.
     """
-    require_twin_layers(model)
+    require_two_wing_layers(model)
     for _, module in owners(model):
         _fuse(module)
     return model
@@ -79,9 +79,9 @@ def fusion_report(model: nn.Module) -> list[Fusion]:
     Raises:
         ValueError: a model without two-wing layers.
     """
-    require_twin_layers(model)
+    require_two_wing_layers(model)
     rows = []
-    if isinstance(model, TwinBatchNorm2d):
+    if isinstance(model, TwoWingBatchNorm2d):
         rows.append(Fusion("", *_alone(model, "it is the model itself")))
     for prefix, owner in owners(model):
         plan, fresh = getattr(type(owner), "plan", None), False
@@ -159,7 +159,7 @@ def _fuse(module: nn.Module) -> None:
         module.__class__ = _subclass(original, {"plan": plan, **methods})
 
 
-def _alone(layer: TwinBatchNorm2d, why: str) -> tuple[str, str]:
+def _alone(layer: TwoWingBatchNorm2d, why: str) -> tuple[str, str]:
     """What a layer does in one call by itself, and why not more."""
     if type(layer) is TwinBatchNormAct2d and type(layer.act) is not nn.Identity:
         if not layer.fuses_act():

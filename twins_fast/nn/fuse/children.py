@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from twins_fast.nn.layers import TwinBatchNorm2d
+from twins_fast.nn.layers import TwoWingBatchNorm2d
 
 Path = tuple[str, ...]
 
@@ -15,18 +15,18 @@ Path = tuple[str, ...]
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose forward calls two-wing layers, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, (TwinBatchNorm2d, torch.jit.ScriptModule)) or _is_container(module):
+        if isinstance(module, (TwoWingBatchNorm2d, torch.jit.ScriptModule)) or _is_container(module):
             continue
         if twin_children(module):
             yield name, module
 
 
-def twin_children(module: nn.Module) -> dict[Path, TwinBatchNorm2d]:
+def twin_children(module: nn.Module) -> dict[Path, TwoWingBatchNorm2d]:
     """The two-wing layers that ``module`` calls itself, a shared one under its first path."""
-    first_paths: dict[TwinBatchNorm2d, Path] = {}
+    first_paths: dict[TwoWingBatchNorm2d, Path] = {}
     for path, container in containers(module):
         for name, child in container._modules.items():
-            if isinstance(child, TwinBatchNorm2d):
+            if isinstance(child, TwoWingBatchNorm2d):
                 first_paths.setdefault(child, (*path, name))
     return {path: layer for layer, path in first_paths.items()}
 

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from twins_fast.nn.branches import LAYOUTS
 from twins_fast.nn.fuse.children import Path, at
 from twins_fast.nn.fuse.trace import NotFused
 from twins_fast.nn.guards import has_hooks, is_untouched
-from twins_fast.nn.layers import TwinBatchNorm2d, TwinBatchNormAct2d
+from twins_fast.nn.layers import TwinBatchNormAct2d, TwoWingBatchNorm2d
 
 _SUM = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}  # -> whether in place
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-_PURE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, TwinBatchNorm2d)
+_PURE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *LAYOUTS.values())
 
 
-def obstacle(layer: TwinBatchNorm2d) -> str:
+def obstacle(layer: TwoWingBatchNorm2d) -> str:
     """Why no forward may pass residual or ReLU to ``layer``."""
-    if type(layer) not in (TwinBatchNorm2d, TwinBatchNormAct2d) or "forward" in layer.__dict__:
+    if type(layer) not in (*LAYOUTS.values(), TwinBatchNormAct2d) or "forward" in layer.__dict__:
         return f"the forward of {type(layer).__name__} is not known"
     if has_hooks(layer):
         return "it has hooks, which would see another result"
@@ -133,7 +134,7 @@ def _describe(user: fx.Node, module: nn.Module) -> str:
     if user.op != "call_module":
         return f"{getattr(user.target, '__name__', user.target)} follows it"
     child = at(module, tuple(user.target.split(".")))
-    if isinstance(child, TwinBatchNorm2d):
+    if isinstance(child, TwoWingBatchNorm2d):
         return f"{user.target} adds its result, as its residual"
     return f"{type(child).__name__}{' with hooks' if has_hooks(child) else ''} follows it"
 

@@ -83,9 +83,9 @@ def _readable(mangled: str) -> tuple[str, str]:
     dtype = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}[dtype]
     if name == "pixels_kernel":
         return name, f"{dtype}, {('prepare', 'gradient', 'step')[int(rest[-1])]}"
-    last, whole = rest.split(", ")
-    layout = "channels last" if last == "true" else "contiguous"
-    return name, ", ".join([dtype, layout, "aligned" if whole == "true" else "any size"])
+    last, whole, both = (argument == "true" for argument in rest.split(", "))
+    layout = "channels last" if last else "contiguous"
+    return name, ", ".join([dtype, layout, "aligned" if whole else "any size", *["both adaptive"] * both])
 
 
 def triton_kernels(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:

@@ -61,10 +61,14 @@ __device__ __forceinline__ void each_merge(const Shape& shape, Visit&& visit) {
 }
 
 // visit(second) of the adaptive halves. backwards: the second half last.
-template <class Visit>
-__device__ __forceinline__ void each_adaptive_half(bool both, bool backwards, Visit&& visit) {
+template <bool kBoth, class Visit>
+__device__ __forceinline__ void each_adaptive_half(bool backwards, Visit&& visit) {
+  if constexpr (kBoth) {
 #pragma unroll 1
-  for (int i = 0; i <= both; ++i) visit(!both || (i == 1) == backwards);
+    for (int i = 0; i < 2; ++i) visit((i == 1) == backwards);
+  } else {
+    visit(true);
+  }
 }
 
 // One of the two parts in which a slab of the frozen half is visited.
@@ -228,17 +232,17 @@ struct Forward {
   }
 };
 
-template <class T, bool kLast, bool kWhole>
+template <class T, bool kLast, bool kWhole, bool kBoth>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     forward_kernel(TwinBnForward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
   const Forward<T, kLast, kWhole> forward{a, plan, memory};
-  const bool both = a.both_adaptive, adaptive = both || a.shape.split < a.shape.images;
-  const bool frozen = !both && a.phase != Phase::kReduce && a.shape.split > 0;
+  const bool adaptive = kBoth || a.shape.split < a.shape.images;
+  const bool frozen = !kBoth && a.phase != Phase::kReduce && a.shape.split > 0;
   Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
     if (a.phase != Phase::kApply && adaptive)
-      each_adaptive_half(both, false, [&](bool second) {
+      each_adaptive_half<kBoth>(false, [&](bool second) {
         each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.measure(tile, slab, second); });
       });
     barrier.arrive();
@@ -247,14 +251,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   }
   if (steps & kMergeStep) {
     if (a.phase != Phase::kApply)
-      each_adaptive_half(both, false,
+      each_adaptive_half<kBoth>(false,
                          [&](bool second) { each_merge(a.shape, [&](int job) { forward.merge(job, second); }); });
     barrier.arrive();
     if (frozen) each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool) { forward.frozen(tile, slab, 1); });
     barrier.wait();
   }
   if ((steps & kApplyStep) && a.phase != Phase::kReduce && adaptive)
-    each_adaptive_half(both, true, [&](bool second) {
+    each_adaptive_half<kBoth>(true, [&](bool second) {
       each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) {
         forward.adaptive(tile, slab, last && second, second);
       });
@@ -439,13 +443,12 @@ struct Backward {
   }
 };
 
-template <class T, bool kLast, bool kWhole>
+template <class T, bool kLast, bool kWhole, bool kBoth>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     backward_kernel(TwinBnBackward a, Plan plan, unsigned steps) {
   __shared__ Memory memory;
   const Backward<T, kLast, kWhole> backward{a, plan, memory};
-  const bool both = a.both_adaptive;
-  const bool frozen = !both && a.shape.split > 0 && (backward.frozen_sums() || backward.images());
+  const bool frozen = !kBoth && a.shape.split > 0 && (backward.frozen_sums() || backward.images());
   const auto frozen_part = [&](int part) {
     if (!frozen) return;
     each_item<kLast>(a.shape, plan,
@@ -453,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   };
   Barrier barrier{(steps & kCooperative) != 0};
   if (steps & kReduceStep) {
-    each_adaptive_half(both, false, [&](bool second) {
+    each_adaptive_half<kBoth>(false, [&](bool second) {
       if (backward.adaptive_sums(second))
         each_item<kLast>(a.shape, plan,
                          [&](int tile, int slab, bool) { backward.template reduce<false>(tile, slab, 0, second); });
@@ -464,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   }
   if (steps & kMergeStep) {
     if (backward.reduces())
-      each_adaptive_half(both, false,
+      each_adaptive_half<kBoth>(false,
                          [&](bool second) { each_merge(a.shape, [&](int job) { backward.merge(job, second); }); });
     barrier.arrive();
     frozen_part(1);
@@ -472,37 +475,48 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     barrier.arrive();  // the frozen sums are written
   }
   if (steps & kApplyStep) {
-    if (a.phase != Phase::kReduce && (both || a.shape.split < a.shape.images) && backward.images())
-      each_adaptive_half(both, true, [&](bool second) {
+    if (a.phase != Phase::kReduce && (kBoth || a.shape.split < a.shape.images) && backward.images())
+      each_adaptive_half<kBoth>(true, [&](bool second) {
         each_item<kLast>(a.shape, plan, [&](int tile, int slab, bool last) {
           backward.adaptive(tile, slab, last && second, second);
         });
       });
     barrier.wait();
-    if (!both && backward.reduces()) each_merge(a.shape, [&](int job) { backward.finish(job); });
+    if (!kBoth && backward.reduces()) each_merge(a.shape, [&](int job) { backward.finish(job); });
   }
 }
 
-template <class T>
+template <class T, bool kBoth>
 cudaError_t forward(const TwinBnForward& a, const Where& where) {
   const double again = sizeof(T);  // bytes of a value that are read a second time
   const bool whole = whole_groups(a.shape, {a.x, a.residual, a.y});
   if (a.shape.channels_last)
-    return whole ? launch<true, forward_kernel<T, true, true>>(a, again, where)
-                 : launch<true, forward_kernel<T, true, false>>(a, again, where);
-  return whole ? launch<false, forward_kernel<T, false, true>>(a, again, where)
-               : launch<false, forward_kernel<T, false, false>>(a, again, where);
+    return whole ? launch<true, forward_kernel<T, true, true, kBoth>>(a, again, where)
+                 : launch<true, forward_kernel<T, true, false, kBoth>>(a, again, where);
+  return whole ? launch<false, forward_kernel<T, false, true, kBoth>>(a, again, where)
+               : launch<false, forward_kernel<T, false, false, kBoth>>(a, again, where);
 }
 
-template <class T>
+template <class T, bool kBoth>
 cudaError_t backward(const TwinBnBackward& a, const Where& where) {
   const double again = 2 * sizeof(T) + (a.bits ? 1. / 8 : 0);
   const bool whole = whole_groups(a.shape, {a.dy, a.x, a.dx, a.dresidual});
   if (a.shape.channels_last)
-    return whole ? launch<true, backward_kernel<T, true, true>>(a, again, where)
-                 : launch<true, backward_kernel<T, true, false>>(a, again, where);
-  return whole ? launch<false, backward_kernel<T, false, true>>(a, again, where)
-               : launch<false, backward_kernel<T, false, false>>(a, again, where);
+    return whole ? launch<true, backward_kernel<T, true, true, kBoth>>(a, again, where)
+                 : launch<true, backward_kernel<T, true, false, kBoth>>(a, again, where);
+  return whole ? launch<false, backward_kernel<T, false, true, kBoth>>(a, again, where)
+               : launch<false, backward_kernel<T, false, false, kBoth>>(a, again, where);
+}
+
+// Kernels of their own, so that registers for the other half are spent where it is adaptive, too.
+template <class T>
+cudaError_t forward_of(const TwinBnForward& a, const Where& where) {
+  return a.both_adaptive ? forward<T, true>(a, where) : forward<T, false>(a, where);
+}
+
+template <class T>
+cudaError_t backward_of(const TwinBnBackward& a, const Where& where) {
+  return a.both_adaptive ? backward<T, true>(a, where) : backward<T, false>(a, where);
 }
 
 }  // namespace
@@ -516,9 +530,9 @@ int twin_bn_forward_cuda(const TwinBnForward& args, uintptr_t workspace, bool co
   if (!valid(args.shape)) return cudaErrorInvalidValue;
   const Where where{reinterpret_cast<float*>(workspace), cooperative, reinterpret_cast<cudaStream_t>(stream)};
   switch (args.dtype) {
-    case DType::kFloat32: return forward<float>(args, where);
-    case DType::kBFloat16: return forward<__nv_bfloat16>(args, where);
-    case DType::kFloat16: return forward<__half>(args, where);
+    case DType::kFloat32: return forward_of<float>(args, where);
+    case DType::kBFloat16: return forward_of<__nv_bfloat16>(args, where);
+    case DType::kFloat16: return forward_of<__half>(args, where);
   }
   return cudaErrorInvalidValue;
 }
@@ -527,9 +541,9 @@ int twin_bn_backward_cuda(const TwinBnBackward& args, uintptr_t workspace, bool 
   if (!valid(args.shape)) return cudaErrorInvalidValue;
   const Where where{reinterpret_cast<float*>(workspace), cooperative, reinterpret_cast<cudaStream_t>(stream)};
   switch (args.dtype) {
-    case DType::kFloat32: return backward<float>(args, where);
-    case DType::kBFloat16: return backward<__nv_bfloat16>(args, where);
-    case DType::kFloat16: return backward<__half>(args, where);
+    case DType::kFloat32: return backward_of<float>(args, where);
+    case DType::kBFloat16: return backward_of<__nv_bfloat16>(args, where);
+    case DType::kFloat16: return backward_of<__half>(args, where);
   }
   return cudaErrorInvalidValue;
 }

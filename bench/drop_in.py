@@ -39,7 +39,7 @@ WAYS = {  # name -> whether it is ours, and the type; the first one is what othe
 }
 ROUNDS = 2
 TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1}  # of the losses, relative
-RATE, MOMENTUM, BETA, GAMMA = 3e-3, 0.9, 6.0, 0.005
+RATE, MOMENTUM, BETA, GAMMA = 1e-5, 0.9, 6.0, 0.005
 
 
 @dataclass
@@ -471,6 +471,8 @@ def step_of(case: Case, way: str, problem: Inputs, steps: int) -> tuple[Loop, Lo
             setting.optimizer.zero_grad()
             loss.backward()
             setting.optimizer.step()
+        if not loss.isfinite():
+            raise FloatingPointError("the loss is not finite")
         return loss.detach()
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Broken files, made from good ones by seeded mutations, and what reads them, watched and within limits.
 
-``python -m tests.fuzz KIND FOLDER FIRST COUNT`` reads COUNT of them, one after the other, in FOLDER.
+``python -m tests.fuzz KIND[,KIND...] FOLDER FIRST COUNT`` reads COUNT files of each kind, one after the other.
 """
 
 from __future__ import annotations
@@ -259,21 +259,24 @@ def read_one(kind: Kind, folder: Path, originals: list[tuple[Path, bytes]], seed
     assert not watch.seen, watch.seen
 
 
-def main(name: str, place: str, first: str, count: str) -> None:
-    kind, folder = KINDS[name], Path(place)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = place
+def main(names: str, place: str, first: str, count: str) -> None:
+    folders = {name: Path(place, name) for name in names.split(",")}
+    originals = {}
     torch.manual_seed(0)
-    kind.make(folder)
-    originals = [(path, path.read_bytes()) for path in _files(folder)]
-    kind.read(folder)  # imports what it needs
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        KINDS[name].make(folder)
+        originals[name] = [(path, path.read_bytes()) for path in _files(folder)]
+        KINDS[name].read(folder)  # imports what it needs
+    os.environ["TMPDIR"] = tempfile.tempdir = place
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    watch = Watch(folder)
-    for number in range(int(first), int(first) + int(count)):
-        print(number, flush=True)  # the last one said is the one that ended this process
-        read_one(kind, folder, originals, f"{name} {number}", watch)
+    watch = Watch(Path(place))
+    for name, folder in folders.items():
+        for number in range(int(first), int(first) + int(count)):
+            print(name, number, flush=True)  # the last one said is the one that ended this process
+            read_one(KINDS[name], folder, originals[name], f"{name} {number}", watch)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,15 @@ def dense(m, x):
     return m.top(x)
 
 
+def heads_in_the_batch(m, x):
+    """Attention as of HaloNet, whose key is computed when the query is no longer batched."""
+    y = m.body(x)
+    query = m.c2(y).reshape(-1, 4, y[0, 0].numel()).transpose(1, 2)
+    key = m.c3(y).reshape(-1, 4, y[0, 0].numel())
+    values = (query @ key).softmax(-1) @ query
+    return m.top(m.c2(y + values.transpose(1, 2).reshape(y.shape)))
+
+
 def standardised(m, x):
     weight = m.c2.weight
     mean, var = weight.mean((1, 2, 3), keepdim=True), weight.var((1, 2, 3), keepdim=True)
@@ -252,6 +261,7 @@ def test_what_is_not_of_these_kinds_is_left_to_pytorch():
         "an outer product": lambda m, x: m.top(m.body(x).mean(2, True) * m.body(x).mean(3, True)),
         "rows side by side": lambda m, x: m.top(m.c2(torch.cat([m.body(x), m.body(x)], 2))),
         "of the image": lambda m, x: m.top(m.c1(F.softplus(x) ** 2)),
+        "heads in the batch": heads_in_the_batch,
     }
     x, y = data(4, 8)
     for name, forward in forwards.items():

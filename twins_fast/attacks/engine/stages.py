@@ -278,7 +278,7 @@ class Fuser:
         stages = {id(stage): stage for stage in self.owner.values()}
         # What slices are made from is there before the first of them.
         ordered = sorted(stages.values(), key=lambda stage: stage.nodes[0 if len(stage.outputs) > 1 else -1][0])
-        for stage in ordered:
+        for stage in self._late(ordered):
             before = self.stages[-1] if self.stages else None
             if stage.kind == "segment" and before is not None and before.kind == "segment":
                 before.nodes += stage.nodes
@@ -293,6 +293,17 @@ class Fuser:
             for last in stage.outputs:
                 self.value_of[last] = self._value(last, masked=stage.relu)
             stage.outputs = [self.value_of[last] for last in stage.outputs]
+
+    def _late(self, ordered: list[Stage]) -> list[Stage]:
+        """Results that are not batched right before their first use, as they cannot cross planned layers."""
+        places: dict[int, int] = {}
+        for place, stage in reversed([*enumerate(ordered)]):
+            inside = [index for index, _ in stage.nodes]
+            users = {user for index in inside for user in self.users[index] if user not in inside}
+            moves = stage.kind == "segment" and all(self.nodes[index].shape is None for index in inside)
+            uses = [places[id(self.owner[user])] for user in users if user in self.owner]
+            places[id(stage)] = min(uses) if moves and uses else place
+        return sorted(ordered, key=lambda stage: places[id(stage)])
 
     def _close(self, stage: Stage) -> None:
         """Which values a segment takes and gives, and which results it keeps for later segments."""

@@ -100,7 +100,8 @@ def test_triton_kernels_spill_nothing_and_move_16_bytes():
     assert [row for row in rows if row.spilled_bytes] == []
     aligned = [row for row in rows if " aligned" in row.variant and row.name != "pixels"]  # of three channels
     assert aligned and all(row.load_bits == 128 for row in aligned)
-    assert all(row.store_bits == 128 for row in aligned if row.name != "moments")  # which writes [slabs, 2, C] only
+    reductions = [row for row in aligned if row.name == "moments" or (row.name == "sums" and "both" in row.variant)]
+    assert all(row.store_bits == 128 for row in aligned if row not in reductions)  # which write [slabs, 2 or 4, C] only
 
 
 @pytest.mark.parametrize("missing", ["compiler works", "compiler exists"])

@@ -130,6 +130,9 @@ def fewer_than_two_values(rank):
     assert torch.equal(wing[0], torch.zeros(3)) and torch.equal(wing[1], torch.ones(3))
     y = ops.twin_batch_norm(x, 1, frozen, wing, 0.1, 1e-5, process_group="world")  # nobody has adaptive rows
     torch.testing.assert_close(y, F.batch_norm(x, *frozen))
+    weight = torch.ones(3, requires_grad=True)
+    ops.twin_batch_norm(x, 1, frozen, [*wing[:2], weight, None], 0.1, 0.0, process_group="world").sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3))  # without an eps, too
     assert torch.equal(wing[0], torch.zeros(3)) and torch.equal(wing[1], torch.ones(3))
 
 

@@ -34,6 +34,11 @@ def empty_bits(x: Tensor, keep: bool) -> Tensor:
     return x.new_empty((x.numel() // length, (length + 7) // 8) if keep else (0, 0), dtype=torch.uint8)
 
 
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """Of the vectors and statistics that go with ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def empty_stats(x: Tensor, rows: int = 2) -> Tensor:
     """[rows, C] float32."""
     return x.new_empty((rows, x.shape[1]), dtype=torch.float32)

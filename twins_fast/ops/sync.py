@@ -26,7 +26,7 @@ def twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, b
     with torch.no_grad():
         counts, statistics = _gather_statistics(halves, momentum, name, group)
         mean, variance = statistics[-1]
-        stats = torch.stack([mean, (variance + eps).rsqrt()]).to(_dtype_of_statistics(x))
+        stats = torch.stack([mean, (variance + eps).rsqrt()]).to(layout.vector_dtype(x))
         if both_adaptive:  # the forward pass does not tell statistics of all processes from frozen ones
             frozen = Wing(*statistics[0].to(stats.dtype), frozen.weight, frozen.bias)
     adaptive = Wing(weight=adaptive.weight, bias=adaptive.bias)
@@ -56,9 +56,9 @@ def _gather_statistics(halves, momentum, name, group) -> tuple[Tensor, list[Tens
     counts, statistics = [], []
     for i, (x, _, wing) in enumerate(halves):
         parts = received[:, i, :-1].unflatten(1, (2, x.shape[1]))
-        if everywhere[i] == 0:  # nobody has such rows
+        if everywhere[i] == 0:  # nobody has such rows: 1 / std of 0, whatever eps is
             counts.append(received.new_ones(()))
-            statistics.append(torch.zeros_like(parts[0]))
+            statistics.append(torch.stack([torch.zeros_like(parts[0, 0]), torch.full_like(parts[0, 1], torch.inf)]))
             continue
         count, (mean, deviation) = phases.combine(received[:, i, -1], parts)
         for running, new in zip(wing[:2], (mean, deviation / (count - 1)), strict=True):
@@ -131,7 +131,3 @@ def _apply_backward_to_both(kernel, dy, x, bits, split, first, second, stats, me
         arguments = dy[images], x[images], bits[of_bits], 0, Wing(), Wing(weight=wing.weight)
         results.append(kernel.apply_backward(*arguments, stats[i], means[i], eps, wanted))
     return [torch.cat(parts) for parts in zip(*results, strict=True)]
-
-
-def _dtype_of_statistics(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -72,7 +72,7 @@ def twin_batch_norm(
     x = _dense(x, memory_format)
     if residual is not None:
         residual = _dense(residual, memory_format)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = layout.vector_dtype(x)
     statistics = written_by(frozen, adaptive, both_adaptive)
     frozen, adaptive = (Wing(*[_as_vector(v, dtype) for v in wing]) for wing in (frozen, adaptive))
     if shared:

@@ -111,22 +111,31 @@ def run(words: Sequence[str]) -> None:
     subprocess.run([sys.executable, "-m", "twins_fast", *words], cwd=ROOT, check=True)
 
 
+def swept(
+    row: Row, size: int, data: Path, source: Path, name: str, words: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a sweep of a row, and what it found."""
+    folder = FOLDER / str(size) / row.slug / name
+    run([*command(row, data, source), *words, "--folder", str(folder)])
+    return folder, json.loads((folder / "sweep.json").read_text())
+
+
+def seeds(count: int) -> list[str]:
+    return ["--seeds", ",".join(map(str, range(count)))]
+
+
 def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
     """The sweep over learning rate, weight decay and the method's own weight, with one seed."""
-    folder = FOLDER / str(size) / row.slug / "search"
     axes = [*RATES, *([row.axis] if row.axis else [])]
     test = ["--evaluation.images", "500", "--evaluation.every", "2"]
-    run([*command(row, data, source), *axes, "--draws", str(DRAWS), "--folder", str(folder), *test])
-    return json.loads((folder / "sweep.json").read_text())
+    return swept(row, size, data, source, "search", [*axes, "--draws", str(DRAWS), *test])[1]
 
 
 def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The chosen setting with every seed, on all test images."""
-    folder = FOLDER / str(size) / row.slug / "seeds"
     axes = [f"{field}={value}" for field, value in setting.items()]
-    seeds = ",".join(map(str, range(row.seeds)))
-    run([*command(row, data, source), *axes, "--seeds", seeds, "--folder", str(folder)])
-    (found,) = json.loads((folder / "sweep.json").read_text())["settings"]
+    folder, sweep = swept(row, size, data, source, "seeds", [*axes, *seeds(row.seeds)])
+    (found,) = sweep["settings"]
     return folder / label_of(setting).replace(" ", ","), found
 
 
@@ -142,12 +151,10 @@ def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, An
     """The chosen setting with one thing changed at a time."""
     found = []
     for number, axes in enumerate(ABLATIONS):
-        folder = FOLDER / str(size) / row.slug / f"ablation-{number}"
         changed = [axis.partition("=")[0] for axis in axes]
         kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
-        seeds = ",".join(map(str, range(ABLATION_SEEDS)))
-        run([*command(row, data, source), *kept, *axes, "--seeds", seeds, "--folder", str(folder)])
-        for one in json.loads((folder / "sweep.json").read_text())["settings"]:
+        words = [*kept, *axes, *seeds(ABLATION_SEEDS)]
+        for one in swept(row, size, data, source, f"ablation-{number}", words)[1]["settings"]:
             shown = {field: one["setting"][field] for field in changed}
             found.append({"changed": shown, "seeds": one["seeds"], "figures": one["figures"]})
     return found

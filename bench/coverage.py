@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ WAYS = {  # name -> engine, type and layout of what is timed; the first one is w
 COMPARED = ("autocast", "plan-bf16")  # whose memory is
 CHECKED, TIMED, REMEMBERED = 2, 8, 32  # images
 MOVED, STARTS = 1, 5  # starts that are moved by roundoff, for each start that is tried
-FEW, MANY, ROUNDS = 1, 3, 3  # steps of the two attacks whose difference is timed; turns of each
+FEW, MANY = 1, 3  # steps of the two attacks whose difference is timed
+ROUNDS, ENOUGH = 3, 20  # turns of each, or only one where the first has taken so many seconds
 SMALL = (32, 64, 96, 128, 160, 192)  # sides that are tried by --small
 EQUAL, ROUNDOFF_MULTIPLE, MOST = 1e-4, 3, 1e-2  # error of the gradient: allowed; as a multiple of roundoff; at most
 PLANNED, UNEQUAL, REFUSED, BROKEN, ENDED = "planned", "unequal", "refused", "broken", "ended"
@@ -56,9 +59,14 @@ class Depth:
     memory: bool = False
 
     def lacks(self, row: dict) -> bool:
-        """Whether the row of an earlier run is without something of this."""
+        """Whether something of this can be added to the row."""
         asked = {"times": self.times, "memory": self.memory}
         return row["status"] == PLANNED and any(asked[key] and key not in row for key in asked)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """What the side of the images may be, instead of the network's own."""
+        return SMALL if self.small else ()
 
 
 @dataclass
@@ -71,14 +79,13 @@ class Problem:
     labels: Tensor
 
 
-def problem_of(zoo: str, name: str, images: int, small: bool) -> Problem:
-    """A network of a zoo with seeded random weights, and random images."""
+def problem_of(zoo: str, name: str, images: int, sides: Sequence[int]) -> Problem:
+    """A network of a zoo with seeded random weights, and random images of the first side that works, or of its own."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model, side = ZOOS[zoo].build(name)
+    model, own = ZOOS[zoo].build(name)
     model = model.requires_grad_(False)
-    if small:
-        side = next((smaller for smaller in SMALL if smaller < side and _takes(model, smaller)), side)
+    side = next((side for side in sides if side < own and _takes(model, side)), own)
     enliven(model, random_images(BATCH, side, generator))
     clean = random_images(images, side, generator)
     start = (clean + torch.empty_like(clean).uniform_(-EPS, EPS, generator=generator)).clamp_(0, 1)
@@ -96,14 +103,14 @@ def _takes(model: nn.Module, side: int) -> bool:
 
 def examine(zoo: str, name: str, depth: Depth) -> dict:
     """The row of a network; of one that is not planned for small images, that for its own size."""
-    row = examined(zoo, name, depth.small)
-    return examined(zoo, name, False) if depth.small and row["status"] in (UNEQUAL, REFUSED) else row
+    row = examined(zoo, name, depth.sides)
+    return examined(zoo, name, ()) if depth.small and row["status"] in (UNEQUAL, REFUSED) else row
 
 
-def examined(zoo: str, name: str, small: bool) -> dict:
+def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
     """Whether a network is planned, or why not; whether the plan computes what the network does."""
     try:
-        problem = problem_of(zoo, name, CHECKED, small)
+        problem = problem_of(zoo, name, CHECKED, sides)
         gradient_of(problem)
     except Exception as error:
         return {"status": BROKEN, "reason": one_line(error)}
@@ -196,9 +203,9 @@ def distance(gradient: Tensor, expected: Tensor) -> float:
     return ((gradient - expected).norm() / expected.norm()).item()
 
 
-def times(zoo: str, name: str, small: bool) -> dict:
+def times(zoo: str, name: str, side: int) -> dict:
     """Milliseconds of a step, by each way; they take turns."""
-    problem = problem_of(zoo, name, TIMED, small)
+    problem = problem_of(zoo, name, TIMED, (side,))
     runners, failures = {}, {}
     for way in WAYS:
         attacks = {part: attack_of(problem.model, way, steps) for part, steps in (("few", FEW), ("many", MANY))}
@@ -211,15 +218,18 @@ def times(zoo: str, name: str, small: bool) -> dict:
             runners[way] = Runner(tuple, chains, dict, "")
         except Exception as error:
             failures[way] = one_line(error)
-    samples, failed = interleave(runners, {"": [()]}, ROUNDS, "cpu", long=True)
+    started = time.perf_counter()
+    samples, failed = interleave(runners, {"": [()]}, 1, "cpu", long=True)
+    if time.perf_counter() - started < ENOUGH:
+        samples, failed = interleave(runners, {"": [()]}, ROUNDS, "cpu", long=True)
     failures |= failed
     result = {way: 1e3 * (min(s["many"]) - min(s["few"])) / (MANY - FEW) for way, s in samples.items()}
     return {"milliseconds": result, "failures": failures}
 
 
-def peak(zoo: str, name: str, small: bool, way: str) -> int:
+def peak(zoo: str, name: str, side: int, way: str) -> int:
     """Bytes beyond network and images at the highest of a second attack, in this process."""
-    problem = problem_of(zoo, name, REMEMBERED, small)
+    problem = problem_of(zoo, name, REMEMBERED, (side,))
     attack = attack_of(problem.model, way, 1)
     before = memory_in_use("cpu", reset=True)
     for _ in range(2):
@@ -229,22 +239,37 @@ def peak(zoo: str, name: str, small: bool, way: str) -> int:
 
 
 def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers: int, record: Record) -> None:
-    """Add a row for each name that has none of this depth, or was not ready; each stands for so many networks."""
-    known = {row["name"] for row in record.rows if row["status"] != ENDED and not depth.lacks(row)}
-    todo = [name for name in names if name not in known]
-    record.rows = [row for row in record.rows if row["name"] not in todo]
-    tasks = [(zoo, name, depth) for name in todo]
-    for number, ((_, name, _), row) in enumerate(in_children(examine, tasks, limits, workers), 1):
+    """Add a row for each name that has none, or was not ready; and to each planned one what this depth asks for.
+
+    A row stands for so many networks.
+    """
+    kept = {row["name"]: row for row in record.rows if row["status"] != ENDED}
+    record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
+    new = [(zoo, name, depth) for name in names if name not in kept]
+    deeper = [row for name, row in kept.items() if name in names and depth.lacks(row)]
+    number = 0
+    for (_, name, _), found in in_children(examine, new, limits, workers):
         row = {"name": name, "stands_for": names[name], "commit": record.header["commit"]} | (
-            {"status": ENDED, "reason": str(row)} if isinstance(row, Ended) else row
+            {"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found
         )
-        if row["status"] == PLANNED:
-            if depth.times:
-                row["times"] = more(limits, times, zoo, name, depth.small)
-            if depth.memory:
-                row["memory"] = {way: more(limits, peak, zoo, name, depth.small, way) for way in COMPARED}
-        record.add(row)
-        print(f"[{number}/{len(todo)}] {in_words(row)}", flush=True)
+        record.add(deepened(zoo, row, depth, limits))
+        number += 1
+        print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
+    for row in deeper:
+        record.rows.remove(row)
+        record.add(deepened(zoo, row, depth, limits))
+        number += 1
+        print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
+
+
+def deepened(zoo: str, row: dict, depth: Depth, limits: Limits) -> dict:
+    """The row with what it lacks."""
+    network = (zoo, row["name"])
+    if depth.lacks(row) and depth.times:
+        row["times"] = more(limits, times, *network, row["side"])
+    if depth.lacks(row) and depth.memory:
+        row["memory"] = {way: more(limits, peak, *network, row["side"], way) for way in COMPARED}
+    return row
 
 
 def more(limits: Limits, function: Callable, *arguments: Any) -> Any:
@@ -314,19 +339,48 @@ def not_planned(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
+def speedups(row: dict) -> tuple[float, float] | None:
+    """How much faster the plan is: in float32 than eager, in bfloat16 than the better of eager and autocast."""
+    taken = row["times"]["milliseconds"] if isinstance(row.get("times"), dict) else {}
+    if not {"eager", "plan-float32", "plan-bf16"} <= taken.keys():
+        return None
+    best = min(taken["eager"], taken.get("autocast", math.inf))
+    return taken["eager"] / taken["plan-float32"], best / taken["plan-bf16"]
+
+
+def saving(row: dict) -> float | None:
+    """The plan's memory as a share of autocast's."""
+    used = [row.get("memory", {}).get(way) for way in COMPARED]
+    return used[1] / used[0] if all(isinstance(bytes_, int) for bytes_ in used) else None
+
+
+def time_summary(rows: list[dict]) -> list[list[str]]:
+    """Over the networks of a kind: the least and the median of the speedups, how many are slower; memory."""
+    lines = [["kind", "timed", "float32: least, median", "bf16: least, median", "slower", "memory: median, most"]]
+    for kind in ("BatchNorm", "others"):
+        part = [row for row in rows if row.get("kind") == kind]
+        ratios = [ratio for row in part if (ratio := speedups(row))]
+        shares = [share for row in part if (share := saving(row))]
+        if ratios:
+            texts = [f"{min(values):.2f}, {statistics.median(values):.2f}" for values in zip(*ratios, strict=True)]
+            slower = sum(min(ratio) < 1 for ratio in ratios)
+            memory = f"{statistics.median(shares):.2f}, {max(shares):.2f}" if shares else ""
+            lines.append([kind, str(len(ratios)), *texts, str(slower), memory])
+    return lines
+
+
 def time_table(rows: list[dict]) -> list[list[str]]:
-    """Milliseconds of a step, and how much faster than eager; memory, and its share of autocast's."""
-    lines = [[f"batch {TIMED}", "segments", *WAYS, *(f"memory, {way}" for way in COMPARED)]]
-    for row in rows:
-        if "times" not in row:
-            continue
-        lines.append([row["name"], str(row["segments"])])
+    """Milliseconds of a step, how much faster the plans are, and memory; the smallest gain first."""
+    lines = [[f"batch {TIMED}", "kind", "segments", *WAYS, "float32", "bf16", *(f"MB, {way}" for way in COMPARED)]]
+    timed = [row for row in rows if "times" in row]
+    for row in sorted(timed, key=lambda row: min(speedups(row) or (0,))):
         taken = row["times"]["milliseconds"] if isinstance(row["times"], dict) else {}
-        for way in WAYS:
-            ratio = f" ({taken['eager'] / taken[way]:.1f} x)" if way in taken and "eager" in taken else ""
-            lines[-1].append(f"{taken[way]:.0f} ms{ratio}" if way in taken else "failed")
+        line = [row["name"], row["kind"], str(row["segments"])]
+        line += [f"{taken[way]:.0f} ms" if way in taken else "failed" for way in WAYS]
+        line += [f"{ratio:.2f} x" for ratio in speedups(row) or ()] or ["", ""]
         used = [row.get("memory", {}).get(way) for way in COMPARED]
-        lines[-1] += ["" if n is None else f"{n / 1e6:.0f} MB" if isinstance(n, int) else "failed" for n in used]
+        line += ["" if n is None else f"{n / 1e6:.0f}" if isinstance(n, int) else "failed" for n in used]
+        lines.append(line)
     return lines
 
 

@@ -327,6 +327,11 @@ def coverage_time() -> str:
     return _of_networks(bench_coverage.time_table)
 
 
+def coverage_speed() -> str:
+    """The networks that were timed, in two lines."""
+    return _of_networks(bench_coverage.time_summary)
+
+
 def coverage_refused() -> str:
     """Every network that is not planned."""
     return _of_networks(bench_coverage.not_planned)
@@ -449,7 +454,7 @@ TABLES |= {
     "coverage_reasons": coverage_reasons,
     "coverage_segments": coverage_segments,
 }
-TABLES |= {"coverage_time": coverage_time, "coverage_refused": coverage_refused}
+TABLES |= {"coverage_speed": coverage_speed, "coverage_time": coverage_time, "coverage_refused": coverage_refused}
 TABLES |= {
     "transfer": transfer,
     "transfer_pairs": transfer_pairs,

@@ -775,7 +775,26 @@ def test_coverage_of_families_with_times_and_memory(tiny_zoo):
     (row,) = json.loads(tiny_zoo.read_text())["workloads"]
     assert (row["name"], row["stands_for"]) == ("small", 2) and set(row["memory"]) == set(coverage.COMPARED)
     assert set(row["times"]["milliseconds"]) == set(coverage.WAYS) and not row["times"]["failures"]
-    assert "| small | 0 | " in report.coverage_time() and " MB |" in report.coverage_time()
+    assert "| small | BatchNorm | 0 | " in report.coverage_time() and "failed" not in report.coverage_time()
+    assert "| BatchNorm | 1 | " in report.coverage_speed() and "| others |" not in report.coverage_speed()
+
+
+def test_speedups_and_memory_in_coverage():
+    slow = {"eager": 10.0, "autocast": 5.0, "plan-float32": 8.0, "plan-bf16": 10.0}
+    fast = {"eager": 10.0, "plan-float32": 5.0, "plan-bf16": 2.0}  # autocast failed
+    rows = [
+        {"name": name, "kind": "BatchNorm", "segments": 0, "times": {"milliseconds": taken, "failures": {}}}
+        for name, taken in (("fast", fast), ("slow", slow))
+    ]
+    rows[0]["memory"] = {"autocast": 40_000_000, "plan-bf16": 10_000_000}
+    rows.append(
+        {"name": "ended", "kind": "BatchNorm", "segments": 0, "times": "killed", "memory": {"autocast": "killed"}}
+    )
+    assert [coverage.speedups(row) for row in rows] == [(2, 5), (1.25, 0.5), None]
+    assert coverage.time_summary(rows)[1] == ["BatchNorm", "2", "1.25, 1.62", "0.50, 2.75", "1", "0.25, 0.25"]
+    _, ended, slowest, fastest = coverage.time_table(rows)
+    assert [line[0] for line in (ended, slowest, fastest)] == ["ended", "slow", "fast"]
+    assert ended[3:] == ["failed"] * 4 + [""] * 2 + ["failed", ""] and fastest[7:] == ["2.00 x", "5.00 x", "40", "10"]
 
 
 def test_a_process_that_dies_is_a_result():

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-compat lint docs install clean
+.PHONY: train test test-all test-compat lint docs wheel install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
@@ -31,6 +31,11 @@ lint: install
 docs: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'twins-fast[docs]'
 	$(BIN)/mkdocs build --strict
+
+# A wheel for each Python here and the source distribution, into dist/; each wheel is tried where there is no compiler.
+wheel: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'twins-fast[wheel]'
+	$(BIN)/python -m tests.wheels
 
 install: .venv/installed
 

@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 NOTE = "_build_failed.txt"  # read by twins_fast.ops.native
+OBJECTS = ROOT / "build" / "objects"  # kept, so that another build, also for another Python, compiles what changed only
 CUDA_ARCHITECTURES = ("80", "90", "100")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 X86_FLAGS = {
@@ -45,7 +46,7 @@ def units(nvcc: str | None, isas: list[str] | None = None) -> list[tuple[str, st
             kernels.append((f"csrc/cpu/{unit}.cpp", f"{unit}_{isa}.o", flags))
     define = "-DTWINS_FAST_CUDA" if nvcc else ""
     common = [
-        ("csrc/bind.cpp", "bind.o", f"{define} {pybind11_flags()}"),
+        ("csrc/bind.cpp", f"bind.{sysconfig.get_config_var('SOABI')}.o", f"{define} {pybind11_flags()}"),
         ("csrc/cpu/dispatch.cpp", "dispatch.o", " ".join(f"-DTWINS_FAST_HAS_{isa}" for isa in isas)),
     ]
     cuda = []
@@ -111,7 +112,7 @@ def compile_module(target: Path, folder: Path, nvcc: str | None) -> None:
         raise RuntimeError("no C++ compiler found")
     openmp = "" if sys.platform == "darwin" else "-fopenmp"
     link = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    host = f"-O3 -fPIC -std=c++17 -fno-math-errno -fno-trapping-math -Wno-psabi {openmp}"
+    host = f"-O3 -fPIC -std=c++17 -fno-math-errno -fno-trapping-math -Wno-psabi -DNDEBUG {openmp}"
     linker = f"{nvcc} -ccbin {cxx} -cudart static -Xcompiler -fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
         f"includes = {include(ROOT / 'csrc')} {include(ROOT / 'csrc' / 'include')}",
@@ -147,11 +148,10 @@ class BuildWithNinja(build_ext):
         note = target.parent / NOTE
         note.unlink(missing_ok=True)
         target.unlink(missing_ok=True)
-        folder = Path(self.build_temp).resolve()
         failures = []
         for nvcc in dict.fromkeys((find_nvcc(), None)):
             try:
-                compile_module(target, folder, nvcc)
+                compile_module(target, OBJECTS, nvcc)
                 break
             except Exception as error:
                 failures.append(" ".join(str(error).split()))

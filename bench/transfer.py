@@ -25,12 +25,14 @@ import torch
 from bench.harness import RESULTS, keep
 from bench.header import ROOT
 from twins_fast.evaluation.results import markdown
+from twins_fast.train.pictures import pyplot, save
 from twins_fast.train.recipes import SOURCE_CLASSES, TARGET_CLASSES
 from twins_fast.train.settings import label_of
 from twins_fast.train.sweep_results import mean_and_deviation
 
 NAME = "transfer"
 FOLDER = ROOT / "runs" / "transfer"
+PICTURES = ROOT / "docs" / "results"
 SIZES = (500, 2500)  # training images of a class
 DRAWS, EPOCHS = 8, 10
 ATTACKED = 1000  # test images for AutoAttack
@@ -39,6 +41,7 @@ COMMON = (
     f"--recipe mini --amp bf16 --data.dataset npz --epochs {EPOCHS} --optimizer.milestones {4 * EPOCHS // 5}".split()
 )
 COMMON += ["--data.classes", ",".join(TARGET_CLASSES), "--evaluation.validation-part", "0.2"]
+COMMON += ["--devices", "cuda" if torch.cuda.is_available() else "cpu,cpu"]  # two at a time
 LAMBDA = "method.frozen_weight=uniform(0.2,1.5)"
 
 
@@ -160,13 +163,13 @@ def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, An
     return found
 
 
-def measure(size: int, source: Path, names: Sequence[str]) -> None:
+def measure(size: int, source: Path, names: Sequence[str], resume: bool = False) -> None:
     """The table of one size, row by row into its file."""
     path = RESULTS / f"{NAME}-{size}.json"
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     data = subset(source, size)
     for row in ROWS:
-        if row.name not in names:
+        if row.name not in names or (resume and row.name in record["rows"]):
             continue
         search = searched(row, size, data, source)
         folder, found = trained(row, size, data, source, search["chosen"][0]["setting"])
@@ -176,7 +179,37 @@ def measure(size: int, source: Path, names: Sequence[str]) -> None:
         record["rows"][row.name]["autoattack"] = attacked(folder)
         if row.name == ABLATED and size == SIZES[0]:
             record["rows"][row.name]["ablations"] = ablated(row, size, data, source, found["setting"])
-        keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=record["rows"])
+        kept = keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=record["rows"])
+        draw(kept, PICTURES / f"{NAME}-{size}.png")
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Clean accuracy against accuracy under attack for each method, and both over the weight of the frozen wing."""
+    figure, (plane, weights) = pyplot().subplots(1, 2, figsize=(10, 4))
+    titles = ["clean, best", "robust, best"]
+    for name, row in record["rows"].items():
+        (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in titles), strict=True)
+        twins = "twins" in name
+        plane.errorbar(x, y, dy, dx, fmt="o" if twins else "s", color="C3" if twins else "C0", capsize=2)
+        plane.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    plane.set(xlabel="clean accuracy, %", ylabel="PGD-10 accuracy, %", title="test images, over seeds")
+    field = "method.frozen_weight"
+    tried = [one for one in record["rows"].get(ABLATED, {}).get("ablations", []) if [*one["changed"]] == [field]]
+    for title in titles if tried else ():
+        means, deviations = zip(*(_percent(one["figures"][title]) for one in tried), strict=True)
+        weights.errorbar([one["changed"][field] for one in tried], means, deviations, fmt="-o", capsize=2, label=title)
+    weights.set(xlabel="lambda, the weight of the frozen wing's loss", ylabel="accuracy, %", title=ABLATED)
+    if tried:
+        weights.legend()
+    for axis in (plane, weights):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def _percent(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return 100 * statistics.fmean(values), 100 * statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -240,10 +273,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="CIFAR-10 as an .npz file")
     parser.add_argument("--sizes", default="500", help="training images of a class (%(default)s)")
     parser.add_argument("--rows", default=",".join(r.slug for r in ROWS), help="default: all")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the result file has")
     args = parser.parse_args(arguments)
     wanted = args.rows.split(",")
     for size in map(int, args.sizes.split(",")):
-        measure(size, args.source.resolve(), [row.name for row in ROWS if row.slug in wanted])
+        measure(size, args.source.resolve(), [row.name for row in ROWS if row.slug in wanted], args.resume)
 
 
 if __name__ == "__main__":

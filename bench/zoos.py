@@ -182,4 +182,5 @@ def enliven(model: nn.Module, images: Tensor) -> nn.Module:
             model(images)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())  # dead channels blow up
     return model.eval()

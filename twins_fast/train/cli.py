@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Union
@@ -46,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         command = _parse(argv)
         if command is not None:
             command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, TrainingError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt as interrupt:

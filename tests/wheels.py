@@ -64,9 +64,17 @@ def tried(python: str, wheel: Path) -> None:
         run(f"{folder}/bin/python", SMOKE, cwd=folder, env={key: value for key, value in alone.items() if value})
 
 
+def here(python: str) -> bool:
+    """Whether it runs: what pyenv puts on the PATH may not."""
+    try:
+        return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.wheels", description=__doc__)
-    parser.add_argument("--pythons", default=",".join(filter(shutil.which, PYTHONS)), help="default: %(default)s")
+    parser.add_argument("--pythons", default=",".join(filter(here, PYTHONS)), help="default: %(default)s")
     args = parser.parse_args(arguments)
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, ROOT / "setup.py", "-q", "sdist", cwd=ROOT)

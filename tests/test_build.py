@@ -16,6 +16,7 @@ from tests import wheels
 from twins_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
+ARM_CXX = "aarch64-linux-gnu-g++"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 
@@ -40,6 +41,15 @@ def test_other_processors_get_the_baseline_only(description, monkeypatch):
     monkeypatch.setattr(description, "pybind11_flags", lambda: "")
     monkeypatch.setattr(description.platform, "machine", lambda: "aarch64")
     assert [flags for _, name, flags in description.units(None) if "twin_bn" in name] == ["-DTWINS_FAST_ISA=baseline"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(ARM_CXX) is None, reason=f"no {ARM_CXX}")
+def test_it_compiles_for_arm(description, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", ARM_CXX)
+    monkeypatch.setattr(description.platform, "machine", lambda: "aarch64")
+    description.compile_module(tmp_path / "_C.so", tmp_path, None)
+    assert int.from_bytes((tmp_path / "_C.so").read_bytes()[18:20], "little") == 183  # EM_AARCH64
 
 
 def test_finding_nvcc(description, monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-compat lint docs wheel install clean
+.PHONY: train test test-all test-compat sanitize lint docs wheel install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
@@ -21,6 +21,10 @@ test-compat: install runs/compat-env/installed
 runs/compat-env/installed: tests/compat/originals/requirements.txt
 	rm -f $@
 	$(BIN)/python -m bench.environments compat-env --requirement $<
+
+# The C++ kernels with g++'s sanitizers in them. Compiling and running them takes long.
+sanitize: install
+	OMP_NUM_THREADS=2 $(BIN)/python -m tests.sanitizers.run
 
 lint: install
 	$(BIN)/ruff check .

@@ -32,5 +32,6 @@ for isa in native._C.cpu_isas:
         same = (planned == eager).float().mean().item()
         assert same > AGREEING[dtype], (isa, dtype, same)
 print("instruction sets:", ", ".join(native._C.cpu_isas), flush=True)
-for words in ("info", "train --recipe mini --epochs 1 --attack.steps 1 --evaluation.images 64 --run.baselines= --run run"):
+TRAINING = "train --recipe mini --epochs 1 --attack.steps 1 --evaluation.images 64 --run.baselines= --run run"
+for words in ("info", TRAINING):
     subprocess.run([sys.executable, "-m", "twins_fast", *words.split()], check=True)

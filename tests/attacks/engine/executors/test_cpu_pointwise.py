@@ -112,7 +112,8 @@ def test_activations(kind, dtype, isa):
         for got, want, allowed in zip((y.get(), slope.get()), wanted, (3e-7, 3e-6), strict=True):
             error = (got.double() - want).abs() / (1 + want.abs())
             numbers = ~x[len(x) - count :].isnan()
-            assert (error <= allowed + UNIT[dtype])[numbers].all()
+            kink = (x[len(x) - count :].abs() == 3) & (kind == "hardswish")  # where PyTorch 2.6 has other slopes
+            assert (error <= allowed + UNIT[dtype])[numbers & ~kink].all()
         assert y.get().isnan().equal(~numbers)
     same = x.clone()
     run("activation", len(x), *arguments[1:], *pointers(same, same, torch.empty_like(x)), isa=isa)  # in place

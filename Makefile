@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-compat sanitize lint docs wheel install clean
+.PHONY: train test test-all test-compat test-versions sanitize lint docs wheel install clean
 
 train: install
 	$(BIN)/twins-fast train --recipe mini
@@ -25,6 +25,10 @@ runs/compat-env/installed: tests/compat/originals/requirements.txt
 # The C++ kernels with g++'s sanitizers in them. Compiling and running them takes long.
 sanitize: install
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.sanitizers.run
+
+# With each line of tests/versions.txt, from the oldest PyTorch to the newest, in environments of their own.
+test-versions:
+	$(PYTHON) -m tests.versions
 
 lint: install
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def _check_wing(wing: str, vectors: Any, x: Tensor) -> None:
             raise ValueError(f"{wing} {name} must be on {x.device} like x, got {vector.device}")
         if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
             raise TypeError(f"{wing} {name} must be {x.dtype} like x (or float32 beside half), got {vector.dtype}")
-    for name, vector in zip(Wing._fields[:2], vectors[:2], strict=True):
+    for name, vector in (("running_mean", vectors[0]), ("running_var", vectors[1])):
         if vector is not None and vector.requires_grad:
             raise ValueError(f"{wing} {name} must not require a gradient")
         if vector is not None and vector.shape[0] > 1 and vector.stride(0) == 0:

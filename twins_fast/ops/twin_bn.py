@@ -80,7 +80,7 @@ def twin_batch_norm(
 
         how = both_adaptive, name, process_group
         y = sync.twin_batch_norm(x, residual, split, frozen, adaptive, momentum, eps, relu, *how)
-    elif _is_differentiated((x, residual, *frozen[2:], *adaptive[2:])):
+    elif _is_differentiated((x, residual, frozen.weight, frozen.bias, adaptive.weight, adaptive.bias)):
         y = _TwinBatchNorm.apply(x, residual, split, momentum, eps, relu, both_adaptive, name, *frozen, *adaptive)
     else:
         rest = momentum, eps, relu, False, name

@@ -24,4 +24,5 @@ def wings_of(vectors: Sequence[Any]) -> tuple[Wing, Wing]:
 
 def written_by(frozen: Sequence[Any], adaptive: Sequence[Any], both_adaptive: bool) -> Sequence[Any]:
     """The running statistics that a call updates."""
-    return (*frozen[:2], *adaptive[:2]) if both_adaptive else adaptive[:2]
+    written = adaptive[0], adaptive[1]  # the compiler of PyTorch 2.6 knows no slices of a NamedTuple
+    return (frozen[0], frozen[1], *written) if both_adaptive else written

@@ -13,7 +13,7 @@ import yaml
 import twins_fast
 
 ROOT = Path(__file__).parent.parent
-OF_THE_REPOSITORY = {".ci/run", ".gitignore"}
+OF_THE_REPOSITORY = {".ci/run", ".github/workflows/packages.yml", ".gitignore"}
 LINK = "twins_fast/kernels"  # a link in the repository, a folder in the archive
 
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <link.h>
+#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -247,6 +248,7 @@ class Block {
       fibers_[i].thread = place(i, grid.threads);
       fibers_[i].at = At::kRunning;
       fibers_[i].copies.assign(1, {});
+      ASAN_UNPOISON_MEMORY_REGION(stacks_[i], kStack);  // the frames of a fiber that has exited without returning
       *reinterpret_cast<uint64_t*>(stacks_[i]) = kCanary;
       prepare(&fibers_[i].context, stacks_[i], start);
     }

@@ -234,9 +234,9 @@ def pixels(channels=3, steps=0, size=(2, 2), out_size=(2, 2), image=None):
     image = torch.rand(1, channels, *size) if image is None else image
     out = torch.empty(image.shape)
     pointers = (image.data_ptr(), 0, 0, 0, 0, out.data_ptr())
-    values = torch.zeros(8, 4).data_ptr()
-    codes = [1] * steps
-    return native._C.pixels_cuda(1, channels, *size, *out_size, 0, 0, codes, values, "float32", *pointers, 0, 0, 0)
+    values, codes = torch.zeros(8, 4), [1] * steps
+    sizes = (1, channels, *size, *out_size, 0, 0)
+    return native._C.pixels_cuda(*sizes, codes, values.data_ptr(), "float32", *pointers, 0, 0, 0)
 
 
 def test_pixels_that_have_no_kernel_are_an_error():

@@ -4,14 +4,16 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
-extern "C" void __asan_loadN(const void*, unsigned long), __asan_storeN(void*, unsigned long);
+extern "C" void __asan_loadN(void*, long), __asan_storeN(void*, long);  // as the compiler itself declares them
 
 namespace {
 
-inline void reads(const void* p, unsigned long mask, int size) { __asan_loadN(p, __builtin_popcountl(mask) * size); }
+inline void reads(const void* p, unsigned long mask, int size) {
+  __asan_loadN(const_cast<void*>(p), __builtin_popcountl(mask) * size);
+}
 inline void writes(void* p, unsigned long mask, int size) { __asan_storeN(p, __builtin_popcountl(mask) * size); }
 inline void reads_tile(const void* p, long stride) {
-  for (int row = 0; row < 16; ++row) __asan_loadN(static_cast<const char*>(p) + row * stride, 64);
+  for (int row = 0; row < 16; ++row) __asan_loadN(static_cast<char*>(const_cast<void*>(p)) + row * stride, 64);
 }
 inline void writes_tile(void* p, long stride) {
   for (int row = 0; row < 16; ++row) __asan_storeN(static_cast<char*>(p) + row * stride, 64);

@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
-TESTS = ["tests/ops/test_twin_bn.py", "tests/attacks/engine/executors"]
+TESTS = ["tests/ops/test_twin_bn.py", "tests/attacks/engine/executors", "tests/csrc/test_cuda.py"]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
 INTRINSICS = f"-include {HERE / 'intrinsics.h'}"
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
@@ -36,9 +36,10 @@ def build(sanitizer: str) -> Path:
     setup = load("twins_fast_setup", ROOT / "setup.py")
     units, folder = setup.units, ROOT / "build" / f"sanitizer-{sanitizer}"
     openmp = (str(HERE / "openmp.cpp"), "openmp.o", "")
+    known = setup.isas_of("g++") if sanitizer == "address" else []
 
     def chosen(nvcc, isas):
-        all_units = units(nvcc, isas) if sanitizer == "address" else [*units(nvcc, []), openmp]
+        all_units = [*units(nvcc, known), *([openmp] if sanitizer == "thread" else [])]
         return [(source, name, f"{flags} -O1") for source, name, flags in all_units]
 
     setup.units = chosen
@@ -58,6 +59,7 @@ def run_tests(sanitizer: str, tests: list[str]) -> int:
     environment = {
         **os.environ,
         **ENVIRONMENT,
+        "CUDA_EMULATOR_SANITIZERS": FLAGS[sanitizer],
         # With the library of C++, in which the sanitizer looks for what throws before PyTorch brings it.
         "LD_PRELOAD": f"{file_of_gcc(LIBRARIES[sanitizer])} {file_of_gcc('libstdc++.so.6')}",
     }

@@ -150,7 +150,11 @@ def test_wheel_without_a_compiler(missing, tmp_path):
         ("linux", {"twins_fast/_C.so": b"\0"}, ["not for every Linux"]),
         ("manylinux_2_28", {"twins_fast/x.py": b""}, ["compiled modules: []"]),
         ("manylinux_2_28", {"twins_fast/_C.so": b"", "tests/a.py": b""}, ["does not belong there: tests/a.py"]),
-        ("manylinux_2_28", {"twins_fast/_C.so": bytes(ROOT / "a.h")}, [f"holds a path of this machine: {ROOT}"]),
+        (
+            "manylinux_2_28",
+            {"twins_fast/_C.so": bytes(ROOT / "a.h")},
+            [f"holds a path of this machine: {path}" for path in sorted(wheels.HERE) if ROOT.is_relative_to(path)],
+        ),
     ],
 )
 def test_what_is_looked_for_in_a_wheel(name, files, said, tmp_path):

@@ -1,5 +1,6 @@
 """Robust accuracy: figures, what is kept, kills, and attacks that cheat."""
 
+import random
 import signal
 import subprocess
 import sys
@@ -192,8 +193,8 @@ print([(column.name, column.right.tolist(), column.loss) for column in results.c
 """
 
 
-def test_killed_and_resumed(tmp_path):
-    path = tmp_path / "cut"
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    path, chance = tmp_path / "cut", random.Random(0)
 
     def start(path):
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True)
@@ -205,12 +206,14 @@ def test_killed_and_resumed(tmp_path):
 
     whole = start(tmp_path / "whole").communicate()[0]
     total = lines(tmp_path / "whole")
-    process = start(path)
-    while lines(path) < 0.4 * total and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()  # at random moments, and often: tests/train/test_kills.py
-    assert process.wait() == -signal.SIGKILL
-    assert 0.4 * total <= lines(path) < total
+    for part in (0.1, 0.4, 0.7):
+        process = start(path)
+        while lines(path) < part * total and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0.7 * total <= lines(path) < total
     path.write_bytes(path.read_bytes() + b'{"key": "torn')
     assert start(path).communicate()[0] == whole
     assert lines(path) == total + 1

@@ -67,20 +67,22 @@ def test_resuming_continues_the_very_same_trajectory(tmp_path, npz, monkeypatch,
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_kill_loses_nothing(tmp_path, npz):
-    """A real SIGKILL in the middle of training, then a resume to the end; test_kills.py has more of them."""
+def test_a_kill_at_any_moment_loses_nothing(tmp_path, npz):
+    """A real SIGKILL in the middle of training, several times over, then a resume to the end."""
     program = f"{REGISTER_TINY}; from twins_fast.train import cli, trainer; trainer.SAVE_EVERY_SECONDS = 0.0; "
     arguments = ["train", "--recipe", "mini-pretrain", "--run", str(tmp_path / "cut"), "--data-root", str(npz), *TINY]
     arguments += ["--epochs", "6", "--workers", "0"]
     assert cli.main([*arguments[:4], str(tmp_path / "whole"), *arguments[5:]]) == 0
     run = RunFolder(tmp_path / "cut")
-    process = subprocess.Popen([sys.executable, "-c", program + f"import sys; sys.exit(cli.main({arguments!r}))"])
-    deadline = time.monotonic() + 240
-    while len(run.read_metrics()) < 9 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()  # does nothing to a child that has ended and was reaped
-    process.wait()
-    load_checkpoint(run.last)
+    for attempt, lines_before_kill in enumerate((2, 9)):
+        command = arguments if attempt == 0 else ["train", "--resume", str(run.folder)]
+        process = subprocess.Popen([sys.executable, "-c", program + f"import sys; sys.exit(cli.main({command!r}))"])
+        deadline = time.monotonic() + 240
+        while len(run.read_metrics()) < lines_before_kill and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()  # does nothing to a child that has ended and was reaped
+        process.wait()
+        load_checkpoint(run.last)
     assert cli.main(["train", "--resume", str(run.folder)]) == 0
     assert_same_run(tmp_path / "whole", run.folder)
 

@@ -108,12 +108,14 @@ def test_activations(kind, dtype, isa):
         arguments = (count, dtype_name(dtype), list(KINDS).index(kind), a, b)
         results = pointers(x[-count:] if count else x, y.tensor, slope.tensor)
         run("activation", *arguments, *results, threads=threads, isa=isa)
-        wanted = value_and_slope(Activation(kind, a, b), x[len(x) - count :].double())
+        at = x[len(x) - count :]
+        wanted = value_and_slope(Activation(kind, a, b), at.double())
+        if kind == "hardswish":  # PyTorch 2.6 has other slopes at the kinks
+            wanted[1][at == -3], wanted[1][at == 3] = 0, 1
         for got, want, allowed in zip((y.get(), slope.get()), wanted, (3e-7, 3e-6), strict=True):
             error = (got.double() - want).abs() / (1 + want.abs())
-            numbers = ~x[len(x) - count :].isnan()
-            kink = (x[len(x) - count :].abs() == 3) & (kind == "hardswish")  # where PyTorch 2.6 has other slopes
-            assert (error <= allowed + UNIT[dtype])[numbers & ~kink].all()
+            numbers = ~at.isnan()
+            assert (error <= allowed + UNIT[dtype])[numbers].all()
         assert y.get().isnan().equal(~numbers)
     same = x.clone()
     run("activation", len(x), *arguments[1:], *pointers(same, same, torch.empty_like(x)), isa=isa)  # in place

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ class Depth:
     times: bool = False
     memory: bool = False
 
-    def lacks(self, row: dict) -> bool:
-        """Whether something of this can be added to the row."""
+    def lacking(self, row: dict) -> set[str]:
+        """What of this can be added to the row."""
         asked = {"times": self.times, "memory": self.memory}
-        return row["status"] == PLANNED and any(asked[key] and key not in row for key in asked)
+        return {key for key in asked if asked[key] and key not in row} if row["status"] == PLANNED else set()
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -246,30 +247,25 @@ def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers
     kept = {row["name"]: row for row in record.rows if row["status"] != ENDED}
     record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
     new = [(zoo, name, depth) for name in names if name not in kept]
-    deeper = [row for name, row in kept.items() if name in names and depth.lacks(row)]
-    number = 0
-    for (_, name, _), found in in_children(examine, new, limits, workers):
-        row = {"name": name, "stands_for": names[name], "commit": record.header["commit"]} | (
-            {"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found
-        )
-        record.add(deepened(zoo, row, depth, limits))
-        number += 1
-        print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
-    for row in deeper:
-        record.rows.remove(row)
-        record.add(deepened(zoo, row, depth, limits))
-        number += 1
+    deeper = [row for name, row in kept.items() if name in names and depth.lacking(row)]
+    examined_rows = (
+        {"name": name, "stands_for": names[name], "commit": record.header["commit"]}
+        | ({"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found)
+        for (_, name, _), found in in_children(examine, new, limits, workers)
+    )
+    for number, row in enumerate(chain(examined_rows, deeper), 1):
+        deepen(zoo, row, depth.lacking(row), limits)
+        record.rows = [other for other in record.rows if other is not row]
+        record.add(row)
         print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
 
 
-def deepened(zoo: str, row: dict, depth: Depth, limits: Limits) -> dict:
-    """The row with what it lacks."""
-    network = (zoo, row["name"])
-    if depth.lacks(row) and depth.times:
-        row["times"] = more(limits, times, *network, row["side"])
-    if depth.lacks(row) and depth.memory:
-        row["memory"] = {way: more(limits, peak, *network, row["side"], way) for way in COMPARED}
-    return row
+def deepen(zoo: str, row: dict, lacking: set[str], limits: Limits) -> None:
+    """Add what a row lacks."""
+    if "times" in lacking:
+        row["times"] = more(limits, times, zoo, row["name"], row["side"])
+    if "memory" in lacking:
+        row["memory"] = {way: more(limits, peak, zoo, row["name"], row["side"], way) for way in COMPARED}
 
 
 def more(limits: Limits, function: Callable, *arguments: Any) -> Any:

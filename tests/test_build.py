@@ -1,6 +1,5 @@
 """The build description, and installing without a compiler."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import pytest
 
 from bench import kernels
 from tests import wheels
+from tests.modules import load
 from twins_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
@@ -22,10 +22,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 @pytest.fixture
 def description():
-    spec = importlib.util.spec_from_file_location("twins_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("twins_fast_setup", ROOT / "setup.py")
 
 
 def test_every_source_is_compiled(description, monkeypatch):

@@ -1,7 +1,6 @@
 """The CUDA kernels without a GPU: their source compiled for an emulated device that runs on host memory."""
 
 import ctypes
-import importlib.util
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.cuda_emulator.build import CXX, build
+from tests.modules import load
 from tests.ops.cases import DTYPES, EPS, FORMATS, Case, check_phases, random_cases, splits
 from twins_fast import ops
 from twins_fast.ops import backend, layout, native
@@ -29,9 +29,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def emulated(path):
     """CPU tensors go to the CUDA kernels, with a workspace full of NaN."""
-    spec = importlib.util.spec_from_file_location("_C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("_C", path)
 
     def on_emulator(name):
         def launch(*arguments):

@@ -1,12 +1,13 @@
 """Compiles csrc for the emulated device."""
 
-import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+
+from tests.modules import load
 
 HERE = Path(__file__).parent.resolve()
 CXX = shutil.which("g++")
@@ -22,9 +23,7 @@ LINK_FLAGS = f"-shared -pthread -fopenmp {SANITIZERS}"
 
 def build(folder: Path, root: Path = HERE.parents[1]) -> Path:
     """The module _C of the repository at ``root``, whose CUDA entry points take host pointers and any stream."""
-    spec = importlib.util.spec_from_file_location("twins_fast_setup", root / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    setup = load("twins_fast_setup", root / "setup.py")
     setup.cuda_architecture_flags = lambda nvcc: CUDA_FLAGS
     # The CPU kernels are there to be linked, not to be fast.
     includes = [f"-I{HERE}", f"-I{root}/csrc", f"-I{root}/csrc/include"]  # whose ptx.cuh is the emulator's

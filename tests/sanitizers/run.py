@@ -4,12 +4,13 @@ PyTorch and Python have none in them, but it is the sanitizer that allocates the
 instruction set: threads share the work in the same way in all, but for the matrix unit.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from tests.modules import load
 
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
@@ -22,13 +23,6 @@ ENVIRONMENT = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1",
 }
-
-
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(sanitizer: str) -> Path:

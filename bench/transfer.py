@@ -164,23 +164,31 @@ def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, An
 
 
 def measure(size: int, source: Path, names: Sequence[str], resume: bool = False) -> None:
-    """The table of one size, row by row into its file."""
+    """The table of one size, row by row into its file; the ablations once it is complete."""
     path = RESULTS / f"{NAME}-{size}.json"
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     data = subset(source, size)
+    rows = record["rows"]
     for row in ROWS:
-        if row.name not in names or (resume and row.name in record["rows"]):
+        if row.name not in names or (resume and row.name in rows):
             continue
         search = searched(row, size, data, source)
         folder, found = trained(row, size, data, source, search["chosen"][0]["setting"])
         grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
-        entry = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
-        record["rows"][row.name] = entry | {"seeds": found["seeds"], "figures": found["figures"]}
-        record["rows"][row.name]["autoattack"] = attacked(folder)
-        if row.name == ABLATED and size == SIZES[0]:
-            record["rows"][row.name]["ablations"] = ablated(row, size, data, source, found["setting"])
-        kept = keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=record["rows"])
-        draw(kept, PICTURES / f"{NAME}-{size}.png")
+        rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
+        rows[row.name] |= {"seeds": found["seeds"], "figures": found["figures"], "autoattack": attacked(folder)}
+        write(path, size, rows)
+    if len(rows) == len(ROWS) and size == SIZES[0] and not (resume and "ablations" in rows[ABLATED]):
+        (row,) = (row for row in ROWS if row.name == ABLATED)
+        rows[ABLATED]["ablations"] = ablated(row, size, data, source, rows[ABLATED]["setting"])
+        write(path, size, rows)
+
+
+def write(path: Path, size: int, rows: dict[str, Any]) -> None:
+    """The record and its picture."""
+    rows = {row.name: rows[row.name] for row in ROWS if row.name in rows}
+    record = keep(path, NAME, size=size, draws=DRAWS, epochs=EPOCHS, attacked=ATTACKED, rows=rows)
+    draw(record, PICTURES / f"{NAME}-{size}.png")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -17,18 +17,20 @@ from contextlib import contextmanager
 from functools import partial
 from math import gcd
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import attack, tuning, twin_bn
 
 ARCHS = (80, 90, 100)
+CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 DTYPES = ("bfloat16", "float16", "float32")  # names in torch
 TWIN_BN = ("moments_kernel", "merge_moments_kernel", "apply_kernel")
 TWIN_BN += ("sums_kernel", "merge_sums_kernel", "apply_backward_kernel")
@@ -282,7 +284,7 @@ def compile_launch(launch: Launch, arch: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (line,) = re.findall(r"REG:.*", usage)
     used = {name: int(value) for name, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from twins_fast import devices
+from twins_fast.kernels import capture
 
 READS = {
     "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::_unique2",
@@ -153,7 +154,7 @@ class Device:
             "is_current_stream_capturing": lambda: self.capturing,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.ended.append(pool), raising=False)
+        monkeypatch.setattr(torch._C, capture.END_OF_POOL, lambda _, pool: self.ended.append(pool), raising=False)
 
     @property
     def capturing(self) -> bool:

@@ -18,6 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 _RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
 _skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
 
+compiles_ahead = pytest.mark.skipif(
+    _RELEASES["triton"] < (3, 4), reason="ahead-of-time compilation is for Triton 3.4 and later"
+)
 host = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
 

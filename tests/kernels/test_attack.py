@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet50
 
-from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
+from tests.kernels.interpreter import DEVICE, compiles_ahead, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache, windows
 from twins_fast.attacks.engine.convolution import Convolution
@@ -353,6 +353,7 @@ def test_candidates_fit_the_problem_and_the_device(monkeypatch):
 
 
 @host
+@compiles_ahead
 def test_convolutions_of_images_and_of_large_tensors_spill_nothing():
     first = [step for step in aot.ATTACK_STEPS if step.startswith("first convolution")]
     large = ["convolution 128x128x64", "convolution backward 128x256x64", "first convolution backward 128x64x64"]

@@ -186,7 +186,7 @@ class Device:
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: device.events.append(("end", *a)))
+        monkeypatch.setattr(torch._C, capture.END_OF_POOL, lambda *a: device.events.append(("end", *a)))
         monkeypatch.setattr(capture, "_abandoned", [])
         return Graph
 
@@ -316,6 +316,6 @@ def test_an_allocator_that_knows_that_the_capture_has_ended(device, monkeypatch)
     def end(*_):
         raise RuntimeError("not currently recording to mempool_id")
 
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(torch._C, capture.END_OF_POOL, end)
     device.Graph.capture_begin = None
     assert tuning.fastest(CANDIDATES, device.launch) == "fast"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
+from tests.kernels.interpreter import DEVICE, compiles_ahead, host, results, run_in_the_interpreter
 from tests.ops.cases import DTYPES, EPS, FORMATS, MOMENTUM, Case, check_phases, random_cases, splits
 from twins_fast import ops
 from twins_fast.kernels import aot, tiles, tuning, twin_bn
@@ -265,6 +265,7 @@ def test_small_problems_and_contiguous_memory_get_small_programs(shape, channels
 
 
 @host
+@compiles_ahead
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled_loops_load_ahead(dtype):
     for launch in aot.launches(aot.Variant(dtype, True, "aligned", True, True)):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
+from torchvision.datasets import Flowers102
 
 from twins_fast.train import cli
 from twins_fast.train.datasets import CIFAR10_CLASSES, DataError, load_datasets
@@ -149,7 +150,7 @@ SETS = {
     "cifar10": (cifar10, 50, 10, "airplane"),
     "cifar100": (cifar100, 20, 20, "kind 0"),
     "dtd": (dtd, 24, 12, "banded"),
-    "flowers": (flowers, 24, 12, "pink primrose"),
+    "flowers": (flowers, 24, 12, getattr(Flowers102, "classes", ["0"])[0]),
     "food": (food, 12, 12, "apple_pie"),
     "pets": (pets, 12, 12, "Bengal"),
     "sun397": (sun397, 100, 100, "abbey"),

@@ -22,6 +22,11 @@ _ORDINARY_IMPORT = re.compile(
     r"|torch\.(?:storage\.)?\w+Storage|torch\.nn\.parameter\.Parameter|torch\.(?:Size|Tensor|device)"
     r"|torch\.(?:bool|u?int|b?float|complex|q)\w*"
 )
+_OF_PYTORCH_2_6 = {  # which says no more
+    (AssertionError, ""): "its pickle has a persistent id that is not a storage's",
+    (IndexError, "list assignment index out of range"): "its pickle sets items of what is not a dict",
+}
+_PLEA = r"^Please file an issue .*? use case: WeightsUnpickler error: "  # before PyTorch's reason
 _MAGIC = pickle.LONG1 + b"\n" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") + pickle.STOP
 _ENDS_EARLY = re.compile("unexpected EOF|exhausted before|only .* remain|not enough data")  # PyTorch's, pickletools'
 _MAGIC_WITHIN = 2 + 9 + len(_MAGIC)  # after the protocol, and a frame
@@ -70,6 +75,8 @@ def _reason_of_zip(path: str | Path, error: Exception) -> str:
 
 
 def _damage(error: Exception) -> str:
+    if (type(error), str(error)) in _OF_PYTORCH_2_6:
+        return _OF_PYTORCH_2_6[type(error), str(error)]
     if isinstance(error, EOFError | IndexError) or _ENDS_EARLY.search(str(error)):
         return "the file ends early"
     operation = re.search(r"Unsupported operand (\d+)", str(error))
@@ -86,5 +93,5 @@ def first_sentence(error: Exception) -> str:
     message = re.split(r"\n+(?:Exception raised from|frame #|Check the doc)", str(error))[0]
     lines = [line for line in message.splitlines() if line.strip()]
     sentence = re.split(r"\. (?=[A-Z])", lines[-1])[0] if lines else "no reason given"
-    sentence = re.sub(r"^\[enforce fail at .*?\] \. ", "", sentence)
+    sentence = re.sub(rf"^\[enforce fail at .*?\] \. |{_PLEA}", "", sentence)
     return textwrap.shorten(sentence, 200)  # some quote the file

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twins_fast.ops import layout
 from twins_fast.ops.group import several_processes
-from twins_fast.ops.wing import Wing
+from twins_fast.ops.wing import Wing, vectors_of_backward
 
 _note = Path(__file__).parent.parent / "_build_failed.txt"  # written by setup.py
 _failure = _note.read_text().strip() if _note.exists() else ""
@@ -95,7 +95,7 @@ def _forward(x, residual, split, frozen, adaptive, y, bits, stats, momentum, eps
 
 
 def _backward(dy, x, bits, split, frozen, adaptive, stats, results, sums, eps, phase) -> None:
-    vectors = (*frozen[:3], adaptive.weight)
+    vectors = vectors_of_backward(frozen, adaptive)
     _launch("backward", x, split, (dy, x, bits, *vectors, stats, *results, sums), eps, stats.shape[0] == 4, phase)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twins_fast.ops import backend, layout
-from twins_fast.ops.wing import Wing, written_by
+from twins_fast.ops.wing import Wing, vectors_of_backward, written_by
 
 # fm, fv, fw, fb: the frozen wing; rm, rv, w, b: the adaptive one, one by one since two of them are written to. The
 # overload both_adaptive takes batch statistics for both, and writes to four.
@@ -44,7 +44,7 @@ def backward(dy, x, bits, split, frozen, adaptive, *rest) -> tuple[Tensor, ...]:
     """``twin_bn_backward`` of two :class:`Wing`; the rest as in its schema."""
     if _are_plain((dy, x, frozen.weight, adaptive.weight)):
         return _run_backward(dy, x, bits, split, frozen, adaptive, *rest)
-    vectors = (*frozen[:3], adaptive.weight)
+    vectors = vectors_of_backward(frozen, adaptive)
     return torch.ops.twins_fast.twin_bn_backward.default(dy, x, bits, split, *vectors, *rest)
 
 

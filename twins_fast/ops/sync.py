@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twins_fast.ops import backend, layout, phases
 from twins_fast.ops.group import member, together, world_size
-from twins_fast.ops.wing import Wing, wings_of
+from twins_fast.ops.wing import Wing, vectors_of_backward, wings_of
 
 
 @torch.compiler.disable  # which imports the compiler: this file is imported where it is needed
@@ -76,7 +76,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         frozen, adaptive = wings_of(vectors)
         kernel = backend.implementation(name)
         y, bits = kernel.apply(x, residual, split, frozen, adaptive, stats, eps, relu, keep_bits)
-        ctx.save_for_backward(x, bits, stats, counts, *frozen[:3], adaptive.weight)
+        ctx.save_for_backward(x, bits, stats, counts, *vectors_of_backward(frozen, adaptive))
         ctx.split, ctx.eps, ctx.relu, ctx.name, ctx.group = split, eps, relu, name, group
         return y
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from twins_fast.ops import backend, layout, reference, register
 from twins_fast.ops.check import check_arguments
 from twins_fast.ops.group import Group, world_size
-from twins_fast.ops.wing import Wing, wings_of, written_by
+from twins_fast.ops.wing import Wing, vectors_of_backward, wings_of, written_by
 
 
 def twin_batch_norm(
@@ -111,7 +111,7 @@ class _TwinBatchNorm(torch.autograd.Function):
         y, bits, stats = register.forward(both_adaptive, x, residual, split, frozen, adaptive, *rest)
         if both_adaptive:  # its statistics may change before the backward pass, which does not need them
             frozen = Wing(weight=frozen.weight)
-        ctx.save_for_backward(x, bits, stats, *frozen[:3], adaptive.weight)
+        ctx.save_for_backward(x, bits, stats, *vectors_of_backward(frozen, adaptive))
         ctx.split, ctx.eps, ctx.relu, ctx.name = split, eps, relu, name
         return y
 
@@ -123,8 +123,8 @@ class _TwinBatchNorm(torch.autograd.Function):
         need_frozen, need_adaptive = wings_of(ctx.needs_input_grad[-8:])
         has_frozen, has_adaptive = ctx.split > 0, ctx.split < x.shape[0]  # a wing without rows has no gradient
         wanted = [need_x, need_residual and ctx.relu]
-        wanted += [need and has_frozen for need in need_frozen[2:]]
-        wanted += [need and has_adaptive for need in need_adaptive[2:]]
+        wanted += [need and has_frozen for need in (need_frozen.weight, need_frozen.bias)]
+        wanted += [need and has_adaptive for need in (need_adaptive.weight, need_adaptive.bias)]
         dy = _dense(dy, layout.nearest(x))
         grads: list[Tensor | None] = [None] * 6
         if any(wanted):

@@ -26,3 +26,8 @@ def written_by(frozen: Sequence[Any], adaptive: Sequence[Any], both_adaptive: bo
     """The running statistics that a call updates."""
     written = adaptive[0], adaptive[1]  # the compiler of PyTorch 2.6 knows no slices of a NamedTuple
     return (frozen[0], frozen[1], *written) if both_adaptive else written
+
+
+def vectors_of_backward(frozen: Wing, adaptive: Wing) -> tuple[Any, Any, Any, Any]:
+    """What the backward pass needs of both (named, as the compiler of PyTorch 2.6 cannot slice a named tuple)."""
+    return frozen.running_mean, frozen.running_var, frozen.weight, adaptive.weight

@@ -82,7 +82,11 @@ def read(name: str, root: Path, seed: int) -> tuple[Dataset, Dataset, tuple[str,
 
 
 def _classes(data: Any) -> tuple[str, ...]:
-    return tuple(data.categories if hasattr(data, "categories") else data.classes)
+    """Their names, or numbers where they have none (the flowers of torchvision 0.21)."""
+    for attribute in ("categories", "classes"):
+        if hasattr(data, attribute):
+            return tuple(getattr(data, attribute))
+    return tuple(map(str, range(max(data._labels) + 1)))
 
 
 def _read(kind: type[Any], root: Path, options: Mapping[str, Any]) -> Any:

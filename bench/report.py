@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import attack as bench_attack
@@ -353,6 +354,11 @@ def transfer() -> str:
     return _of_transfers(bench_transfer.table)
 
 
+def transfer_brief() -> str:
+    """The first columns of that."""
+    return _of_transfers(partial(bench_transfer.table, brief=True))
+
+
 def transfer_pairs() -> str:
     """The same seeds with and without two wings."""
     return _of_transfers(bench_transfer.pairs_table)
@@ -457,6 +463,7 @@ TABLES |= {
 TABLES |= {"coverage_speed": coverage_speed, "coverage_time": coverage_time, "coverage_refused": coverage_refused}
 TABLES |= {
     "transfer": transfer,
+    "transfer_brief": transfer_brief,
     "transfer_pairs": transfer_pairs,
     "transfer_ablations": transfer_ablations,
     "sources": sources,

@@ -237,16 +237,18 @@ def two_sided(t: float, freedom: int) -> float:
     return float(part / total)
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], brief: bool = False) -> str:
     """Markdown: means and standard deviations over the seeds."""
-    titles = ["clean, best", "robust, best", "clean, last", "robust, last", "best minus last"]
-    attacks = f"AutoAttack, seed 0, {record['attacked']} images"
+    titles = ["clean, best", "robust, best"] + ([] if brief else ["clean, last", "robust, last", "best minus last"])
     shown = [title.replace("robust", "PGD-10") for title in titles]
-    lines = [["500 images a class".replace("500", f"{record['size']:,}"), "seeds", *shown, attacks, "setting"]]
+    attacks = f"AutoAttack, seed 0, {record['attacked']} images"
+    first = f"{record['size']:,} images a class"
+    lines = [[first, "seeds", *shown, attacks, *([] if brief else ["setting"])]]
     for name, row in record["rows"].items():
         figures = [mean_and_deviation(row["figures"][t], "+.1f" if "minus" in t else ".1f") for t in titles]
         broken = f"{100 * row['autoattack']['AutoAttack']:.1f} %"
-        lines.append([name, str(len(row["seeds"])), *figures, broken, label_of(row["setting"])])
+        setting = [] if brief else [label_of(row["setting"])]
+        lines.append([name, str(len(row["seeds"])), *figures, broken, *setting])
     return markdown(lines)
 
 

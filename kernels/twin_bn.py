@@ -344,8 +344,7 @@ def apply_kernel(
     program = tl.program_id(1)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     live = c < channels
-    adaptive = program < programs
-    if adaptive:
+    if program < programs:
         if partial is not None:
             mean, rstd = _statistics(
                 partial,
@@ -376,6 +375,7 @@ def apply_kernel(
             rstd = tiles.load_vector(stats_in, channels + c, live, 0.0)
         scale = rstd * tiles.load_vector(weight, c, live, 1.0)
         shift = tiles.load_vector(bias, c, live, 0.0)
+        slab = programs - 1 - program  # what was read last is still in the cache
     else:
         if frozen_partial is not None:
             mean, rstd = _statistics(
@@ -407,17 +407,16 @@ def apply_kernel(
             rstd = _rstd(tiles.load_vector(frozen_var, c, live, 1.0), eps)
         scale = rstd * tiles.load_vector(frozen_weight, c, live, 1.0)
         shift = tiles.load_vector(frozen_bias, c, live, 0.0)
+        slab = program - programs
     if stats_out is not None and partial is None:
         if program == 0:
             tl.store(stats_out + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
             tl.store(stats_out + channels + c, tl.zeros((BLOCK_C,), tl.float32), mask=live)
-    # The adaptive half from the last slab to the first: what was read last is still in the cache. Outside of the
-    # branches, as Triton 3.5 cannot compile a loop from where a branch says.
-    slab = tl.where(adaptive, programs - 1 - program, program - programs)
     if INDEX64:
         slab = slab.to(tl.int64)
-    start = tl.where(adaptive, first, 0) + slab * chunk
-    end = tl.minimum(start + chunk, tl.where(adaptive, units, first))
+    # Not in the branches: Triton 3.5 cannot compile a loop that starts where one of them says.
+    start = tl.where(program < programs, first, 0) + slab * chunk
+    end = tl.minimum(start + chunk, tl.where(program < programs, units, first))
     for u in tl.range(start, end, BLOCK_U, num_stages=STAGES):
         offset, mask, byte_offset, byte_mask = tiles.offsets_and_masks(
             u, end, tile, channels, pixels, groups, LAST, INDEX64, ALIGN, BLOCK_U, BLOCK_V

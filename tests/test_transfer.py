@@ -69,6 +69,7 @@ def test_the_tables(tmp_path):
     assert "| affine=shared | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
+    assert "| at | 3 | 60.0 ± 10.0 % | 60.0 ± 10.0 % | 30.0 % |" in transfer.table(record, brief=True)
     transfer.draw(record, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)

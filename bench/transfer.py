@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ FOLDER = ROOT / "runs" / "transfer"
 PICTURES = ROOT / "docs" / "results"
 SIZES = (500, 2500)  # training images of a class
 DRAWS, EPOCHS = 8, 10
+FEW, MANY = 3, 5  # seeds
 ATTACKED = 1000  # test images for AutoAttack
 RATES = ("optimizer.lr=log-uniform(1e-3,1e-1)", "optimizer.weight_decay=log-uniform(1e-5,1e-2)")
 COMMON = (
@@ -42,6 +43,8 @@ COMMON = (
 )
 COMMON += ["--data.classes", ",".join(TARGET_CLASSES), "--evaluation.validation-part", "0.2"]
 COMMON += ["--devices", "cuda" if torch.cuda.is_available() else "cpu,cpu"]  # two at a time
+PUBLISHED_RATE = 1e-2  # the largest of the authors' grid
+_PUBLISHED = f", lr up to {PUBLISHED_RATE:g}"
 LAMBDA = "method.frozen_weight=uniform(0.2,1.5)"
 
 
@@ -51,7 +54,7 @@ class Row:
 
     name: str
     method: str
-    seeds: int = 3
+    seeds: int = FEW
     axis: str = ""  # the method's own, which is searched too
     options: tuple[str, ...] = ()
 
@@ -65,9 +68,9 @@ _PROBED = ("--network.init-head", "adversarial-probe")
 ROWS = (
     Row("standard", "standard"),
     Row("lwf", "lwf", axis="method.feature_weight=log-uniform(5e-4,5e-2)"),
-    Row("at", "at", 5),
+    Row("at", "at", MANY),
     Row("twins-at", "twins-at", 5, LAMBDA),
-    Row("trades", "trades", 5, "method.beta=uniform(2,8)"),
+    Row("trades", "trades", MANY, "method.beta=uniform(2,8)"),
     Row("twins-trades", "twins-trades", 5, LAMBDA),
     Row("mart", "mart", axis="method.kl_weight=uniform(2,8)"),
     Row("twins-mart", "twins-mart", axis=LAMBDA),
@@ -75,7 +78,7 @@ ROWS = (
     Row("probe, at", "at", options=_PROBED),
     Row("probe, twins-at", "twins-at", axis=LAMBDA, options=_PROBED),
 )
-ABLATED, ABLATION_SEEDS = "twins-at", 3
+PLAIN, ABLATED = "at", "twins-at"
 ABLATIONS = (  # what is tried instead of the chosen setting's
     ("method.frozen_weight=0,0.25,0.5,1,2",),
     ("method.frozen_statistics=target", "method.warmup_epochs=1,2,4"),
@@ -83,6 +86,13 @@ ABLATIONS = (  # what is tried instead of the chosen setting's
     ("method.affine=shared",),
 )
 PAIRS = (("twins-at", "at"), ("twins-trades", "trades"), ("twins-mart", "mart"), ("probe, twins-at", "probe, at"))
+
+
+class Found(NamedTuple):
+    """The folder of a setting's runs, and what came of them."""
+
+    folder: Path
+    figures: dict[str, Any]
 
 
 def subset(source: Path, size: int) -> Path:
@@ -134,12 +144,19 @@ def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
     return swept(row, size, data, source, "search", [*axes, "--draws", str(DRAWS), *test])[1]
 
 
-def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The chosen setting with every seed, on all test images."""
+def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any], name: str = "seeds") -> Found:
+    """A setting with every seed, on all test images."""
     axes = [f"{field}={value}" for field, value in setting.items()]
-    folder, sweep = swept(row, size, data, source, "seeds", [*axes, *seeds(row.seeds)])
+    folder, sweep = swept(row, size, data, source, name, [*axes, *seeds(row.seeds)])
     (found,) = sweep["settings"]
-    return folder / label_of(setting).replace(" ", ","), found
+    kept = {key: found[key] for key in ("setting", "seeds", "figures")}
+    return Found(folder / label_of(setting).replace(" ", ","), kept)
+
+
+def published(search: dict[str, Any]) -> dict[str, Any]:
+    """The best setting of a search with a learning rate like the authors'."""
+    slow = [one for one in search["settings"] if one["setting"]["optimizer.lr"] <= PUBLISHED_RATE]
+    return max(slow, key=lambda one: one["figures"]["validation robust"])["setting"]
 
 
 def attacked(folder: Path) -> dict[str, Any]:
@@ -156,7 +173,7 @@ def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, An
     for number, axes in enumerate(ABLATIONS):
         changed = [axis.partition("=")[0] for axis in axes]
         kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
-        words = [*kept, *axes, *seeds(ABLATION_SEEDS)]
+        words = [*kept, *axes, *seeds(FEW)]
         for one in swept(row, size, data, source, f"ablation-{number}", words)[1]["settings"]:
             shown = {field: one["setting"][field] for field in changed}
             found.append({"changed": shown, "seeds": one["seeds"], "figures": one["figures"]})
@@ -173,10 +190,14 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
         if row.name not in names or (resume and row.name in rows):
             continue
         search = searched(row, size, data, source)
-        folder, found = trained(row, size, data, source, search["chosen"][0]["setting"])
+        chosen, slow = search["chosen"][0]["setting"], published(search)
+        found = trained(row, size, data, source, chosen)
         grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
-        rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], "setting": found["setting"]}
-        rows[row.name] |= {"seeds": found["seeds"], "figures": found["figures"], "autoattack": attacked(folder)}
+        rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], **found.figures}
+        rows[row.name]["autoattack"] = attacked(found.folder)
+        if row.seeds == MANY:
+            slowly = found if slow == chosen else trained(row, size, data, source, slow, "published-rates")
+            rows[row.name]["published rates"] = slowly.figures
         write(path, size, rows)
     if len(rows) == len(ROWS) and size == SIZES[0] and not (resume and "ablations" in rows[ABLATED]):
         (row,) = (row for row in ROWS if row.name == ABLATED)
@@ -192,24 +213,33 @@ def write(path: Path, size: int, rows: dict[str, Any]) -> None:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Clean accuracy against accuracy under attack for each method, and both over the weight of the frozen wing."""
-    figure, (plane, weights) = pyplot().subplots(1, 2, figsize=(10, 4))
-    titles = ["clean, best", "robust, best"]
-    for name, row in record["rows"].items():
+    """Clean accuracy against that under attack, and both over the learning rate and the weight of the frozen wing."""
+    rows, titles, field = record["rows"], ["clean, best", "robust, best"], "method.frozen_weight"
+    weighed = [one for one in rows.get(ABLATED, {}).get("ablations", []) if [*one["changed"]] == [field]]
+    figure, (plane, rates, *others) = pyplot().subplots(1, 3 if weighed else 2, figsize=(15 if weighed else 10, 4.2))
+    for name, row in rows.items():
         (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in titles), strict=True)
         twins = "twins" in name
         plane.errorbar(x, y, dy, dx, fmt="o" if twins else "s", color="C3" if twins else "C0", capsize=2)
         plane.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     plane.set(xlabel="clean accuracy, %", ylabel="PGD-10 accuracy, %", title="test images, over seeds")
-    field = "method.frozen_weight"
-    tried = [one for one in record["rows"].get(ABLATED, {}).get("ablations", []) if [*one["changed"]] == [field]]
-    for title in titles if tried else ():
-        means, deviations = zip(*(_percent(one["figures"][title]) for one in tried), strict=True)
-        weights.errorbar([one["changed"][field] for one in tried], means, deviations, fmt="-o", capsize=2, label=title)
-    weights.set(xlabel="lambda, the weight of the frozen wing's loss", ylabel="accuracy, %", title=ABLATED)
-    if tried:
+    for name, marker in ((ABLATED, "o"), (PLAIN, "s")):
+        tried = sorted(rows.get(name, {}).get("search", []), key=lambda one: one["setting"]["optimizer.lr"])
+        for title, colour in zip(titles, ("C2", "C1"), strict=True):
+            points = [100 * one[title][0] for one in tried]
+            style = f"{'-' if marker == 'o' else '--'}{marker}"
+            at = [one["setting"]["optimizer.lr"] for one in tried]
+            rates.plot(at, points, style, color=colour, label=f"{name}, {title.removesuffix(', best')}")
+    rates.set(xscale="log", xlabel="learning rate", ylabel="accuracy, %", title="the draws, seed 0, 500 test images")
+    rates.legend(fontsize=8)
+    for weights in others:
+        for title in titles:
+            means, deviations = zip(*(_percent(one["figures"][title]) for one in weighed), strict=True)
+            at = [one["changed"][field] for one in weighed]
+            weights.errorbar(at, means, deviations, fmt="-o", capsize=2, label=title)
+        weights.set(xlabel="lambda, the weight of the frozen wing's loss", ylabel="accuracy, %", title=ABLATED)
         weights.legend()
-    for axis in (plane, weights):
+    for axis in (plane, rates, *others):
         axis.grid(alpha=0.3)
     figure.tight_layout()
     save(figure, path)
@@ -244,9 +274,9 @@ def table(record: dict[str, Any], brief: bool = False) -> str:
     attacks = f"AutoAttack, seed 0, {record['attacked']} images"
     first = f"{record['size']:,} images a class"
     lines = [[first, "seeds", *shown, attacks, *([] if brief else ["setting"])]]
-    for name, row in record["rows"].items():
+    for name, row in _with_published_rates(record).items():
         figures = [mean_and_deviation(row["figures"][t], "+.1f" if "minus" in t else ".1f") for t in titles]
-        broken = f"{100 * row['autoattack']['AutoAttack']:.1f} %"
+        broken = f"{100 * row['autoattack']['AutoAttack']:.1f} %" if "autoattack" in row else ""
         setting = [] if brief else [label_of(row["setting"])]
         lines.append([name, str(len(row["seeds"])), *figures, broken, *setting])
     return markdown(lines)
@@ -254,17 +284,29 @@ def table(record: dict[str, Any], brief: bool = False) -> str:
 
 def pairs_table(record: dict[str, Any]) -> str:
     """Markdown: differences between two methods, seed by seed, in percentage points."""
-    lines = [["difference, same seeds", "clean, best", "PGD-10, best", "clean, last", "PGD-10, last"]]
-    for one, other in PAIRS:
-        rows = [record["rows"].get(name) for name in (one, other)]
-        if not all(rows):
-            continue
-        lines.append([f"{one} - {other}"])
-        for title in ("clean, best", "robust, best", "clean, last", "robust, last"):
-            values = [a - b for a, b in zip(*(row["figures"][title] for row in rows), strict=True)]
-            mean, error, p = paired(values)
-            lines[-1].append(f"{100 * mean:+.2f} ± {100 * error:.2f}, p = {p:.2f}")
+    titles = ("clean, best", "robust, best", "clean, last", "robust, last")
+    lines = [["difference, same seeds", *(title.replace("robust", "PGD-10") for title in titles)]]
+    rows = _with_published_rates(record)
+    for one, other in [(f"{one}{rates}", f"{other}{rates}") for one, other in PAIRS for rates in ("", _PUBLISHED)]:
+        if one in rows and other in rows:
+            pairs = [zip(rows[one]["figures"][t], rows[other]["figures"][t], strict=True) for t in titles]
+            lines.append([f"{one} - {other}", *(_difference([a - b for a, b in values]) for values in pairs)])
     return markdown(lines)
+
+
+def _with_published_rates(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows, each followed by what its method reaches with a learning rate like the authors'."""
+    rows = {}
+    for name, row in record["rows"].items():
+        rows[name] = row
+        if "published rates" in row:
+            rows[f"{name}{_PUBLISHED}"] = row["published rates"]
+    return rows
+
+
+def _difference(values: Sequence[float]) -> str:
+    mean, error, p = paired(values)
+    return f"{100 * mean:+.2f} ± {100 * error:.2f}, p = {p:.2f}"
 
 
 def ablations_table(record: dict[str, Any]) -> str:
@@ -273,7 +315,7 @@ def ablations_table(record: dict[str, Any]) -> str:
     lines = [[f"{ABLATED}, {record['size']:,} images a class", *(t.replace("robust", "PGD-10") for t in titles)]]
     row = record["rows"].get(ABLATED, {})
     for one in [{"changed": {}, **row}, *row["ablations"]] if "ablations" in row else []:
-        figures = [mean_and_deviation(one["figures"][title][:ABLATION_SEEDS]) for title in titles]
+        figures = [mean_and_deviation(one["figures"][title][:FEW]) for title in titles]
         lines.append([label_of(one["changed"]) or "as chosen", *figures])
     return markdown(lines)
 

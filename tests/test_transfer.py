@@ -64,12 +64,26 @@ def test_the_tables(tmp_path):
 
     ablations = [{"changed": {"method.affine": "shared"}, **row(0.1)}]
     ablations += [{"changed": {"method.frozen_weight": weight}, **row(0.1 * weight)} for weight in (0, 0.5, 1)]
-    record = {"size": 2500, "attacked": 1000, "rows": {"at": row(0), "twins-at": row(0.02) | {"ablations": ablations}}}
+    slow = {"setting": {"optimizer.lr": 0.001}, "seeds": [0, 1, 2], "figures": row(-0.1)["figures"]}
+    rows = {"at": row(0) | {"published rates": slow}, "twins-at": row(0.02) | {"ablations": ablations}}
+    record = {"size": 2500, "attacked": 1000, "rows": rows}
     assert "| as chosen | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| affine=shared | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % | 60.0 ± 10.0 % | 30.0 % |" in transfer.table(record, brief=True)
+    assert "| at, lr up to 0.01 | 3 | 50.0 ± 10.0 % | 50.0 ± 10.0 % |  |" in transfer.table(record, brief=True)
     transfer.draw(record, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)
+    assert "0.01" not in transfer.pairs_table(record)
+    rows["twins-at"]["published rates"] = slow
+    assert "| twins-at, lr up to 0.01 - at, lr up to 0.01 | +0.00 ±" in transfer.pairs_table(record)
+
+
+def test_the_setting_with_a_published_rate():
+    def one(rate, robust):
+        return {"setting": {"optimizer.lr": rate}, "figures": {"validation robust": [robust]}}
+
+    search = {"settings": [one(0.02, 0.9), one(0.01, 0.7), one(0.003, 0.8)]}
+    assert transfer.published(search) == {"optimizer.lr": 0.003}

@@ -100,7 +100,7 @@ def test_cuda_kernels_spill_nothing_and_move_16_bytes(architecture):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
 def test_triton_kernels_spill_nothing_and_move_16_bytes():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.4")  # from then on they are compiled ahead of time
     rows = kernels.triton_kernels()
     assert {row.architecture for row in rows} == {80, 90, 100}
     attack = {"pointwise", "convolution", "pool", "pool_backward", "pixels"}

@@ -187,17 +187,18 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
     data = subset(source, size)
     rows = record["rows"]
     for row in ROWS:
-        if row.name not in names or (resume and row.name in rows):
+        if row.name not in names or (resume and "autoattack" in rows.get(row.name, {})):
             continue
         search = searched(row, size, data, source)
         chosen, slow = search["chosen"][0]["setting"], published(search)
         found = trained(row, size, data, source, chosen)
         grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
         rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], **found.figures}
-        rows[row.name]["autoattack"] = attacked(found.folder)
         if row.seeds == MANY:
             slowly = found if slow == chosen else trained(row, size, data, source, slow, "published-rates")
             rows[row.name]["published rates"] = slowly.figures
+        write(path, size, rows)
+        rows[row.name]["autoattack"] = attacked(found.folder)
         write(path, size, rows)
     if len(rows) == len(ROWS) and size == SIZES[0] and not (resume and "ablations" in rows[ABLATED]):
         (row,) = (row for row in ROWS if row.name == ABLATED)

@@ -36,7 +36,9 @@ PICTURES = ROOT / "docs" / "results"
 SIZES = (500, 2500)  # training images of a class
 DRAWS, EPOCHS = 8, 10
 FEW, MANY = 3, 5  # seeds
-ATTACKED = 1000  # test images for AutoAttack
+ATTACKED, SEARCHED = 1000, 500  # test images for AutoAttack, and for the draws
+BEST = ("clean, best", "robust, best")  # figures of a run
+TITLES = (*BEST, "clean, last", "robust, last")
 RATES = ("optimizer.lr=log-uniform(1e-3,1e-1)", "optimizer.weight_decay=log-uniform(1e-5,1e-2)")
 COMMON = (
     f"--recipe mini --amp bf16 --data.dataset npz --epochs {EPOCHS} --optimizer.milestones {4 * EPOCHS // 5}".split()
@@ -69,9 +71,9 @@ ROWS = (
     Row("standard", "standard"),
     Row("lwf", "lwf", axis="method.feature_weight=log-uniform(5e-4,5e-2)"),
     Row("at", "at", MANY),
-    Row("twins-at", "twins-at", 5, LAMBDA),
+    Row("twins-at", "twins-at", MANY, LAMBDA),
     Row("trades", "trades", MANY, "method.beta=uniform(2,8)"),
-    Row("twins-trades", "twins-trades", 5, LAMBDA),
+    Row("twins-trades", "twins-trades", MANY, LAMBDA),
     Row("mart", "mart", axis="method.kl_weight=uniform(2,8)"),
     Row("twins-mart", "twins-mart", axis=LAMBDA),
     Row("joint", "joint", axis="method.source_weight=uniform(0.1,1)"),
@@ -140,7 +142,7 @@ def seeds(count: int) -> list[str]:
 def searched(row: Row, size: int, data: Path, source: Path) -> dict[str, Any]:
     """The sweep over learning rate, weight decay and the method's own weight, with one seed."""
     axes = [*RATES, *([row.axis] if row.axis else [])]
-    test = ["--evaluation.images", "500", "--evaluation.every", "2"]
+    test = ["--evaluation.images", str(SEARCHED), "--evaluation.every", "2"]
     return swept(row, size, data, source, "search", [*axes, "--draws", str(DRAWS), *test])[1]
 
 
@@ -215,26 +217,27 @@ def write(path: Path, size: int, rows: dict[str, Any]) -> None:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Clean accuracy against that under attack, and both over the learning rate and the weight of the frozen wing."""
-    rows, titles, field = record["rows"], ["clean, best", "robust, best"], "method.frozen_weight"
+    rows, field = record["rows"], "method.frozen_weight"
     weighed = [one for one in rows.get(ABLATED, {}).get("ablations", []) if [*one["changed"]] == [field]]
     figure, (plane, rates, *others) = pyplot().subplots(1, 3 if weighed else 2, figsize=(15 if weighed else 10, 4.2))
     for name, row in rows.items():
-        (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in titles), strict=True)
+        (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in BEST), strict=True)
         twins = "twins" in name
         plane.errorbar(x, y, dy, dx, fmt="o" if twins else "s", color="C3" if twins else "C0", capsize=2)
         plane.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     plane.set(xlabel="clean accuracy, %", ylabel="PGD-10 accuracy, %", title="test images, over seeds")
-    for name, marker in ((ABLATED, "o"), (PLAIN, "s")):
+    for name, style in ((ABLATED, "-o"), (PLAIN, "--s")):
         tried = sorted(rows.get(name, {}).get("search", []), key=lambda one: one["setting"]["optimizer.lr"])
-        for title, colour in zip(titles, ("C2", "C1"), strict=True):
+        at = [one["setting"]["optimizer.lr"] for one in tried]
+        for title, colour in zip(BEST, ("C2", "C1"), strict=True):
             points = [100 * one[title][0] for one in tried]
-            style = f"{'-' if marker == 'o' else '--'}{marker}"
-            at = [one["setting"]["optimizer.lr"] for one in tried]
             rates.plot(at, points, style, color=colour, label=f"{name}, {title.removesuffix(', best')}")
-    rates.set(xscale="log", xlabel="learning rate", ylabel="accuracy, %", title="the draws, seed 0, 500 test images")
+    rates.set(
+        xscale="log", xlabel="learning rate", ylabel="accuracy, %", title=f"the draws, seed 0, {SEARCHED} test images"
+    )
     rates.legend(fontsize=8)
     for weights in others:
-        for title in titles:
+        for title in BEST:
             means, deviations = zip(*(_percent(one["figures"][title]) for one in weighed), strict=True)
             at = [one["changed"][field] for one in weighed]
             weights.errorbar(at, means, deviations, fmt="-o", capsize=2, label=title)
@@ -270,11 +273,10 @@ def two_sided(t: float, freedom: int) -> float:
 
 def table(record: dict[str, Any], brief: bool = False) -> str:
     """Markdown: means and standard deviations over the seeds."""
-    titles = ["clean, best", "robust, best"] + ([] if brief else ["clean, last", "robust, last", "best minus last"])
-    shown = [title.replace("robust", "PGD-10") for title in titles]
+    titles = BEST if brief else (*TITLES, "best minus last")
     attacks = f"AutoAttack, seed 0, {record['attacked']} images"
     first = f"{record['size']:,} images a class"
-    lines = [[first, "seeds", *shown, attacks, *([] if brief else ["setting"])]]
+    lines = [[first, "seeds", *_heads(titles), attacks, *([] if brief else ["setting"])]]
     for name, row in _with_published_rates(record).items():
         figures = [mean_and_deviation(row["figures"][t], "+.1f" if "minus" in t else ".1f") for t in titles]
         broken = f"{100 * row['autoattack']['AutoAttack']:.1f} %" if "autoattack" in row else ""
@@ -285,14 +287,18 @@ def table(record: dict[str, Any], brief: bool = False) -> str:
 
 def pairs_table(record: dict[str, Any]) -> str:
     """Markdown: differences between two methods, seed by seed, in percentage points."""
-    titles = ("clean, best", "robust, best", "clean, last", "robust, last")
-    lines = [["difference, same seeds", *(title.replace("robust", "PGD-10") for title in titles)]]
+    lines = [["difference, same seeds", *_heads(TITLES)]]
     rows = _with_published_rates(record)
     for one, other in [(f"{one}{rates}", f"{other}{rates}") for one, other in PAIRS for rates in ("", _PUBLISHED)]:
         if one in rows and other in rows:
-            pairs = [zip(rows[one]["figures"][t], rows[other]["figures"][t], strict=True) for t in titles]
+            pairs = [zip(rows[one]["figures"][t], rows[other]["figures"][t], strict=True) for t in TITLES]
             lines.append([f"{one} - {other}", *(_difference([a - b for a, b in values]) for values in pairs)])
     return markdown(lines)
+
+
+def _heads(titles: Sequence[str]) -> list[str]:
+    """Of columns: figures under attack are those of PGD-10."""
+    return [title.replace("robust", "PGD-10") for title in titles]
 
 
 def _with_published_rates(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -312,11 +318,10 @@ def _difference(values: Sequence[float]) -> str:
 
 def ablations_table(record: dict[str, Any]) -> str:
     """Markdown: the ablations of one size, below the setting that was chosen."""
-    titles = ["clean, best", "robust, best", "clean, last", "robust, last"]
-    lines = [[f"{ABLATED}, {record['size']:,} images a class", *(t.replace("robust", "PGD-10") for t in titles)]]
+    lines = [[f"{ABLATED}, {record['size']:,} images a class", *_heads(TITLES)]]
     row = record["rows"].get(ABLATED, {})
     for one in [{"changed": {}, **row}, *row["ablations"]] if "ablations" in row else []:
-        figures = [mean_and_deviation(one["figures"][title][:FEW]) for title in titles]
+        figures = [mean_and_deviation(one["figures"][title][:FEW]) for title in TITLES]
         lines.append([label_of(one["changed"]) or "as chosen", *figures])
     return markdown(lines)
 

@@ -371,7 +371,8 @@ def transfer_ablations() -> str:
 
 def _of_transfers(table: Callable[[dict], str]) -> str:
     records = [_read(path) for path in sorted(measurements(bench_transfer.NAME), key=lambda path: len(path.stem))]
-    return "\n\n".join(f"{table(record)}\n\n{source(record)}" for record in records) or NOT_MEASURED
+    filled_in = [(text, record) for record in records if (text := table(record)).count("\n") > 1]  # more than its head
+    return "\n\n".join(f"{text}\n\n{source(record)}" for text, record in filled_in) or NOT_MEASURED
 
 
 def sources() -> str:

@@ -41,6 +41,15 @@ def test_a_run_writes_everything_and_learns(tmp_path, npz, capsys, method):
     assert any(".main_bn." in name for name in names) == (METHODS[method].wings == 2)
 
 
+@pytest.mark.parametrize("seconds, pictures", [(0.0, 4), (3600.0, 1)])
+def test_the_picture_is_drawn_now_and_then_and_at_the_end(tmp_path, npz, monkeypatch, seconds, pictures):
+    drawn = []
+    monkeypatch.setattr(trainer, "draw_curves", lambda runs, *_: drawn.append(len(runs["at"])))
+    monkeypatch.setattr(trainer, "DRAW_EVERY_SECONDS", seconds)
+    assert train(tmp_path / "run", npz, "--method", "at", "--epochs", "3") == 0
+    assert len(drawn) == pictures and drawn[-1] == len(RunFolder(tmp_path / "run").read_metrics())
+
+
 def test_seed_repeats_a_run_and_another_one_differs(tmp_path, npz):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert train(tmp_path / name, npz, "--seed", seed, "--method", "twins-at") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def run_sweep(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the runs have saved.
     """
-    waiting, failures, processes = deque(members), {}, _Processes(len(devices))
+    waiting, ended, failures, processes = deque(members), itertools.count(1), {}, _Processes(len(devices))
 
     def work(device: str) -> None:
         while not processes.stopped:
@@ -117,7 +118,8 @@ def run_sweep(
                 failures.update({member.label: why} if why else {})
                 figures = ", ".join(f"{name} {found[name]:.1%}" for name in MEASURES) if found else ""
                 said = f"failed: {why}" if why else f"{figures} on validation images"
-                print(f"[{len(members) - len(waiting)}/{len(members)}] {member.label}: {said}", flush=True)
+                # In one piece, as the threads' lines would mix.
+                print(f"[{next(ended)}/{len(members)}] {member.label}: {said}\n", end="", flush=True)
 
     with Interruption(), ThreadPoolExecutor(len(devices)) as pool:
         try:

@@ -38,6 +38,7 @@ from twins_fast.train.state import restore_state, save_state
 from twins_fast.train.trackers import Trackers
 
 SAVE_EVERY_SECONDS = 600.0
+DRAW_EVERY_SECONDS = 20.0  # a picture takes one, which short epochs would wait for
 
 
 class TrainingError(RuntimeError):
@@ -85,7 +86,7 @@ class Trainer:
         self.evaluated = -1  # the step of the last evaluation
         self.best_robust = -1.0
         self.halvings = self.stale = 0  # of the learning rate; evaluations without a better network since the last one
-        self.started = time.monotonic()
+        self.started = self.drawn = time.monotonic()
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.amp == "fp16")
         self.training_step = TrainingStep(
@@ -261,7 +262,8 @@ class Trainer:
         self.best_robust = accuracy.robust if better else self.best_robust
         self.stale, self.halvings = 0 if halves else stale, self.halvings + halves
         self.evaluated = self.step
-        self._draw()
+        if time.monotonic() - self.drawn > DRAW_EVERY_SECONDS:
+            self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
         with self._averaged(), autocast(self.recipe.run.amp, self.device):
@@ -323,6 +325,7 @@ class Trainer:
             return
         runs = {self.recipe.method.name: self.folder.read_metrics()}
         draw_curves(runs, self.folder.curves, self.recipe.name)
+        self.drawn = time.monotonic()
 
     def _log(self, kind: str, **values: Any) -> None:
         if not self.processes.is_first:

@@ -191,7 +191,11 @@ def test_a_full_disk_loses_nothing(no_pictures, tmp_path, npz, monkeypatch, caps
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("broken", [b"{", b"3", b'{"kind": "train"}', b"\0\0", b'"\xff"'])
+BROKEN_LINES = [b"{", b"3", b'{"kind": "train"}', b"\0\0", b'"\xff"']
+BROKEN_LINES += [b'{"kind": "train", "step": 1, "epoch": 1, "loss": "high"}']
+
+
+@pytest.mark.parametrize("broken", BROKEN_LINES)
 def test_a_broken_line_is_named_and_a_cut_one_left_out(tmp_path, broken, capsys, npz):
     run = RunFolder(tmp_path)
     run.log(kind="train", step=1, epoch=0.5)

@@ -210,4 +210,7 @@ def _read_line(text: bytes) -> dict[str, Any]:
     needed = {"kind": str, "step": int, "epoch": (int, float)}
     if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in needed.items()):
         raise ValueError("it has no kind, step and epoch")
+    for name, value in line.items():
+        if name != "kind" and value is not None and not isinstance(value, (int, float, list, dict)):
+            raise ValueError(f"its {name} is no number")
     return line

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.profiler import profile
 from torchvision.models.resnet import Bottleneck
 
 from bench import networks
@@ -263,6 +264,32 @@ def test_layer_norms_and_linear_layers_on_tokens(arrange, left, executor, monkey
     assert any(layer["op"] == "layer norm" for layer in layers)
     if left is not None:
         assert {layer["op"] for layer in layers if "not planned" in layer["runs"]} == left
+
+
+class Attentive(nn.Module):
+    """PyTorch's own attention, which projects [T, N, C] whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attend = nn.Conv2d(3, 16, 3), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_linear_layers_of_transposed_rows_are_one_product():
+    torch.manual_seed(0)
+    model = Attentive().eval()
+    x, y = data(3, 8, 5)
+    assert_same_step(model, x, y)
+    attack = anew(model, engine="plan")
+    attack(x, y)
+    with profile() as recorded:
+        attack(x, y)
+    names = {event.key for event in recorded.key_averages()}
+    assert "aten::addmm" in names and "aten::bmm" not in names
 
 
 class InFloat32(nn.Module):

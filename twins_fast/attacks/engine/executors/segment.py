@@ -98,6 +98,10 @@ class Segment:
             return values[v.index] if isinstance(v, Ref) else self.parameters[v]
 
         target, arguments, keywords = node.call
+        arguments, keywords = map_values(real, arguments), map_values(real, keywords)
         if target is torch.ops.aten.scaled_dot_product_attention.default and self.device.type == "cpu":
             target = attention
-        return target(*map_values(real, arguments), **map_values(real, keywords))
+        if target is torch.ops.aten.linear.default:
+            # Of transposed rows PyTorch makes one product for each sample, and copies the weight as often.
+            arguments = (arguments[0].contiguous(), *arguments[1:])
+        return target(*arguments, **keywords)

@@ -59,5 +59,12 @@ def test_the_notebook_runs(monkeypatch, capsys):
     pyplot.close("all")
 
 
-def test_the_notebook_is_small():
-    assert (EXAMPLES / "first_look.ipynb").stat().st_size < 300_000
+def test_the_notebook_shows_what_it_printed_and_drew():
+    """Run from its first cell to its last, without warnings."""
+    file = EXAMPLES / "first_look.ipynb"
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output.get("name") for output in outputs} == {"stdout", None}
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 3
+    assert file.stat().st_size < 300_000

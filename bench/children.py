@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bench.harness import one_line
 
 FORK = multiprocessing.get_context("fork")  # what the parent has imported is there; it must not have used threads
@@ -71,6 +73,8 @@ def _work(sender: Any, gigabytes: float, function: Callable, arguments: tuple) -
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):  # networks print, and compilers of C++ do
             os.dup2(nowhere.fileno(), stream)
+    # A fork leaves PyTorch without its pool of threads; two threads that ask for it first at once end in an abort.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         sender.send((True, function(*arguments)))
     except Exception as error:

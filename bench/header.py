@@ -61,7 +61,8 @@ def device_kind(device: str) -> str:
 
 def _commit() -> str:
     """The current commit, marked ``-dirty`` if files other than results differ from it."""
-    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    code = (".", ":!bench/results", ":!docs/results")
+    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
     return (_first_line("git", "describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 

@@ -130,10 +130,16 @@ def run(words: Sequence[str]) -> None:
 def swept(
     row: Row, size: int, data: Path, source: Path, name: str, words: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of a sweep of a row, and what it found."""
+    """The folder of a sweep of a row, and what it found; a run that failed has no figures there."""
     folder = FOLDER / str(size) / row.slug / name
-    run([*command(row, data, source), *words, "--folder", str(folder)])
-    return folder, json.loads((folder / "sweep.json").read_text())
+    record = folder / "sweep.json"
+    record.unlink(missing_ok=True)
+    try:
+        run([*command(row, data, source), *words, "--folder", str(folder)])
+    except subprocess.CalledProcessError:
+        if not record.exists():
+            raise
+    return folder, json.loads(record.read_text())
 
 
 def seeds(count: int) -> list[str]:
@@ -152,13 +158,15 @@ def trained(row: Row, size: int, data: Path, source: Path, setting: dict[str, An
     axes = [f"{field}={value}" for field, value in setting.items()]
     folder, sweep = swept(row, size, data, source, name, [*axes, *seeds(row.seeds)])
     (found,) = sweep["settings"]
+    if len(found["seeds"]) < row.seeds:
+        raise SystemExit(f"{row.name}: {sweep['failures']}")
     kept = {key: found[key] for key in ("setting", "seeds", "figures")}
     return Found(folder / label_of(setting).replace(" ", ","), kept)
 
 
 def published(search: dict[str, Any]) -> dict[str, Any]:
     """The best setting of a search with a learning rate like the authors'."""
-    slow = [one for one in search["settings"] if one["setting"]["optimizer.lr"] <= PUBLISHED_RATE]
+    slow = [one for one in search["settings"] if one["seeds"] and one["setting"]["optimizer.lr"] <= PUBLISHED_RATE]
     return max(slow, key=lambda one: one["figures"]["validation robust"])["setting"]
 
 
@@ -221,7 +229,7 @@ def write(path: Path, size: int, rows: dict[str, Any]) -> None:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Clean accuracy against that under attack, and both over the learning rate and the weight of the frozen wing."""
     rows, field = record["rows"], "method.frozen_weight"
-    weighed = [one for one in rows.get(ABLATED, {}).get(CHANGED, []) if [*one["changed"]] == [field]]
+    weighed = [one for one in rows.get(ABLATED, {}).get(CHANGED, []) if [*one["changed"]] == [field] and one["seeds"]]
     figure, (plane, rates, *others) = pyplot().subplots(1, 3 if weighed else 2, figsize=(15 if weighed else 10, 4.2))
     for name, row in rows.items():
         (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in BEST), strict=True)
@@ -230,7 +238,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         plane.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     plane.set(xlabel="clean accuracy, %", ylabel="PGD-10 accuracy, %", title="test images, over seeds")
     for name, style in ((ABLATED, "-o"), (PLAIN, "--s")):
-        tried = sorted(rows.get(name, {}).get("search", []), key=lambda one: one["setting"]["optimizer.lr"])
+        tried = [one for one in rows.get(name, {}).get("search", []) if BEST[0] in one]
+        tried.sort(key=lambda one: one["setting"]["optimizer.lr"])
         at = [one["setting"]["optimizer.lr"] for one in tried]
         for title, colour in zip(BEST, ("C2", "C1"), strict=True):
             points = [100 * one[title][0] for one in tried]
@@ -321,11 +330,11 @@ def _difference(values: Sequence[float]) -> str:
 
 def ablations_table(record: dict[str, Any]) -> str:
     """Markdown: the ablations of one size, below the setting that was chosen."""
-    lines = [[f"{ABLATED}, {record['size']:,} images a class", *_heads(TITLES)]]
+    lines = [[f"{ABLATED}, {record['size']:,} images a class", "seeds", *_heads(TITLES)]]
     row = record["rows"].get(ABLATED, {})
     for one in [{"changed": {}, **row}, *row[CHANGED]] if CHANGED in row else []:
-        figures = [mean_and_deviation(one["figures"][title][:FEW]) for title in TITLES]
-        lines.append([label_of(one["changed"]) or "as chosen", *figures])
+        figures = [mean_and_deviation(one["figures"].get(title, ())[:FEW]) for title in TITLES]
+        lines.append([label_of(one["changed"]) or "as chosen", str(len(one["seeds"][:FEW])), *figures])
     return markdown(lines)
 
 

@@ -1,5 +1,7 @@
 """The results table: its commands, its statistics, and what it makes of results."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +66,13 @@ def test_the_tables(tmp_path):
 
     ablations = [{"changed": {"method.affine": "shared"}, **row(0.1)}]
     ablations += [{"changed": {"method.frozen_weight": weight}, **row(0.1 * weight)} for weight in (0, 0.5, 1)]
+    ablations += [{"changed": {"method.frozen_weight": 2}, "seeds": [], "figures": {}}]  # all of them failed
     slow = {"setting": {"optimizer.lr": 0.001}, "seeds": [0, 1, 2], "figures": row(-0.1)["figures"]}
     rows = {"at": row(0) | {"published rates": slow}, "twins-at": row(0.02) | {"ablations": ablations}}
     record = {"size": 2500, "attacked": 1000, "rows": rows}
-    assert "| as chosen | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
-    assert "| affine=shared | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert "| as chosen | 3 | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert "| affine=shared | 3 | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert "| frozen_weight=2 | 0 |  |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % |" in transfer.table(record) and "30.0 % | lr=0.01 |" in transfer.table(record)
     assert "| at | 3 | 60.0 ± 10.0 % | 60.0 ± 10.0 % | 30.0 % |" in transfer.table(record, brief=True)
@@ -81,9 +85,31 @@ def test_the_tables(tmp_path):
     assert "| twins-at, lr up to 0.01 - at, lr up to 0.01 | +0.00 ±" in transfer.pairs_table(record)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_that_fails_leaves_a_gap_and_other_failures_end_it(tmp_path, monkeypatch, written):
+    monkeypatch.setattr(transfer, "FOLDER", tmp_path)
+    row = transfer.ROWS[0]
+    failed = {"settings": [{"setting": {}, "seeds": [0], "figures": {}}], "failures": {"seed=1": "the loss is NaN"}}
+    folder = tmp_path / "500" / row.slug / "seeds"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text("of an earlier time")
+
+    def run(words):
+        if written:
+            (folder / "sweep.json").write_text(json.dumps(failed))
+        raise subprocess.CalledProcessError(2, words)
+
+    monkeypatch.setattr(transfer, "run", run)
+    if written:
+        assert transfer.swept(row, 500, tmp_path, tmp_path, "seeds", []) == (folder, failed)
+    with pytest.raises(SystemExit if written else subprocess.CalledProcessError, match="NaN" if written else None):
+        transfer.trained(row, 500, tmp_path, tmp_path, {})
+
+
 def test_the_setting_with_a_published_rate():
     def one(rate, robust):
-        return {"setting": {"optimizer.lr": rate}, "figures": {"validation robust": [robust]}}
+        return {"setting": {"optimizer.lr": rate}, "seeds": [0], "figures": {"validation robust": [robust]}}
 
-    search = {"settings": [one(0.02, 0.9), one(0.01, 0.7), one(0.003, 0.8)]}
+    failed = {"setting": {"optimizer.lr": 0.001}, "seeds": [], "figures": {}}
+    search = {"settings": [one(0.02, 0.9), one(0.01, 0.7), failed, one(0.003, 0.8)]}
     assert transfer.published(search) == {"optimizer.lr": 0.003}

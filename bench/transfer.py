@@ -81,7 +81,7 @@ ROWS = (
     Row("probe, twins-at", "twins-at", axis=LAMBDA, options=_PROBED),
 )
 PLAIN, ABLATED = "at", "twins-at"
-CHANGED = "ablations"  # of ABLATED: as the command line and the record name them
+ABLATIONS_KEY = "ablations"  # on the command line, and in the record of ABLATED
 ABLATIONS = (  # what is tried instead of the chosen setting's
     ("method.frozen_weight=0,0.25,0.5,1,2",),
     ("method.frozen_statistics=target", "method.warmup_epochs=1,2,4"),
@@ -211,11 +211,11 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
         write(path, size, rows)
         rows[row.name]["autoattack"] = attacked(found.folder)
         write(path, size, rows)
-    if CHANGED in names and size == SIZES[0] and not (resume and CHANGED in rows.get(ABLATED, {})):
+    if ABLATIONS_KEY in names and size == SIZES[0] and not (resume and ABLATIONS_KEY in rows.get(ABLATED, {})):
         if ABLATED not in rows:
             raise SystemExit(f"the ablations start from the row {ABLATED}, which is not in {path}")
         (row,) = (row for row in ROWS if row.name == ABLATED)
-        rows[ABLATED][CHANGED] = ablated(row, size, data, source, rows[ABLATED]["setting"])
+        rows[ABLATED][ABLATIONS_KEY] = ablated(row, size, data, source, rows[ABLATED]["setting"])
         write(path, size, rows)
 
 
@@ -229,7 +229,9 @@ def write(path: Path, size: int, rows: dict[str, Any]) -> None:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Clean accuracy against that under attack, and both over the learning rate and the weight of the frozen wing."""
     rows, field = record["rows"], "method.frozen_weight"
-    weighed = [one for one in rows.get(ABLATED, {}).get(CHANGED, []) if [*one["changed"]] == [field] and one["seeds"]]
+    weighed = [
+        one for one in rows.get(ABLATED, {}).get(ABLATIONS_KEY, []) if [*one["changed"]] == [field] and one["seeds"]
+    ]
     figure, (plane, rates, *others) = pyplot().subplots(1, 3 if weighed else 2, figsize=(15 if weighed else 10, 4.2))
     for name, row in rows.items():
         (x, y), (dx, dy) = zip(*(_percent(row["figures"][title]) for title in BEST), strict=True)
@@ -332,25 +334,25 @@ def ablations_table(record: dict[str, Any]) -> str:
     """Markdown: the ablations of one size, below the setting that was chosen."""
     lines = [[f"{ABLATED}, {record['size']:,} images a class", "seeds", *_heads(TITLES)]]
     row = record["rows"].get(ABLATED, {})
-    for one in [{"changed": {}, **row}, *row[CHANGED]] if CHANGED in row else []:
+    for one in [{"changed": {}, **row}, *row[ABLATIONS_KEY]] if ABLATIONS_KEY in row else []:
         figures = [mean_and_deviation(one["figures"].get(title, ())[:FEW]) for title in TITLES]
         lines.append([label_of(one["changed"]) or "as chosen", str(len(one["seeds"][:FEW])), *figures])
     return markdown(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    names = {row.slug: row.name for row in ROWS}
+    names = {row.slug: row.name for row in ROWS} | {ABLATIONS_KEY: ABLATIONS_KEY}
     parser = argparse.ArgumentParser("python -m bench.transfer", description=__doc__)
     parser.add_argument("source", type=Path, help="CIFAR-10 as an .npz file")
     parser.add_argument("--sizes", default="500", help="training images of a class (%(default)s)")
-    parser.add_argument("--rows", default=",".join([*names, CHANGED]), help="default: all, %(default)s")
+    parser.add_argument("--rows", default=",".join(names), help="default: all, %(default)s")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the result file has")
     args = parser.parse_args(arguments)
-    if unknown := {*args.rows.split(",")} - {*names, CHANGED}:
-        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join([*names, CHANGED])}")
-    wanted = [names.get(slug, slug) for slug in args.rows.split(",")]
+    wanted = args.rows.split(",")
+    if unknown := set(wanted) - names.keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     for size in map(int, args.sizes.split(",")):
-        measure(size, args.source.resolve(), wanted, args.resume)
+        measure(size, args.source.resolve(), [names[slug] for slug in wanted], args.resume)
 
 
 if __name__ == "__main__":

@@ -98,20 +98,6 @@ def test_cuda_kernels_spill_nothing_and_move_16_bytes(architecture):
     assert aligned and all(row.load_bits == row.store_bits == 128 for row in aligned)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
-def test_triton_kernels_spill_nothing_and_move_16_bytes():
-    pytest.importorskip("triton", "3.4")  # from then on they are compiled ahead of time
-    rows = kernels.triton_kernels()
-    assert {row.architecture for row in rows} == {80, 90, 100}
-    attack = {"pointwise", "convolution", "pool", "pool_backward", "pixels"}
-    assert {row.name for row in rows} == {"moments", "apply", "sums", "apply_backward", *attack}
-    assert [row for row in rows if row.spilled_bytes] == []
-    aligned = [row for row in rows if " aligned" in row.variant and row.name != "pixels"]  # of three channels
-    assert aligned and all(row.load_bits == 128 for row in aligned)
-    reductions = [row for row in aligned if row.name == "moments" or (row.name == "sums" and "both" in row.variant)]
-    assert all(row.store_bits == 128 for row in aligned if row not in reductions)  # which write [slabs, 2 or 4, C] only
-
-
 @pytest.mark.parametrize("missing", ["compiler works", "compiler exists"])
 def test_wheel_without_a_compiler(missing, tmp_path):
     pytest.importorskip("setuptools")

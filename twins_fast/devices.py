@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 GRAPH_DEVICES = ("cuda",)
+
+
+def autocast(amp_dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """What a model of plain PyTorch runs under; says once if ``device`` is slower for it."""
+    if amp_dtype is None:
+        return nullcontext()
+    if device.type == "cpu":
+        _warn_if_slow(amp_dtype)
+    return torch.autocast(device.type, amp_dtype)
+
+
+@functools.cache
+def _warn_if_slow(dtype: torch.dtype) -> None:
+    """Without these instructions PyTorch's convolutions take many times as long as in float32."""
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if torch.backends.mkldnn.is_available() and not fast[dtype]():
+        warnings.warn(
+            f"this CPU has no instructions for {dtype}: what PyTorch runs in it is many times slower than in "
+            "float32 (amp_dtype=None, --amp none)",
+            stacklevel=5,
+        )
 
 
 def compute_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The steps of an attack's plan in Triton against those in PyTorch, and CUDA graphs."""
 
-import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet50
 
-from tests.kernels.interpreter import DEVICE, compiles_ahead, host, results, run_in_the_interpreter
+from tests.kernels.interpreter import DEVICE, host, results, run_in_the_interpreter
 from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cache, windows
 from twins_fast.attacks.engine.convolution import Convolution
@@ -350,21 +349,6 @@ def test_candidates_fit_the_problem_and_the_device(monkeypatch):
         assert all(config.width == 64 and config.inner == 32 for config in candidates[1:])
         counts[capability] = len(candidates)
     assert counts[8, 0] < counts[9, 0] <= 1 + len(kernels.CONVOLUTION_CONFIGS)
-
-
-@host
-@compiles_ahead
-def test_convolutions_of_images_and_of_large_tensors_spill_nothing():
-    first = [step for step in aot.ATTACK_STEPS if step.startswith("first convolution")]
-    large = ["convolution 128x128x64", "convolution backward 128x256x64", "first convolution backward 128x64x64"]
-    steps = [("bfloat16", "aligned", step) for step in first] + [("float16", "aligned 64-bit", step) for step in large]
-    rows = aot.table([aot.AttackVariant(*step) for step in steps])
-    assert {row["arch"] for row in rows} == set(aot.ARCHS)
-    assert [(row["variant"], row["arch"]) for row in rows if row["spills"]] == []
-    for row in rows:
-        image = row["variant"].startswith("first convolution") and "backward" not in row["variant"]
-        copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\d+|\d+), ", row["ptx"]))
-        assert {int(size, 0) for size in copies} == ({4, 16} if image else {16})
 
 
 @results

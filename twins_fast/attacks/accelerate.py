@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from twins_fast.attacks.engine.memory import out_of_memory
 from twins_fast.attacks.engine.nodes import in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.watch import Wrapper, unwrapped
-from twins_fast.devices import compute_dtype
+from twins_fast.devices import autocast, compute_dtype
 from twins_fast.nn.modes import modules_of
 from twins_fast.validation import check_amp_dtype
 
@@ -114,10 +113,9 @@ class Accelerated(Wrapper):
 
     def itself(self, images: Tensor) -> Tensor:
         """The logits by the model, in the precision that was asked for."""
-        half = self.amp_dtype is not None
-        with torch.autocast(images.device.type, self.amp_dtype) if half else nullcontext():
+        with autocast(self.amp_dtype, images.device):
             logits = self.module(images)
-        return logits.float() if half else logits
+        return logits if self.amp_dtype is None else logits.float()
 
     def explain(self, images: Tensor) -> Explanation:
         """How a forward on images like these [N, C, H, W] runs, layer by layer, and why; ``str()`` is a table."""

@@ -26,7 +26,7 @@ from twins_fast.attacks.engine.watch import Wrapper, is_compiled, unwrapped
 from twins_fast.attacks.networks import Eager, Normalised, Passes
 from twins_fast.attacks.objectives import Loss, Objective
 from twins_fast.deferred import check_values, raise_found
-from twins_fast.devices import capturing, compute_dtype
+from twins_fast.devices import autocast, capturing, compute_dtype
 from twins_fast.models.clamp import NOTE, ClampMode
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
@@ -532,8 +532,7 @@ class PGD:
 
         def run(x: Tensor) -> Tensor:
             nonlocal unchecked
-            amp = nullcontext() if self.amp_dtype is None else torch.autocast(x.device.type, self.amp_dtype)
-            with amp:
+            with autocast(self.amp_dtype, x.device):
                 logits = output_of(self.model(x), self.output)
             logits, unchecked = checked_logits(logits, len(x), unchecked), None
             return logits

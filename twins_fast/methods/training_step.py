@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from twins_fast.attacks import PGD
 from twins_fast.attacks.engine import cuda_graph
 from twins_fast.attacks.engine.nodes import NotCaptured, tensors_of
 from twins_fast.attacks.engine.watch import Watch, is_compiled
-from twins_fast.devices import has_graphs
+from twins_fast.devices import autocast, has_graphs
 from twins_fast.methods.awp import perturb_weights
 from twins_fast.methods.base import Attack, Beside, Logits, Method
 from twins_fast.methods.labels import smoothed
@@ -140,14 +140,14 @@ class TrainingStep:
         def step(images: Tensor, labels: Tensor, start: Tensor, *rates: Tensor) -> tuple[Tensor, ...]:
             self._drop_gradients()
             nan: list[Tensor] = []
-            with self._autocast(images):
+            with autocast(self.amp_dtype, images.device):
                 if attack is None:
                     adversarial = method.perturb(self.attack, model, images, labels, largest_label)
                 else:
                     adversarial, *nan = attack.attack_from(start, images, labels, largest_label)
 
             def forward() -> tuple[Logits, Tensor, Tensor]:
-                with self._autocast(images):
+                with autocast(self.amp_dtype, images.device):
                     logits = method.forward(model, images, adversarial, largest_label, beside)  # [frozen | adaptive]
                     targets = smoothed(labels, logits.adversarial.shape[1], self.label_smoothing)
                     return logits, targets, method.loss(logits, targets)
@@ -209,9 +209,6 @@ class TrainingStep:
         """Of all parameters: a graph must not add to memory that somebody else may free."""
         self.model.zero_grad()
         self.optimizer.zero_grad()
-
-    def _autocast(self, images: Tensor) -> AbstractContextManager[Any]:
-        return nullcontext() if self.amp_dtype is None else torch.autocast(images.device.type, self.amp_dtype)
 
     def _backward(self, loss: Tensor, rates: tuple[Tensor, ...]) -> Tensor:
         """The backward pass, unless the host knows that the loss is not finite; returns whether it is, []."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +72,3 @@ def evaluation_attack(recipe: Recipe, model: nn.Module) -> PGD:
     """The attack of the published evaluation: no random start."""
     options = dataclasses.asdict(recipe.attack) | {"alpha": recipe.evaluation.alpha, "steps": recipe.evaluation.steps}
     return PGD(model, random_start=False, **options)
-
-
-def autocast(amp: str, device: torch.device | str):
-    """The context that a recipe's network runs in; ``amp`` is one of ``AMP``."""
-    dtype = AMP_DTYPES[amp]
-    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)

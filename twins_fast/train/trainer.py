@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 from twins_fast.checkpoints import load_checkpoint, load_state, read_meta, save_checkpoint, write_atomically
 from twins_fast.checkpoints.names import covered
 from twins_fast.deferred import raise_found
+from twins_fast.devices import autocast
 from twins_fast.evaluation import Accuracy, evaluate
 from twins_fast.methods import TrainingStep
 from twins_fast.methods.training_step import running_statistics
 from twins_fast.nn.wings import is_twin
 from twins_fast.ops.group import ProcessLost, average_
 from twins_fast.train.average import WeightAverage
-from twins_fast.train.build import AMP_DTYPES, autocast, evaluation_attack, make_optimizer, mix, training_attack
+from twins_fast.train.build import AMP_DTYPES, evaluation_attack, make_optimizer, mix, training_attack
 from twins_fast.train.curves import draw_curves
 from twins_fast.train.diagnosis import origin
 from twins_fast.train.dynamics import Dynamics, robust_gap
@@ -266,7 +267,7 @@ class Trainer:
             self._draw()
 
     def _evaluate(self, batches: DataLoader, wing: str | None = None) -> Accuracy:
-        with self._averaged(), autocast(self.recipe.run.amp, self.device):
+        with self._averaged(), autocast(AMP_DTYPES[self.recipe.run.amp], self.device):
             where = {"device": self.device, "process_group": self.processes.group}
             return evaluate(self.model, batches, self.evaluation_attack, wing=wing, **where)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +12,7 @@ from twins_fast.attacks.engine.executors.attention import attention
 from twins_fast.attacks.engine.layout import as_result
 from twins_fast.attacks.engine.nodes import Ref, Source, map_values
 from twins_fast.attacks.engine.plan import Stage
+from twins_fast.devices import autocast
 
 
 @dataclass
@@ -43,11 +43,10 @@ class Segment:
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         stage, views = self.stage, self.stage.options["views"]
-        half = self.dtype != torch.float32
-        autocast = torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        half = None if self.dtype == torch.float32 else self.dtype
         self.rows = rows
         by_value = dict(zip(stage.inputs, inputs, strict=True))
-        with torch.enable_grad(), autocast:
+        with torch.enable_grad(), autocast(half, self.device):
             # With .data each gets a version of its own: others write elsewhere in the arena until the backward pass.
             values_in = {value: tensor.data.requires_grad_() for value, tensor in by_value.items()}
             values: dict = dict(self.carried)

@@ -161,6 +161,19 @@ def pointwise_kernel(
 
 
 @triton.jit
+def _columns(v, i: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr):
+    """The i-th WIDTH columns of v, by halves of halves; Triton before 3.5 compiles no recursion."""
+    for level in tl.static_range(4):
+        if BLOCK_V >> level > WIDTH:
+            left, right = tl.split(tl.permute(tl.reshape(v, (BLOCK_U, 2, BLOCK_V >> level + 1)), (0, 2, 1)))
+            if i * WIDTH // (BLOCK_V >> level + 1) % 2:
+                v = right
+            else:
+                v = left
+    return v
+
+
+@triton.jit
 def _finish_columns(
     v,
     shift,
@@ -182,19 +195,12 @@ def _finish_columns(
     BLOCK_V: tl.constexpr,
 ):
     """:func:`_finish` of a product, 32 columns at a time, so that few registers hold places."""
-    if BLOCK_V > 32:
-        left, right = tl.split(tl.permute(tl.reshape(v, (BLOCK_U, 2, BLOCK_V // 2)), (0, 2, 1)))
-        _finish_columns(
-            left, shift, other, mask, y, bits, pixel, live, 2 * tile, columns, channels, groups, out_width,
-            RELU, ALIGN, BLOCK_ROW, BLOCK_U, BLOCK_V // 2,
-        )  # fmt: skip
-        _finish_columns(
-            right, shift, other, mask, y, bits, pixel, live, 2 * tile + 1, columns, channels, groups, out_width,
-            RELU, ALIGN, BLOCK_ROW, BLOCK_U, BLOCK_V // 2,
-        )  # fmt: skip
-    else:
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        byte = tile * (BLOCK_V // 8) + tl.arange(0, BLOCK_V // 8)
+    WIDTH: tl.constexpr = 32 if BLOCK_V > 32 else BLOCK_V
+    PARTS: tl.constexpr = BLOCK_V // WIDTH
+    for i in tl.static_range(PARTS):
+        part = tile * PARTS + i
+        column = part * WIDTH + tl.arange(0, WIDTH)
+        byte = part * (WIDTH // 8) + tl.arange(0, WIDTH // 8)
         inside = tl.max_constancy(live[:, None] & (column < columns)[None, :], (1, ALIGN))
         if BLOCK_ROW:
             column = column // BLOCK_ROW * (out_width * channels) + column % BLOCK_ROW
@@ -203,8 +209,8 @@ def _finish_columns(
         byte_offset = (pixel * groups)[:, None] + byte[None, :]
         byte_inside = live[:, None] & (byte < groups)[None, :]
         _finish(
-            v, shift, other, mask, y, bits, offset, inside, byte_offset, byte_inside, tile, columns,
-            RELU, BLOCK_U, BLOCK_V,
+            _columns(v, i, BLOCK_U, BLOCK_V, WIDTH), shift, other, mask, y, bits, offset, inside, byte_offset,
+            byte_inside, part, columns, RELU, BLOCK_U, WIDTH,
         )  # fmt: skip
 
 

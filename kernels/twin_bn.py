@@ -645,7 +645,7 @@ def apply_backward_kernel(
     if frozen_count is not None:
         begin = tl.where(program >= programs, 0, first)
         limit = tl.where(program >= programs, first, units)
-    if frozen_count is not None and program >= programs:
+    if (program >= programs) if frozen_count is not None else False:
         mean, scale, mean_g, slope = _gradients(
             frozen_partial,
             None,

@@ -15,11 +15,11 @@ import torch
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-_RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
+RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
 _skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
 
 compiles_ahead = pytest.mark.skipif(
-    _RELEASES["triton"] < (3, 4), reason="ahead-of-time compilation is for Triton 3.4 and later"
+    RELEASES["triton"] < (3, 3), reason="ahead-of-time compilation is for Triton 3.3 and later"
 )
 host = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
@@ -33,7 +33,7 @@ def run_in_the_interpreter(file, config):
     """The tests of a file in a process whose kernels are interpreted, unless they run on a GPU in this one."""
     if DEVICE == "cuda":
         pytest.skip("the tests run on the GPU")
-    if _RELEASES["triton"] < (3, 7) and _RELEASES["numpy"] >= (2, 4):
+    if RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4):
         pytest.skip("Triton's interpreter is too old for NumPy")
     # A backend that this process was told to use would be used in there, too.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TWINS_FAST_BACKEND": ""}

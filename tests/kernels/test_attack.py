@@ -263,11 +263,18 @@ GEOMETRIES = [
 @results
 @pytest.mark.parametrize("number", range(len(GEOMETRIES)))
 def test_convolution(number):
-    check_convolution(number, DTYPES[1 + number % 2])
+    check_convolution(GEOMETRIES[number], DTYPES[1 + number % 2], CONFIGS[number % len(CONFIGS)])
 
 
-def check_convolution(number, dtype):
-    g, memory = GEOMETRIES[number], Memory(dtype)
+@results
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_convolution_of_wide_tiles(width):
+    config = kernels.CONVOLUTION_CONFIGS[3] if DEVICE == "cuda" else kernels.INTERPRETER_CONVOLUTION
+    check_convolution(convolution_of(136, 200, (2, 3)), torch.bfloat16, config._replace(width=width))
+
+
+def check_convolution(g, dtype, config):
+    memory = Memory(dtype)
     ours = CudaExecutor(dtype, torch.device(DEVICE))
     reference = TorchExecutor(torch.float32, torch.device(DEVICE))
     # Weights whose sums are exact, which upsampling rounds to the dtype.
@@ -278,7 +285,7 @@ def check_convolution(number, dtype):
         each.shift = torch.linspace(-1, 1, g.out_channels, device=DEVICE)
         for sign in (-1, 1):  # the second time into the same memory
             each.convolution.fold(sign * weight.to(DEVICE), None)
-    state.convolution.algorithm = lambda *_: CONFIGS[number % len(CONFIGS)]
+    state.convolution.algorithm = lambda *_: config
     before, after = (2, g.in_channels, *g.in_size), (2, g.out_channels, *g.out_size)
     x, g_out, other, share = (memory.values(shape) for shape in (before, after, after, before))
 
@@ -357,8 +364,8 @@ def test_64_bit_offsets(monkeypatch):
     test_finish_and_affine(SHAPES[1], torch.bfloat16)
     test_max_pool(*WINDOWS[2], torch.float32)
     test_avg_pool((3, 2), (2, 1), torch.float32)
-    check_convolution(4, torch.float16)
-    check_convolution(8, torch.bfloat16)
+    check_convolution(GEOMETRIES[4], torch.float16, CONFIGS[0])
+    check_convolution(GEOMETRIES[8], torch.bfloat16, CONFIGS[0])
 
 
 PROGRAMS = {

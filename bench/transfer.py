@@ -178,17 +178,26 @@ def attacked(folder: Path) -> dict[str, Any]:
     return {one["title"]: one["accuracy"] for one in json.loads(file.read_text())["results"]}
 
 
-def ablated(row: Row, size: int, data: Path, source: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chosen setting with one thing changed at a time."""
-    found = []
-    for number, axes in enumerate(ABLATIONS):
-        changed = [axis.partition("=")[0] for axis in axes]
-        kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
-        words = [*kept, *axes, *seeds(FEW)]
-        for one in swept(row, size, data, source, f"ablation-{number}", words)[1]["settings"]:
-            shown = {field: one["setting"][field] for field in changed}
-            found.append({"changed": shown, "seeds": one["seeds"], "figures": one["figures"]})
-    return found
+def ablated(
+    row: Row, size: int, data: Path, source: Path, setting: dict[str, Any], number: int
+) -> list[dict[str, Any]]:
+    """The chosen setting with what one of the ablations changes."""
+    changed = fields_of(ABLATIONS[number])
+    kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
+    words = [*kept, *ABLATIONS[number], *seeds(FEW)]
+    found = swept(row, size, data, source, f"ablation-{number}", words)[1]["settings"]
+    return [
+        {
+            "changed": {field: one["setting"][field] for field in changed},
+            "seeds": one["seeds"],
+            "figures": one["figures"],
+        }
+        for one in found
+    ]
+
+
+def fields_of(axes: Sequence[str]) -> list[str]:
+    return [axis.partition("=")[0] for axis in axes]
 
 
 def measure(size: int, source: Path, names: Sequence[str], resume: bool = False) -> None:
@@ -211,12 +220,16 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
         write(path, size, rows)
         rows[row.name]["autoattack"] = attacked(found.folder)
         write(path, size, rows)
-    if ABLATIONS_KEY in names and size == SIZES[0] and not (resume and ABLATIONS_KEY in rows.get(ABLATED, {})):
+    if ABLATIONS_KEY in names and size == SIZES[0]:
         if ABLATED not in rows:
             raise SystemExit(f"the ablations start from the row {ABLATED}, which is not in {path}")
         (row,) = (row for row in ROWS if row.name == ABLATED)
-        rows[ABLATED][ABLATIONS_KEY] = ablated(row, size, data, source, rows[ABLATED]["setting"])
-        write(path, size, rows)
+        found = rows[ABLATED].get(ABLATIONS_KEY, []) if resume else []
+        for number, axes in enumerate(ABLATIONS):
+            if all([*one["changed"]] != fields_of(axes) for one in found):
+                found = [*found, *ablated(row, size, data, source, rows[ABLATED]["setting"], number)]
+                rows[ABLATED][ABLATIONS_KEY] = found
+                write(path, size, rows)
 
 
 def write(path: Path, size: int, rows: dict[str, Any]) -> None:

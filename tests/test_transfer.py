@@ -113,3 +113,29 @@ def test_the_setting_with_a_published_rate():
     failed = {"setting": {"optimizer.lr": 0.001}, "seeds": [], "figures": {}}
     search = {"settings": [one(0.02, 0.9), one(0.01, 0.7), failed, one(0.003, 0.8)]}
     assert transfer.published(search) == {"optimizer.lr": 0.003}
+
+
+def test_each_ablation_is_kept_when_it_is_done(tmp_path, monkeypatch):
+    path = tmp_path / "transfer-500.json"
+    path.write_text(json.dumps({"rows": {"twins-at": {"setting": {"optimizer.lr": 0.01}, "autoattack": {}}}}))
+    done = []
+
+    def swept(row, size, data, source, name, words):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(name)
+        setting = dict.fromkeys(transfer.fields_of(transfer.ABLATIONS[int(name.removeprefix("ablation-"))]), 1)
+        return tmp_path, {"settings": [{"setting": setting, "seeds": [0], "figures": {}}]}
+
+    monkeypatch.setattr(transfer, "RESULTS", tmp_path)
+    monkeypatch.setattr(transfer, "subset", lambda source, size: source)
+    monkeypatch.setattr(transfer, "swept", swept)
+    monkeypatch.setattr(transfer, "draw", lambda record, path: None)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.measure(500, tmp_path, [transfer.ABLATIONS_KEY], resume=True)
+    assert len(json.loads(path.read_text())["rows"]["twins-at"][transfer.ABLATIONS_KEY]) == 2
+    done.clear()
+    transfer.measure(500, tmp_path, [transfer.ABLATIONS_KEY], resume=True)
+    assert done == ["ablation-2", "ablation-3"]
+    kept = json.loads(path.read_text())["rows"]["twins-at"][transfer.ABLATIONS_KEY]
+    assert [[*one["changed"]] for one in kept] == [transfer.fields_of(axes) for axes in transfer.ABLATIONS]

@@ -309,7 +309,11 @@ def attack_reason(model, x):
     return PGD(model).explain(x).reason
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
+def compiled(model):
+    return torch.compile(model, backend="eager")  # the others take long
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, lambda m: compiled(nn.DataParallel(m))])
 def test_wrappers_are_unwrapped(wrap):
     model = small()
     x, y = data(4)

@@ -20,7 +20,15 @@ from twins_fast.validation import check_choice
 PlainBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm  # two-wing layers are no plain ones, though they inherit
 
 _TIMM = ("BatchNormAct2d", "SyncBatchNormAct")  # classes of one module in timm
-_HARMLESS = {"__init__", "extra_repr", "__repr__", *vars(type("_", (), {})), "__annotations__", "__annotate_func__"}
+
+
+class _Empty:
+    """What a class has from the statement alone."""
+
+    value: int
+
+
+_HARMLESS = {"__init__", "extra_repr", "__repr__", *vars(_Empty)}
 _ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 

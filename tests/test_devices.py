@@ -32,3 +32,9 @@ def test_others_are_not(dtype, supported, tiny_model, batch, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PGD(tiny_model.eval(), steps=1, amp_dtype=dtype, engine="eager")(*batch)
+
+
+def test_nothing_is_asked_without_the_library_that_would_know(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    devices._warn_if_slow(torch.bfloat16)

@@ -24,11 +24,11 @@ def autocast(amp_dtype: torch.dtype | None, device: torch.device) -> AbstractCon
 @functools.cache
 def _warn_if_slow(dtype: torch.dtype) -> None:
     """Without these instructions PyTorch's convolutions take many times as long as in float32."""
-    fast = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if torch.backends.mkldnn.is_available() and not fast[dtype]():
+    if not torch.backends.mkldnn.is_available():  # which has the operators, too
+        return
+    operators = torch.ops.mkldnn
+    fast = operators._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else operators._is_mkldnn_fp16_supported
+    if not fast():
         warnings.warn(
             f"this CPU has no instructions for {dtype}: what PyTorch runs in it is many times slower than in "
             "float32 (amp_dtype=None, --amp none)",

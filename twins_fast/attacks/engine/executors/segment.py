@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from twins_fast.attacks.engine.executors.attention import attention
 from twins_fast.attacks.engine.layout import as_result
-from twins_fast.attacks.engine.nodes import Ref, Source, map_values
+from twins_fast.attacks.engine.nodes import Node, Ref, Source, map_values
 from twins_fast.attacks.engine.plan import Stage
 from twins_fast.devices import autocast
+
+Result = tuple[GradientEdge, torch.dtype] | None  # where its gradient goes in: the values lie in the arena
 
 
 @dataclass
@@ -30,16 +33,24 @@ class Segment:
     carried: dict
     parameters: dict[Source, Tensor] = field(default_factory=dict)
     rows: int = 0
-    _results: list[Tensor] = field(default_factory=list)
+    _results: list[Result] = field(default_factory=list)
     _operands: list[Tensor] = field(default_factory=list)
     _again: bool = False  # whether another backward pass may follow
+    _ended: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self):
+        """After each operation, forget the results that no later one reads."""
+        nodes, options = self.stage.nodes, self.stage.options
+        last = {index: position for position, (index, _) in enumerate(nodes)}
+        for position, (_, node) in enumerate(nodes):
+            last |= {v.index: position for v in _read(node) if isinstance(v, Ref)}
+        for index in (*options["gives"], *options["keeps"]):
+            last.pop(index, None)
+        self._ended = [[index for index, at in last.items() if at == position] for position in range(len(nodes))]
 
     def sources(self) -> Iterable[Source]:
         """The parameters that it reads, and what is derived of them."""
-        sources: dict[Source, None] = {}
-        for _, node in self.stage.nodes:
-            map_values(lambda v: None if isinstance(v, Ref) else sources.setdefault(v), node.call and node.call[1:])
-        return sources
+        return dict.fromkeys(v for _, node in self.stage.nodes for v in _read(node) if not isinstance(v, Ref))
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         stage, views = self.stage, self.stage.options["views"]
@@ -53,23 +64,26 @@ class Segment:
             for index, value in stage.options["takes"].items():
                 if value is not None:
                     values[index] = as_result(values_in[value], *views[index])
-            for index, node in stage.nodes:
+            for (index, node), ended in zip(stage.nodes, self._ended, strict=True):
                 values[index] = self._call(node, values)
+                for other in ended:
+                    del values[other]
         self._operands = list(values_in.values())
-        self._results = [values[index] for index in stage.options["gives"]]
-        for index, tensor, output in zip(stage.options["gives"], self._results, outputs, strict=True):
+        results = [values[index] for index in stage.options["gives"]]
+        for index, tensor, output in zip(stage.options["gives"], results, outputs, strict=True):
             as_result(output, *views[index]).copy_(tensor.detach())
+        self._results = [(get_gradient_edge(t), t.dtype) if t.requires_grad else None for t in results]
         self.carried.update((i, values[i]) for i in stage.options["keeps"])
 
     def backward(self, gradients: list[Tensor | None], input_gradients: list[Tensor]) -> None:
         """From the gradients of the results, those of the inputs, written into ``input_gradients``."""
         views = (self.stage.options["views"][index] for index in self.stage.options["gives"])
         pairs = [
-            (t, as_result(g, *view).to(t.dtype))
-            for t, g, view in zip(self._results, gradients, views, strict=True)
-            if g is not None and t.requires_grad
+            (result[0], as_result(g, *view).to(result[1]))
+            for result, g, view in zip(self._results, gradients, views, strict=True)
+            if g is not None and result is not None
         ]
-        results, cast = [t for t, _ in pairs], [g for _, g in pairs]
+        results, cast = [edge for edge, _ in pairs], [g for _, g in pairs]
         computed = torch.autograd.grad(results, self._operands, cast, retain_graph=self._again, allow_unused=True)
         for slot, gradient in zip(input_gradients, computed, strict=True):
             slot.zero_() if gradient is None else slot.copy_(gradient)
@@ -79,13 +93,13 @@ class Segment:
         """Forget PyTorch's graph."""
         self._results, self._operands, self._again = [], [], False
 
-    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self) -> tuple[list[Result], list[Tensor]]:
         """PyTorch's graph, which is forgotten here."""
         taken = self._results, self._operands
         self.release()
         return taken
 
-    def put(self, taken: tuple[list[Tensor], list[Tensor]]) -> None:
+    def put(self, taken: tuple[list[Result], list[Tensor]]) -> None:
         """For one more backward pass."""
         (self._results, self._operands), self._again = taken, True
 
@@ -104,3 +118,9 @@ class Segment:
             # Of transposed rows PyTorch makes one product for each sample, and copies the weight as often.
             arguments = (arguments[0].contiguous(), *arguments[1:])
         return target(*arguments, **keywords)
+
+
+def _read(node: Node) -> list[Ref | Source]:
+    found: list[Ref | Source] = []
+    map_values(found.append, node.call and node.call[1:])
+    return found

@@ -49,6 +49,7 @@ install: .venv/installed
 
 # pip install -e compiles csrc/; it is run again whenever what it builds from is newer.
 .venv/installed: pyproject.toml setup.py tests/libraries.txt $(wildcard csrc/* csrc/*/* kernels/*.py)
+	@echo "Fetching PyTorch and compiling csrc/ takes some minutes the first time, most of them without a word."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/libraries.txt

@@ -433,6 +433,7 @@ def test_memory_of_a_peer(monkeypatch, capsys):
         attack.child_memory("attack", "published", [workload], "cpu")
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path, monkeypatch, tiny_attack):
     axes = {
         "batch": ("steps=1:width=4:side=8", (1, 2)),
@@ -452,6 +453,7 @@ def test_scaling(tmp_path, monkeypatch, tiny_attack):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_few_steps(tmp_path, monkeypatch, tiny_attack):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(attack, "FEW_BATCHES", (1, 3))
@@ -471,6 +473,7 @@ def test_few_steps(tmp_path, monkeypatch, tiny_attack):
     assert "3000.0 ms | 2000.0 ms | eager, 50 % slower |" in report.attack_few()
 
 
+@pytest.mark.slow
 def test_training_step(tmp_path, monkeypatch, tiny_attack):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     # PyTorch 2.15's float32 weight gradients of 4 channels in channels-last memory write past their end (oneDNN).
@@ -493,6 +496,7 @@ def test_training_step(tmp_path, monkeypatch, tiny_attack):
     assert row["peers"]["mine"]["status"] == "wrong"
 
 
+@pytest.mark.slow
 def test_precision(tmp_path, monkeypatch, tiny_attack):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     arguments = ["--device", "cpu", "--precision", "--images", "40", "--steps", "2", "--peers", "eager,plan-bf16"]
@@ -557,6 +561,7 @@ def tiny_libraries(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_libraries(tiny_libraries, monkeypatch):
     file = tiny_libraries / "libraries-cpu.json"
     # An image on the border of two classes, which half precision may see on either side, is a quarter of these four.
@@ -594,6 +599,7 @@ def test_an_attack_that_finds_something_else_is_not_timed(tiny_libraries, monkey
     assert "lazy: " in capsys.readouterr().err and "| error | error |" in report.libraries()
 
 
+@pytest.mark.slow
 def test_autoattack_a_batch_at_a_time(tiny_libraries, monkeypatch):
     file = tiny_libraries / "libraries_autoattack-cpu.json"
 
@@ -619,6 +625,7 @@ def test_autoattack_a_batch_at_a_time(tiny_libraries, monkeypatch):
 TINY_LOOPS = ["--device", "cpu", "--workload", "resnet18-32:batch=4:side=8:width=4:steps=2", "--rounds", "1"]
 
 
+@pytest.mark.slow
 def test_loops_of_others_beside_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setitem(drop_in.TOLERANCE, torch.bfloat16, 1.0)
@@ -769,6 +776,7 @@ def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeyp
     assert "reason" not in json.loads(tiny_zoo.read_text())["workloads"][0]
 
 
+@pytest.mark.slow
 def test_coverage_of_families_with_times_and_memory(tiny_zoo):
     arguments = ["--zoo", "tiny", "--families", "--only", "small|large", "--json", str(tiny_zoo)]
     assert coverage.main([*arguments, "--time"]) == coverage.main([*arguments, "--time", "--memory"]) == 0

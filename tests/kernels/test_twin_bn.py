@@ -35,6 +35,7 @@ def test_against_float64(shape, memory_format):
                 assert all(torch.equal(a, b) for a, b in zip(got[7:9], case.adaptive[:2], strict=True))
 
 
+@pytest.mark.slow
 @results
 @settings(max_examples=60, deadline=None)
 @given(case=random_cases(most_channels=9, most_pixels=6))
@@ -42,6 +43,7 @@ def test_phases_of_any_call(case):
     check_phases(triton, case.to(DEVICE))
 
 
+@pytest.mark.slow
 @results
 @settings(max_examples=15, deadline=None)
 @given(case=random_cases(most_channels=9, most_pixels=6))

@@ -22,9 +22,10 @@ from twins_fast.train import cli, trainer
 from twins_fast.train.run_folder import RunFolder
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("method", ["at", "twins-at", "twins-trades"])
 def test_a_run_writes_everything_and_learns(tmp_path, npz, capsys, method):
-    assert train(tmp_path / "run", npz, "--method", method, "--epochs", "4") == 0
+    assert train(tmp_path / "run", npz, "--method", method, "--epochs", "4", "--attack.engine", "plan") == 0
     run = RunFolder(tmp_path / "run")
     lines = run.read_metrics()
     steps = [line for line in lines if line["kind"] == "train"]

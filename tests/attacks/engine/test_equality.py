@@ -59,12 +59,16 @@ ARCHITECTURES = {
 }
 
 
-LARGE = {"wrn_28_10", "densenet121", "vit_b_16", "wide_resnet50_2", "vgg16_bn"}
+LARGE = {"wrn_28_10", "densenet121", "vit_b_16", "wide_resnet50_2", "vgg16_bn", "convnext_tiny", "resnext50"}
+LARGE |= {"resnet50 of upsampled images", "resnet50"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in ARCHITECTURES]
-)
+def large(names):
+    """Those of :data:`LARGE` only with the long proofs."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in names]
+
+
+@pytest.mark.parametrize("name", large(ARCHITECTURES))
 def test_architecture_takes_the_plan_and_equals_eager(name):
     build, size, left = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -85,7 +89,7 @@ def test_architecture_takes_the_plan_and_equals_eager(name):
 
 
 @pytest.mark.skipif(native._C is None, reason="no compiled kernels")
-@pytest.mark.parametrize("name", ["resnet50", "cifar_resnet18", "resnet50 of upsampled images"])
+@pytest.mark.parametrize("name", large(["resnet50", "cifar_resnet18", "resnet50 of upsampled images"]))
 def test_convolutions_of_a_matrix_unit(name, monkeypatch):
     """Where the C++ kernels do not use it they are oneDNN's; here with vectors, and in float32, to compare them."""
     monkeypatch.setattr("twins_fast.attacks.engine.executors.cpu.has_matrix_unit", lambda dtype: True)
@@ -251,7 +255,7 @@ def _both_ways(net, x):
         (_both_ways, None),
     ],
 )
-@pytest.mark.parametrize("executor", [cache.executor_for, TorchExecutor])
+@pytest.mark.parametrize("executor", [cache.executor_for, pytest.param(TorchExecutor, marks=pytest.mark.slow)])
 def test_layer_norms_and_linear_layers_on_tokens(arrange, left, executor, monkeypatch):
     monkeypatch.setattr(cache, "executor_for", executor)
     torch.manual_seed(0)

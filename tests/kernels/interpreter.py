@@ -16,6 +16,18 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RELEASES = {name: tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")}
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def _patch_once(fn, patch=interpreter._patch_lang):
+        """At each call of a device function Triton looks through its whole language: a quarter of the time."""
+        used = [module for module in fn.__globals__.values() if module in (tl, tl.core)]
+        if any(tl.core.is_builtin(module.load) for module in used):
+            return patch(fn)
+
+    interpreter._patch_lang = _patch_once
+
 _skipped = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter")
 
 compiles_ahead = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
         problem = problem_of(zoo, name, CHECKED, sides)
         gradient_of(problem)
     except Exception as error:
-        return {"status": BROKEN, "reason": one_line(error)}
+        reason = one_line(error)
+        return {"status": ENDED if NO_MEMORY in reason else BROKEN, "reason": reason}
     model = problem.model
     row = {
         "kind": "BatchNorm" if any(isinstance(module, _BatchNorm) for module in model.modules()) else "others",
@@ -249,12 +250,14 @@ def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers
     new = [(zoo, name, depth) for name in names if name not in kept]
     deeper = [row for name, row in kept.items() if name in names and depth.lacking(row)]
     examined_rows = (
-        {"name": name, "stands_for": names[name], "commit": record.header["commit"]}
+        {"name": name, "stands_for": names[name], "commit": record.header["commit"], "machine": record.machine}
         | ({"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found)
         for (_, name, _), found in in_children(examine, new, limits, workers)
     )
     for number, row in enumerate(chain(examined_rows, deeper), 1):
-        deepen(zoo, row, depth.lacking(row), limits)
+        if lacking := depth.lacking(row):
+            deepen(zoo, row, lacking, limits)
+            row["machine"] = record.machine
         record.rows = [other for other in record.rows if other is not row]
         record.add(row)
         print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
@@ -386,6 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", action="store_true", help="of networks whose modules are of the same types, only "
                         "the one with the fewest parameters")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", help="networks whose names it is found in")
+    parser.add_argument("--first", type=int, metavar="N", help="only so many")
     parser.add_argument("--small", action="store_true", help=f"images of the smallest side that works, of {SMALL}")
     parser.add_argument("--time", action="store_true", help="also milliseconds of a step: eager, autocast, plans")
     parser.add_argument("--memory", action="store_true", help="also the memory of a plan and of autocast")
@@ -422,12 +426,17 @@ def main(arguments: list[str] | None = None) -> int:
         folder = PARTIAL if args.only else RESULTS
         options = {"small": args.small, "version": version(zoo)}
         record = Record(f"{NAME}-{zoo}", "cpu", command, options, folder, args.json)
-        record.resume()
+        record.resume(anywhere=True)
         record.rows = [row for row in record.rows if args.resume or row["commit"] == record.header["commit"]]
+        for row in record.rows:
+            if row["machine"] != record.machine:  # what it is, but not how long it takes
+                row.pop("times", None)
+                row.pop("memory", None)
         names = dict.fromkeys(ZOOS[zoo].names(), 1)  # imports the zoo here, and not in every process
         if args.families:
             names = smallest(kept_catalogue(zoo))
         names = {name: count for name, count in names.items() if re.search(args.only or "", name)}
+        names = dict(islice(names.items(), args.first))
         torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
         sweep(zoo, names, depth, limits, args.workers, record)
         status |= record.conclude(

@@ -474,12 +474,21 @@ class Record:
         """A GPU's results and a CPU's lie side by side."""
         return self.file or self.folder / f"{self.benchmark}-{device_kind(self.device)}.json"
 
-    def resume(self) -> None:
-        """Take over the rows of an earlier run with these options on this kind of machine, finished or not."""
+    @property
+    def machine(self) -> str:
+        return self.header["machine"]
+
+    def resume(self, anywhere: bool = False) -> None:
+        """Take over the rows of an earlier run with these options on this kind of machine, finished or not.
+
+        Args:
+            anywhere: of other kinds as well; each row gets its ``machine``.
+        """
         for path in (self.unfinished, self.path):
             content = json.loads(path.read_text()) if path.exists() else {}
-            if content.get("options") == self.options and content["header"]["machine"] == self.header["machine"]:
-                self.rows = content["workloads"]
+            machine = content["header"]["machine"] if content else None
+            if content.get("options") == self.options and (anywhere or machine == self.machine):
+                self.rows = [{"machine": machine} | row if anywhere else row for row in content["workloads"]]
                 return
 
     def add(self, row: dict) -> None:

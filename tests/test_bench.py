@@ -776,6 +776,16 @@ def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeyp
     assert "reason" not in json.loads(tiny_zoo.read_text())["workloads"][0]
 
 
+def test_coverage_of_another_machine_is_kept_without_its_times(tiny_zoo):
+    record = harness.Record("coverage-tiny", "cpu", "", {"small": False, "version": "1.0"}, tiny_zoo.parent)
+    here, record.header = record.machine, record.header | {"machine": "another"}
+    row = {"name": "small", "stands_for": 1, "commit": record.header["commit"], "status": "broken", "reason": "kept"}
+    record.add(row | {"times": {}, "memory": {}})
+    assert coverage.main(["--zoo", "tiny", "--resume", "--first", "2"]) == 0
+    kept, new = json.loads(tiny_zoo.read_text())["workloads"]
+    assert kept == row | {"machine": "another"} and (new["name"], new["machine"]) == ("large", here)
+
+
 @pytest.mark.slow
 def test_coverage_of_families_with_times_and_memory(tiny_zoo):
     arguments = ["--zoo", "tiny", "--families", "--only", "small|large", "--json", str(tiny_zoo)]

@@ -173,7 +173,8 @@ class _Scheduler:
 
     def _segment_backward(self, i: int, stage: Stage, gradients: list[int | None], steps: list[Step]) -> None:
         for value in stage.inputs:
-            self._touch(self.value_slot[value])  # autograd may have saved it
+            if value not in stage.options["unread"]:  # autograd may have saved it
+                self._touch(self.value_slot[value])
         slots = [self._slot("gradient", value) for value in stage.inputs]
         steps.append(self._step("segment_backward", i, {"gradients": gradients, "input_gradients": slots}))
         for value, slot in zip(stage.inputs, slots, strict=True):

@@ -12,6 +12,7 @@ from twins_fast.attacks.engine.convolution import Convolution, Sizes
 from twins_fast.attacks.engine.layout import Layout, value_shape
 from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
 from twins_fast.attacks.engine.plan import Part, Stage, Value
+from twins_fast.attacks.engine.unread import unread
 
 _INSIDE = -1  # the value of a node inside the input program
 
@@ -336,6 +337,7 @@ class Fuser:
             i for i, value in (*stage.options["takes"].items(), *stage.options["gives"].items()) if value is not None
         ]
         stage.options["views"] = {i: (self.nodes[i].shape, self.channels[i]) for i in crossing}
+        stage.options["unread"] = unread(stage.nodes, stage.options["takes"])
 
     def _has_gradient(self, index: int) -> bool:
         dtype = self.nodes[index].dtype

@@ -3,8 +3,11 @@
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torchvision.models import SwinTransformer
 
 from tests.attacks.engine.helpers import assert_same_step, data
 from twins_fast.attacks import PGD
@@ -47,3 +50,55 @@ def test_it_keeps_what_its_backward_pass_reads(monkeypatch):
     PGD(model, engine="plan", steps=1)(x, y)
     assert {"RollBackward0", "CumsumBackward0", "ExpBackward0"} <= set(made.values())
     assert set(alive) <= {"ExpBackward0"}
+
+
+class Plain(nn.Module):
+    """Sums, shapes and a linear layer of a pass around what is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix, self.head = nn.Conv2d(3, 4, 3), nn.Linear(6, 6), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.mix(x.roll(1, -1).transpose(2, 3)).cumsum(-1) + torch.nn.functional.pad(x, (1, 0))[..., 1:]
+        return self.head(y.tanh().mean((2, 3)))
+
+
+def swin():
+    options = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": [2, 2]}
+    return SwinTransformer(**options, num_classes=5)
+
+
+def range_of(tensor):
+    """First and last byte."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size() - 1
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("network, least", [(Rolled, 0), (Plain, 3), (swin, 4)])
+def test_what_is_unread_is_not_saved(network, least, half, monkeypatch):
+    torch.manual_seed(0)
+    model = network().eval()
+    x, y = data(3, 8, 5)
+    if half is None:
+        assert_same_step(model, x, y)
+    forward, unread = Segment.forward, []
+
+    def watched(self, rows, tensors, outputs):
+        saved = []
+        with saved_tensors_hooks(lambda t: saved.append(range_of(t)) or t, lambda t: t):
+            forward(self, rows, tensors, outputs)
+        for value, tensor in zip(self.stage.inputs, tensors, strict=True):
+            if value in self.stage.options["unread"]:
+                low, high = range_of(tensor)
+                assert not any(first <= high and low <= last for first, last in saved)
+                unread.append(value)
+
+    monkeypatch.setattr(Segment, "forward", watched)
+    attack = PGD(model, engine="plan", steps=1, amp_dtype=half)
+    attack(x, y)
+    unread.clear()
+    attack(x, y)
+    assert len(set(unread)) >= least

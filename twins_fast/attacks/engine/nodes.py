@@ -74,6 +74,12 @@ class Node:
     call: Call | None = None
     dtype: torch.dtype | None = torch.float32
 
+    def reads(self) -> list[Ref | Source]:
+        """What its call reads, in order; what it reads twice is there twice."""
+        found: list[Ref | Source] = []
+        map_values(found.append, self.call and self.call[1:])
+        return found
+
 
 def map_values(function, value):
     """``value`` with ``function`` applied to every Ref and Source in it."""

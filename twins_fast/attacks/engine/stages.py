@@ -10,7 +10,7 @@ import torch
 from twins_fast.attacks.engine.activations import Activation
 from twins_fast.attacks.engine.convolution import Convolution, Sizes
 from twins_fast.attacks.engine.layout import Layout, value_shape
-from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref, map_values
+from twins_fast.attacks.engine.nodes import Node, NotCaptured, Ref
 from twins_fast.attacks.engine.plan import Part, Stage, Value
 from twins_fast.attacks.engine.unread import unread
 
@@ -52,10 +52,7 @@ class Fuser:
 
     @staticmethod
     def _read(node: Node) -> list[int]:
-        operands: list[int] = []
-        if node.call is not None:
-            map_values(lambda v: operands.append(v.index) if isinstance(v, Ref) else None, node.call[1:])
-        return [*operands, *node.inputs]
+        return [*(v.index for v in node.reads() if isinstance(v, Ref)), *node.inputs]
 
     def _read_input(self) -> None:
         """Move the first operations, on the image itself, into the input program."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 from twins_fast.attacks.engine.graph import aten
-from twins_fast.attacks.engine.nodes import Node, Ref, Source, map_values
+from twins_fast.attacks.engine.nodes import Node, Ref
 
 # The backward pass of none of these reads an operand. What views give may lie in the memory of their operand.
 _VIEWS = {
@@ -32,15 +31,10 @@ def unread(nodes: list[tuple[int, Node]], takes: Mapping[int, int | None]) -> se
         if node.call is None:
             continue
         target, arguments, _ = node.call
-        operands: list[Ref | Source] = []
-        map_values(operands.append, node.call[1:])
-        memory = set().union(*(lies_in.get(v.index, ()) for v in operands if isinstance(v, Ref)))
+        operands = [v for v in node.reads() if isinstance(v, Ref)]
+        memory = set().union(*(lies_in.get(operand.index, ()) for operand in operands))
         if target in _VIEWS or (target is aten.pad.default and arguments[2:3] in ((), ("constant",))):
             lies_in[index] = memory
-        elif target not in _SUMS and not (target in _PRODUCTS and _others_are_fixed(operands, arguments[0])):
+        elif target not in _SUMS and not (target in _PRODUCTS and operands == [arguments[0]]):
             values -= memory
     return values
-
-
-def _others_are_fixed(operands: list[Ref | Source], first: Any) -> bool:
-    return [v for v in operands if isinstance(v, Ref)] == [first]

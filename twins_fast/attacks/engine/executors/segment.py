@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from twins_fast.attacks.engine.executors.attention import attention
 from twins_fast.attacks.engine.layout import as_result
-from twins_fast.attacks.engine.nodes import Node, Ref, Source, map_values
+from twins_fast.attacks.engine.nodes import Ref, Source, map_values
 from twins_fast.attacks.engine.plan import Stage
 from twins_fast.devices import autocast
 
@@ -36,21 +36,20 @@ class Segment:
     _results: list[Result] = field(default_factory=list)
     _operands: list[Tensor] = field(default_factory=list)
     _again: bool = False  # whether another backward pass may follow
-    _ended: list[list[int]] = field(default_factory=list)
+    _ended: list[list[int]] = field(init=False)  # after each operation, the results that no later one reads
 
-    def __post_init__(self):
-        """After each operation, forget the results that no later one reads."""
+    def __post_init__(self) -> None:
         nodes, options = self.stage.nodes, self.stage.options
-        last = {index: position for position, (index, _) in enumerate(nodes)}
-        for position, (_, node) in enumerate(nodes):
-            last |= {v.index: position for v in _read(node) if isinstance(v, Ref)}
-        for index in (*options["gives"], *options["keeps"]):
-            last.pop(index, None)
-        self._ended = [[index for index, at in last.items() if at == position] for position in range(len(nodes))]
+        last: dict[int, int] = {}
+        for position, (index, node) in enumerate(nodes):
+            last |= {v.index: position for v in node.reads() if isinstance(v, Ref)} | {index: position}
+        self._ended = [[] for _ in nodes]
+        for index in last.keys() - {*options["gives"], *options["keeps"]}:
+            self._ended[last[index]].append(index)
 
     def sources(self) -> Iterable[Source]:
         """The parameters that it reads, and what is derived of them."""
-        return dict.fromkeys(v for _, node in self.stage.nodes for v in _read(node) if not isinstance(v, Ref))
+        return dict.fromkeys(v for _, node in self.stage.nodes for v in node.reads() if not isinstance(v, Ref))
 
     def forward(self, rows: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         stage, views = self.stage, self.stage.options["views"]
@@ -118,9 +117,3 @@ class Segment:
             # Of transposed rows PyTorch makes one product for each sample, and copies the weight as often.
             arguments = (arguments[0].contiguous(), *arguments[1:])
         return target(*arguments, **keywords)
-
-
-def _read(node: Node) -> list[Ref | Source]:
-    found: list[Ref | Source] = []
-    map_values(found.append, node.call and node.call[1:])
-    return found

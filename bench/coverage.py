@@ -114,8 +114,7 @@ def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
         problem = problem_of(zoo, name, CHECKED, sides)
         gradient_of(problem)
     except Exception as error:
-        reason = one_line(error)
-        return {"status": ENDED if NO_MEMORY in reason else BROKEN, "reason": reason}
+        return failure(error, BROKEN)
     model = problem.model
     row = {
         "kind": "BatchNorm" if any(isinstance(module, _BatchNorm) for module in model.modules()) else "others",
@@ -132,8 +131,7 @@ def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
         row["pixels"] = (adversarial != eager).float().mean().item()
         row |= errors(program, problem)
     except Exception as error:
-        reason = one_line(error).removeprefix("RuntimeError: engine='plan': ")
-        return row | {"status": ENDED if NO_MEMORY in reason else REFUSED, "reason": reason}
+        return row | failure(error, REFUSED)
     segments = [stage for stage in program.plan.stages if stage.kind == "segment"]
     operations = [{node.call[0].__name__.partition(".")[0] for _, node in s.nodes if node.call} for s in segments]
     row |= {"stages": len(program.plan.stages), "segments": len(segments)}
@@ -142,6 +140,12 @@ def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
         reason = f"the gradient is off by {row['error']:.2g}, {row['allowed']:.2g} allowed"
         return row | {"status": UNEQUAL, "reason": reason}
     return row | {"status": PLANNED}
+
+
+def failure(error: Exception, status: str) -> dict:
+    """Entries of the row of a network: the status, unless memory ran out, and why."""
+    reason = one_line(error).removeprefix("RuntimeError: engine='plan': ")
+    return {"status": ENDED if NO_MEMORY in reason else status, "reason": reason}
 
 
 def errors(program: Program, problem: Problem) -> dict[str, float]:

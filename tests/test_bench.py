@@ -763,9 +763,15 @@ def test_coverage(tiny_zoo, monkeypatch, capsys):
     assert {row["name"]: row for row in json.loads(tiny_zoo.read_text())["workloads"]} == rows
 
 
-def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeypatch):
-    record = harness.Record("coverage-tiny", "cpu", "", {"small": False, "version": "1.0"}, tiny_zoo.parent)
+def earlier(file):
+    """The record of an earlier run on the tiny zoo, and the one row that it has measured."""
+    record = harness.Record("coverage-tiny", "cpu", "", {"small": False, "version": "1.0"}, file.parent)
     row = {"name": "small", "stands_for": 1, "commit": record.header["commit"], "status": "broken", "reason": "kept"}
+    return record, row
+
+
+def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeypatch):
+    record, row = earlier(tiny_zoo)
     record.add(row)
     assert not tiny_zoo.exists()
     assert coverage.main(["--zoo", "tiny"]) == 0
@@ -777,9 +783,8 @@ def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeyp
 
 
 def test_coverage_of_another_machine_is_kept_without_its_times(tiny_zoo):
-    record = harness.Record("coverage-tiny", "cpu", "", {"small": False, "version": "1.0"}, tiny_zoo.parent)
+    record, row = earlier(tiny_zoo)
     here, record.header = record.machine, record.header | {"machine": "another"}
-    row = {"name": "small", "stands_for": 1, "commit": record.header["commit"], "status": "broken", "reason": "kept"}
     record.add(row | {"times": {}, "memory": {}})
     assert coverage.main(["--zoo", "tiny", "--resume", "--first", "2"]) == 0
     kept, new = json.loads(tiny_zoo.read_text())["workloads"]

@@ -60,7 +60,7 @@ OLD_RECIPE = {
     "weight_decay": 0.0005, "schedule": "multistep", "milestones": [1], "lr_gamma": 0.1, "warmup": 0.3,
     "twins_lambda": 0.4, "trades_beta": 5.0, "adversary": "trades", "norm": "linf", "eps": 0.03137254901960784,
     "alpha": 0.01568627450980392, "steps": 2, "eval_alpha": 0.00784313725490196, "eval_steps": 2, "eval_images": 0,
-    "eval_every": 1, "eval_before": False, "augmentation": "cifar", "upsample": None, "amp": None, "engine": "eager",
+    "eval_every": 1, "eval_before": False, "augmentation": "cifar", "upsample": None, "amp": None, "engine": "auto",
     "channels_last": True, "seed": 0, "workers": 0,
 }
 # fmt: on

@@ -121,7 +121,7 @@ def test_the_flat_form_of_version_0_1_is_read():
         Data("npz", batch_size=8, workers=0),
         TwinsTRADES(adversary="trades", frozen_weight=0.4, beta=5.0),
         Network("resnet18", checkpoint="none", channels_last=True),
-        Attack(alpha=4 / 255, steps=2, engine="eager"),
+        Attack(alpha=4 / 255, steps=2),
         Optimizer(epochs=2, lr=0.05, weight_decay=5e-4, milestones=(1,)),
         evaluation=Evaluation(steps=2, choose_on="test"),
         run=Run(baselines=("trades",)),

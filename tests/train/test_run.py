@@ -364,7 +364,7 @@ def test_captured_steps_make_the_same_run(capsys, tmp_path, npz, monkeypatch):
         return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=options.weight_decay, fused=True)
 
     monkeypatch.setattr(trainer, "make_optimizer", fused)
-    options = ["--method", "twins-at", "--attack.engine", "eager"]
+    options = ["--method", "twins-at"]
     with use_backend("torch"):
         assert train(tmp_path / "plain", npz, *options) == 0
         device = Device(monkeypatch)
@@ -383,7 +383,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, npz):
 def test_a_run_folder_of_version_0_1_resumes(tmp_path, npz, monkeypatch):
     """config.json as version 0.1 wrote it for these very runs."""
     options = ["--method", "twins-trades", "--method.adversary", "trades", "--method.beta", "5"]
-    options += ["--method.frozen-weight", "0.4", "--run.baselines", "trades"]
+    options += ["--method.frozen-weight", "0.4", "--run.baselines", "trades", "--attack.engine", "auto"]
     assert train(tmp_path / "whole", npz, *options) == 0
     step = trainer.Trainer.train_step
 

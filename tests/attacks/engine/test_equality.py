@@ -509,12 +509,18 @@ def test_in_place_operations_and_views():
     assert_same_step(lively(Views()), x, y)
 
     class Slices(Views):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
         def forward(self, x):
-            y = self.conv(x)
+            y = self.norm(self.conv(x))
             y[:, :4].relu_()
             return self.head(torch.flatten(y, 1))
 
-    assert "shares" in PGD(lively(Slices())).explain(x).reason
+    model = lively(Slices(), size=8)
+    assert_same_step(model, x, y)
+    assert "+ folded batch norm" in str(PGD(model).explain(x))
 
 
 def test_kl_reference_of_many_chunks(monkeypatch):

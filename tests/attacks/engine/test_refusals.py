@@ -43,6 +43,12 @@ class Counting(Doubled):
         return self.body(x)
 
 
+class CountingInSlices(Counting):
+    def forward(self, x):
+        self.calls.view(1)[:1] += 1
+        return self.body(x)
+
+
 class Pair(Doubled):
     def forward(self, x):
         return self.body(x), x
@@ -137,6 +143,24 @@ def write_to_slice(m, x):
     return m.top(a.relu())
 
 
+def writes_to_copies(m, x):
+    bias = m.c1.bias.clone()
+    bias[:3].zero_()
+    x = x.clone()
+    x.mul_(2)
+    a = F.conv2d(x, m.c1.weight, bias, padding=1).clone()
+    a[:, 0], a[:, 5:, 2:4] = 0.5, a[:, 2:5, 2:4].relu()
+    return m.top(a.relu())
+
+
+def padding(m, x):
+    a = m.c1(x)
+    b = a.new_zeros(x.shape[0], 12, 8, 8)
+    b[:, 2:10] = a
+    b[:, :2] = a.mean(1, keepdim=True)
+    return m.top(b[:, 1:9].relu())
+
+
 def shifted(m, x):
     return m.top(torch.roll(m.c1(x), random.randint(0, 7), 3).relu())
 
@@ -165,6 +189,9 @@ FORWARDS = {
     "a write to a converted copy": write_to_copy(lambda a: a.to(torch.float32, copy=True)),
     "a write to a slice of everything": write_to_slice_of_everything,
     "a write to a slice": write_to_slice,
+    "writes to copies of all kinds": writes_to_copies,
+    "writes to zeros": padding,
+    "the number of images as one of Python's": lambda m, x: m.top(m.c1(x) * torch.ones(len(x), 1, 1, 1)),
     "batch statistics": lambda m, x: m.top(F.batch_norm(m.c1(x), None, None, training=True).relu()),
     "padding of the batch": lambda m, x: m.top(m.c1(F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)))),
     "upsampling by a scale": lambda m, x: m.top(m.c1(F.interpolate(x, scale_factor=1.3))),
@@ -209,7 +236,12 @@ def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypa
         "dropout in place",
         "feature dropout",
         "a flattened view",
+        "a write to a clone",
+        "a write to a contiguous copy",
+        "a write to a converted copy",
         "a write to a slice of everything",
+        "a write to a slice",
+        "writes to copies of all kinds",
     ],
 )
 def test_common_forwards_are_planned_in_chunks(name):
@@ -231,10 +263,12 @@ REASONS = {
     "values": (ValueDependent, torch.float32, "data-dependent"),
     "random": (Random, torch.float32, "draw none in eval mode"),
     "writes": (Counting, torch.float32, "changes calls"),
+    "writes to a view": (CountingInSlices, torch.float32, "the forward changes calls"),
     "script": (scripted, torch.float32, "attack what it was made from"),
     "results": (Pair, torch.float32, "output= of PGD"),
     "logits": (lambda body: net(FORWARDS["no logits"]), torch.float32, "output= of PGD"),
     "batch": (lambda body: net(FORWARDS["a branch on the batch"]), torch.float32, "depends on the number of images"),
+    "number": (lambda body: net(FORWARDS["the number of images as one of Python's"]), torch.float32, "as len(x)"),
     "backward": (lambda body: net(FORWARDS["own backward"]), torch.float32, "a backward pass of its own"),
 }
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from twins_fast.attacks.engine.derivatives import differentiable_functions, without_own_backward
@@ -107,11 +107,34 @@ def _nodes(model: nn.Module, shape: tuple[int, int, int], device: torch.device, 
             exported, changed = _exported(model, images, functions)
     if changed:
         raise NotCaptured(f"the forward changes the model, which it must not in eval mode: {changed}"[:200])
-    return Reader(model, exported, shape, output).nodes
+    return _read(model, exported, shape, output)
+
+
+def _read(
+    model: nn.Module, exported: torch.export.ExportedProgram, shape: tuple[int, int, int], output: Output
+) -> list[Node]:
+    """The nodes of the graph, or, where that writes to views and copies, of an equal one that writes nowhere."""
+    try:
+        return Reader(model, exported, shape, output).nodes
+    except WritesToCopy as refusal:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                functional = exported.run_decompositions({})  # takes longer than the export itself
+        except Exception as error:  # of all kinds, as an export's
+            raise refusal from error
+        for spec in functional.graph_signature.output_specs:
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                raise NotCaptured(f"the forward changes {spec.target}") from refusal
+        return Reader(model, functional, shape, output).nodes
 
 
 class OwnBackward(NotCaptured):
     """The model has a backward pass of its own."""
+
+
+class WritesToCopy(NotCaptured):
+    """The forward writes in place to a view or to a copy, which a node is not told apart from."""
 
 
 class DependsOnValues(NotCaptured):
@@ -183,6 +206,10 @@ def _exported(model: nn.Module, images: torch.Tensor, functions: set[type]) -> t
         except GuardOnDataDependentSymNode as error:
             raise DependsOnValues(in_one_line(error)) from error
         except Exception as error:  # export raises errors of all kinds
+            if "Constraints violated" in str(error):
+                raise NotCaptured(
+                    "the forward needs the number of images as an int, as len(x) gives it: use x.shape[0]"
+                ) from error
             raise NotCaptured(in_one_line(error)) from error
     names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}
     said = [text for m in messages if "assigned during export" in (text := str(m.message).splitlines()[0])]
@@ -329,6 +356,14 @@ class Reader(Reading):
             target = node.target
         elif not (callable(target) and target.__module__ in ("_operator", "operator", "math")):
             raise NotCaptured(f"{module_of(node)}: {target}")
+        if target is aten._native_batch_norm_legit_no_training.default:  # in a graph that writes nowhere
+            *operands, momentum, eps = node.args
+            plain = self._call_instead(node, aten.batch_norm.default, (*operands, False, momentum, eps, False))
+            self.values[node] = (self.values[plain], None, None)
+            return
+        if _is_overwritten(node):
+            self.values[node] = value(node.args[1])
+            return
         same = target in _SAME or is_switched_off(node) or _is_whole(node)
         if same or (target in _SAME_IF_ALIKE and self._alike(node)):
             self.values[node] = value(node.args[0])
@@ -387,16 +422,22 @@ class Reader(Reading):
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to its operands")
         if not isinstance(value, Derived) and (not isinstance(value, Ref) or value.index == 0):
             changed = value.name if isinstance(value, Param) else "the images or a copy of them"
-            raise NotCaptured(f"{module_of(node)}: {node.target} changes {changed}")
+            raise WritesToCopy(f"{module_of(node)}: {node.target} changes {changed}")
         if subject in self.shared:
-            raise NotCaptured(f"{module_of(node)}: {node.target} writes to memory that another value shares")
-        with node.graph.inserting_before(node):
-            functional = node.graph.call_function(plain, node.args, node.kwargs)
-        functional.meta = node.meta
-        self._call(functional)
+            raise WritesToCopy(f"{module_of(node)}: {node.target} writes to memory that another value shares")
+        functional = self._call_instead(node, plain, node.args, node.kwargs)
         for name in (node, *[name for name, known in self.values.items() if known == value]):
             self.values[name] = self.values[functional]
         return None
+
+    def _call_instead(self, node: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None) -> fx.Node:
+        """A node in place of another one, whose first result, or only one, it gives."""
+        with node.graph.inserting_before(node):
+            other = node.graph.call_function(target, args, kwargs)
+        first = node.meta["val"]
+        other.meta = node.meta | {"val": first[0] if isinstance(first, tuple | list) else first}
+        self._call(other)
+        return other
 
     def _alike(self, node: fx.Node) -> bool:
         before, after = node.args[0].meta["val"], node.meta["val"]
@@ -407,8 +448,7 @@ class Reader(Reading):
         return self._append(node, match.op, inputs, match.options, match.call or self._call_of(node), per_sample=True)
 
     def _call_of(self, node: fx.Node) -> Call:
-        # Memory may be laid out otherwise than it was in the export.
-        target = aten.reshape.default if node.target is aten.view.default else node.target
+        target = _INSTEAD.get(node.target, node.target)
         if self.exactly is not None:
             target = _exact(target, self.exactly)
         return target, *fx.node.map_arg((node.args, node.kwargs), self.value)
@@ -447,6 +487,27 @@ class Reader(Reading):
             if node.call is not None:
                 node.call = (node.call[0], *map_values(moved, node.call[1:]))
         self.nodes[:] = remaining
+
+
+def _copied(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``aten.copy``, which autograd does not know."""
+    return source.to(target.dtype).expand_as(target)
+
+
+# Memory may be laid out otherwise than it was in the export.
+_INSTEAD = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.copy.default: _copied,
+}
+
+
+def _is_overwritten(node: fx.Node) -> bool:
+    """Nothing of the first operand is left, so that the result is the second one."""
+    if node.target not in (aten.slice_scatter.default, aten.copy.default):
+        return False
+    one, other = (operand.meta["val"] for operand in node.args[:2])
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _is_whole(node: fx.Node) -> bool:

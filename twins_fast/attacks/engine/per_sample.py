@@ -14,7 +14,7 @@ _ALWAYS = {
     "relu", "relu6", "hardtanh", "clamp", "silu", "sigmoid", "tanh", "gelu", "elu", "leaky_relu", "hardswish", "prelu",
     "hardsigmoid", "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "pow", "neg", "abs", "add", "sub", "mul", "div",
     "conv2d", "conv_transpose2d", "pixel_shuffle", "layer_norm", "group_norm", "linear", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "fill", "zero", "copy", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def keeps_samples_apart(reading: Reading, node: fx.Node, name: str, shapes: list
         return bool(dims) and all(d % rank for d in dims)
     dims = {
         "cat": [1], "flatten": [1], "softmax": [1], "log_softmax": [1], "transpose": [1, 2], "slice": [1],
-        "select": [1], "squeeze": [1], "unflatten": [1],
+        "select": [1], "squeeze": [1], "unflatten": [1], "slice_scatter": [2], "select_scatter": [2],
     }  # fmt: skip
     if name == "unsqueeze":
         return values[1] % (rank + 1) != 0

@@ -92,7 +92,7 @@ def test_the_module_needs_no_cuda_library():
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_cuda_kernels_spill_nothing_and_move_16_bytes(architecture):
     rows = kernels.cuda_kernels((architecture,))
-    assert len(rows) == 2 * 3 * 2 * 2 + 3 * 3
+    assert len(rows) == 2 * 3 * 2 * 2 * 2 + 3 * 3  # passes, types, layouts, aligned, one or two adaptive wings
     assert [row for row in rows if row.spilled_bytes] == []
     aligned = [row for row in rows if row.variant.endswith("aligned")]
     assert aligned and all(row.load_bits == row.store_bits == 128 for row in aligned)

@@ -134,7 +134,7 @@ class OwnBackward(NotCaptured):
 
 
 class WritesToCopy(NotCaptured):
-    """The forward writes in place to a view or to a copy, which a node is not told apart from."""
+    """The forward writes in place to a view or a copy of a value, for which the value itself is taken here."""
 
 
 class DependsOnValues(NotCaptured):
@@ -276,6 +276,18 @@ def _exact(target: Callable, device: str) -> Callable:
     return run
 
 
+def _copied(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``aten.copy``, which autograd does not know."""
+    return source.to(target.dtype).expand_as(target)
+
+
+_INSTEAD = {
+    aten.view.default: aten.reshape.default,  # memory may be laid out otherwise than it was in the export
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.copy.default: _copied,
+}
+
+
 class Reader(Reading):
     """Turns an exported graph into nodes."""
 
@@ -365,7 +377,7 @@ class Reader(Reading):
             self.values[node] = value(node.args[1])
             return
         same = target in _SAME or is_switched_off(node) or _is_whole(node)
-        if same or (target in _SAME_IF_ALIKE and self._alike(node)):
+        if same or (target in _SAME_IF_ALIKE and _alike(node.args[0], node)):
             self.values[node] = value(node.args[0])
             if not is_switched_off(node) and not share_memory(node, node.args[0]):
                 self.shared |= {node, node.args[0]}  # a copy: a write to either would have to tell them apart
@@ -422,7 +434,8 @@ class Reader(Reading):
             raise NotCaptured(f"{module_of(node)}: {node.target} writes to its operands")
         if not isinstance(value, Derived) and (not isinstance(value, Ref) or value.index == 0):
             changed = value.name if isinstance(value, Param) else "the images or a copy of them"
-            raise WritesToCopy(f"{module_of(node)}: {node.target} changes {changed}")
+            refusal = NotCaptured if subject.op == "placeholder" else WritesToCopy  # themselves, or a copy
+            raise refusal(f"{module_of(node)}: {node.target} changes {changed}")
         if subject in self.shared:
             raise WritesToCopy(f"{module_of(node)}: {node.target} writes to memory that another value shares")
         functional = self._call_instead(node, plain, node.args, node.kwargs)
@@ -438,10 +451,6 @@ class Reader(Reading):
         other.meta = node.meta | {"val": first[0] if isinstance(first, tuple | list) else first}
         self._call(other)
         return other
-
-    def _alike(self, node: fx.Node) -> bool:
-        before, after = node.args[0].meta["val"], node.meta["val"]
-        return before.dtype == after.dtype and before.device == after.device
 
     def _planned(self, node: fx.Node, match: Match) -> Ref:
         inputs = [ref.index for ref in match.inputs]
@@ -489,25 +498,17 @@ class Reader(Reading):
         self.nodes[:] = remaining
 
 
-def _copied(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``aten.copy``, which autograd does not know."""
-    return source.to(target.dtype).expand_as(target)
-
-
-# Memory may be laid out otherwise than it was in the export.
-_INSTEAD = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    aten.copy.default: _copied,
-}
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    a, b = one.meta["val"], other.meta["val"]
+    return a.dtype == b.dtype and a.device == b.device
 
 
 def _is_overwritten(node: fx.Node) -> bool:
     """Nothing of the first operand is left, so that the result is the second one."""
     if node.target not in (aten.slice_scatter.default, aten.copy.default):
         return False
-    one, other = (operand.meta["val"] for operand in node.args[:2])
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    source = node.args[1]
+    return source.meta["val"].shape == node.meta["val"].shape and _alike(source, node)
 
 
 def _is_whole(node: fx.Node) -> bool:

@@ -31,6 +31,7 @@ from bench.workloads import ALPHA, EPS, own_copy, random_images
 from bench.zoos import BATCH, ZOOS, enliven, has, interpreter, kept_catalogue, smallest, version
 from twins_fast import PGD
 from twins_fast.attacks.engine.program import Program
+from twins_fast.devices import has_instructions
 
 NAME = "coverage"
 WAYS = {  # name -> engine, type and layout of what is timed; the first one is what the others are compared with
@@ -39,7 +40,7 @@ WAYS = {  # name -> engine, type and layout of what is timed; the first one is w
     "plan-float32": (*ENGINES["plan-float32"], torch.contiguous_format),
     "plan-bf16": (*ENGINES["plan-bf16"], torch.contiguous_format),
 }
-COMPARED = ("autocast", "plan-bf16")  # whose memory is
+PAIRS = {torch.float32: ("eager", "plan-float32"), torch.bfloat16: ("autocast", "plan-bf16")}  # PyTorch's, and ours
 CHECKED, TIMED, REMEMBERED = 2, 8, 32  # images
 MOVED, STARTS = 1, 5  # starts that are moved by roundoff, for each start that is tried
 FEW, MANY = 1, 3  # steps of the two attacks whose difference is timed
@@ -59,10 +60,12 @@ class Depth:
     times: bool = False
     memory: bool = False
 
-    def lacking(self, row: dict) -> set[str]:
-        """What of this can be added to the row."""
+    def lacking(self, row: dict, machine: str) -> set[str]:
+        """What of this can be added to the row, or was measured on another machine."""
+        if row["status"] != PLANNED:
+            return set()
         asked = {"times": self.times, "memory": self.memory}
-        return {key for key in asked if asked[key] and key not in row} if row["status"] == PLANNED else set()
+        return {key for key in asked if asked[key] and (key not in row or row["machine"] != machine)}
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -209,11 +212,16 @@ def distance(gradient: Tensor, expected: Tensor) -> float:
     return ((gradient - expected).norm() / expected.norm()).item()
 
 
+def timed() -> list[str]:
+    """The ways in the types that the CPU computes in: in another, PyTorch takes minutes for a step."""
+    return [way for dtype, pair in PAIRS.items() if has_instructions(dtype) for way in pair]
+
+
 def times(zoo: str, name: str, side: int) -> dict:
     """Milliseconds of a step, by each way; they take turns."""
     problem = problem_of(zoo, name, TIMED, (side,))
     runners, failures = {}, {}
-    for way in WAYS:
+    for way in timed():
         attacks = {part: attack_of(problem.model, way, steps) for part, steps in (("few", FEW), ("many", MANY))}
         chains = [{part: lambda _, a=a: a(problem.images, problem.labels, x_init=problem.start)}
                   for part, a in attacks.items()]  # fmt: skip
@@ -252,14 +260,17 @@ def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers
     kept = {row["name"]: row for row in record.rows if row["status"] != ENDED}
     record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
     new = [(zoo, name, depth) for name in names if name not in kept]
-    deeper = [row for name, row in kept.items() if name in names and depth.lacking(row)]
+    deeper = [row for name, row in kept.items() if name in names and depth.lacking(row, record.machine)]
     examined_rows = (
         {"name": name, "stands_for": names[name], "commit": record.header["commit"], "machine": record.machine}
         | ({"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found)
         for (_, name, _), found in in_children(examine, new, limits, workers)
     )
     for number, row in enumerate(chain(examined_rows, deeper), 1):
-        if lacking := depth.lacking(row):
+        if lacking := depth.lacking(row, record.machine):
+            if row["machine"] != record.machine:  # what it is, but not how long it takes
+                row.pop("times", None)
+                row.pop("memory", None)
             deepen(zoo, row, lacking, limits)
             row["machine"] = record.machine
         record.rows = [other for other in record.rows if other is not row]
@@ -272,7 +283,7 @@ def deepen(zoo: str, row: dict, lacking: set[str], limits: Limits) -> None:
     if "times" in lacking:
         row["times"] = more(limits, times, zoo, row["name"], row["side"])
     if "memory" in lacking:
-        row["memory"] = {way: more(limits, peak, zoo, row["name"], row["side"], way) for way in COMPARED}
+        row["memory"] = {way: more(limits, peak, zoo, row["name"], row["side"], way) for way in timed()[-2:]}
 
 
 def more(limits: Limits, function: Callable, *arguments: Any) -> Any:
@@ -342,47 +353,61 @@ def not_planned(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
-def speedups(row: dict) -> tuple[float, float] | None:
+def speedups(row: dict) -> dict[str, float]:
     """How much faster the plan is: in float32 than eager, in bfloat16 than the better of eager and autocast."""
     taken = row["times"]["milliseconds"] if isinstance(row.get("times"), dict) else {}
-    if not {"eager", "plan-float32", "plan-bf16"} <= taken.keys():
-        return None
-    best = min(taken["eager"], taken.get("autocast", math.inf))
-    return taken["eager"] / taken["plan-float32"], best / taken["plan-bf16"]
+    gains = {}
+    if {"eager", "plan-float32"} <= taken.keys():
+        gains["float32"] = taken["eager"] / taken["plan-float32"]
+    if {"eager", "plan-bf16"} <= taken.keys():
+        gains["bf16"] = min(taken["eager"], taken.get("autocast", math.inf)) / taken["plan-bf16"]
+    return gains
 
 
 def saving(row: dict) -> float | None:
-    """The plan's memory as a share of autocast's."""
-    used = [row.get("memory", {}).get(way) for way in COMPARED]
-    return used[1] / used[0] if all(isinstance(bytes_, int) for bytes_ in used) else None
+    """The plan's memory as a share of what PyTorch needs in the same type."""
+    used = row.get("memory", {})
+    for pytorch, ours in PAIRS.values():
+        if all(isinstance(used.get(way), int) for way in (pytorch, ours)):
+            return used[ours] / used[pytorch]
+    return None
 
 
 def time_summary(rows: list[dict]) -> list[list[str]]:
     """Over the networks of a kind: the least and the median of the speedups, how many are slower; memory."""
-    lines = [["kind", "timed", "float32: least, median", "bf16: least, median", "slower", "memory: median, most"]]
+    gains = [speedups(row) for row in rows]
+    types = [name for name in ("float32", "bf16") if any(name in gain for gain in gains)]
+    lines = [["kind", "timed", *(f"{name}: least, median" for name in types), "slower", "memory: median, most"]]
     for kind in ("BatchNorm", "others"):
-        part = [row for row in rows if row.get("kind") == kind]
-        ratios = [ratio for row in part if (ratio := speedups(row))]
-        shares = [share for row in part if (share := saving(row))]
-        if ratios:
-            texts = [f"{min(values):.2f}, {statistics.median(values):.2f}" for values in zip(*ratios, strict=True)]
-            slower = sum(min(ratio) < 1 for ratio in ratios)
+        part = [gain for row, gain in zip(rows, gains, strict=True) if row.get("kind") == kind and gain]
+        shares = [share for row in rows if row.get("kind") == kind and (share := saving(row))]
+        if part:
+            texts = [_least_and_median([gain[name] for gain in part if name in gain]) for name in types]
+            slower = sum(min(gain.values()) < 1 for gain in part)
             memory = f"{statistics.median(shares):.2f}, {max(shares):.2f}" if shares else ""
-            lines.append([kind, str(len(ratios)), *texts, str(slower), memory])
+            lines.append([kind, str(len(part)), *texts, str(slower), memory])
     return lines
+
+
+def _least_and_median(values: list[float]) -> str:
+    return f"{min(values):.2f}, {statistics.median(values):.2f}" if values else ""
 
 
 def time_table(rows: list[dict]) -> list[list[str]]:
     """Milliseconds of a step, how much faster the plans are, and memory; the smallest gain first."""
-    lines = [[f"batch {TIMED}", "kind", "segments", *WAYS, "float32", "bf16", *(f"MB, {way}" for way in COMPARED)]]
-    timed = [row for row in rows if "times" in row]
-    for row in sorted(timed, key=lambda row: min(speedups(row) or (0,))):
+    rows = sorted((row for row in rows if "times" in row), key=lambda row: min(speedups(row).values(), default=0))
+    found = [row["times"]["milliseconds"] | row["times"]["failures"] for row in rows if isinstance(row["times"], dict)]
+    ways = [way for way in WAYS if any(way in taken for taken in found)]
+    types = [name for name in ("float32", "bf16") if f"plan-{name}" in ways]
+    remembered = [way for way in WAYS if any(way in row.get("memory", {}) for row in rows)]
+    lines = [[f"batch {TIMED}", "kind", "segments", *ways, *types, *(f"MB, {way}" for way in remembered)]]
+    for row in rows:
         taken = row["times"]["milliseconds"] if isinstance(row["times"], dict) else {}
+        gains, used = speedups(row), row.get("memory", {})
         line = [row["name"], row["kind"], str(row["segments"])]
-        line += [f"{taken[way]:.0f} ms" if way in taken else "failed" for way in WAYS]
-        line += [f"{ratio:.2f} x" for ratio in speedups(row) or ()] or ["", ""]
-        used = [row.get("memory", {}).get(way) for way in COMPARED]
-        line += ["" if n is None else f"{n / 1e6:.0f}" if isinstance(n, int) else "failed" for n in used]
+        line += [f"{taken[way]:.0f} ms" if way in taken else "failed" for way in ways]
+        line += [f"{gains[name]:.2f} x" if name in gains else "" for name in types]
+        line += [f"{used[w] / 1e6:.0f}" if isinstance(used.get(w), int) else "failed" * (w in used) for w in remembered]
         lines.append(line)
     return lines
 
@@ -396,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, metavar="N", help="only so many")
     parser.add_argument("--small", action="store_true", help=f"images of the smallest side that works, of {SMALL}")
     parser.add_argument("--time", action="store_true", help="also milliseconds of a step: eager, autocast, plans")
-    parser.add_argument("--memory", action="store_true", help="also the memory of a plan and of autocast")
+    parser.add_argument("--memory", action="store_true", help="also the memory of a plan and of PyTorch")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier commit measured")
     parser.add_argument("--workers", type=int, default=1, help="networks at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300, help="for a network (%(default)s)")
@@ -432,10 +457,6 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record(f"{NAME}-{zoo}", "cpu", command, options, folder, args.json)
         record.resume(anywhere=True)
         record.rows = [row for row in record.rows if args.resume or row["commit"] == record.header["commit"]]
-        for row in record.rows:
-            if row["machine"] != record.machine:  # what it is, but not how long it takes
-                row.pop("times", None)
-                row.pop("memory", None)
         names = dict.fromkeys(ZOOS[zoo].names(), 1)  # imports the zoo here, and not in every process
         if args.families:
             names = smallest(kept_catalogue(zoo))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -305,12 +306,15 @@ def coverage() -> str:
     records = _zoos()
     if not records:
         return NOT_MEASURED
-    sources = "\n\n".join(
-        f"{name} {record['options']['version']}: {source(record)}" for name, record in records.items()
-    )
-    return (
-        f"{markdown(bench_coverage.summary({name: rows['workloads'] for name, rows in records.items()}))}\n\n{sources}"
-    )
+    sources = [f"{name} {record['options']['version']}: {_origins(record)}" for name, record in records.items()]
+    lines = bench_coverage.summary({name: record["workloads"] for name, record in records.items()})
+    return "\n\n".join([markdown(lines), *sources])
+
+
+def _origins(record: dict) -> str:
+    """What was run last, and where and from which commits the rows are that it kept."""
+    kept = Counter(f"{row['machine']}, commit {row['commit']}" for row in record["workloads"])
+    return f"{source(record)} Rows: {'; '.join(f'{count} on {place}' for place, count in kept.items())}."
 
 
 def coverage_reasons() -> str:
@@ -325,12 +329,12 @@ def coverage_segments() -> str:
 
 def coverage_time() -> str:
     """A step in the networks that were timed."""
-    return _of_networks(bench_coverage.time_table)
+    return _by_machine(bench_coverage.time_table)
 
 
 def coverage_speed() -> str:
-    """The networks that were timed, in two lines."""
-    return _of_networks(bench_coverage.time_summary)
+    """The networks that were timed, in two lines for each machine."""
+    return _by_machine(bench_coverage.time_summary)
 
 
 def coverage_refused() -> str:
@@ -339,14 +343,29 @@ def coverage_refused() -> str:
 
 
 def _of_networks(table: Callable[[list[dict]], list[list[str]]]) -> str:
-    lines = table([row for record in _zoos().values() for row in record["workloads"]])
+    lines = table(_networks())
     return markdown(lines) if len(lines) > 1 else NOT_MEASURED
+
+
+def _by_machine(table: Callable[[list[dict]], list[list[str]]]) -> str:
+    rows = _networks()
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    tables = {machine: table([row for row in rows if row["machine"] == machine]) for machine in machines}
+    texts = [f"On {machine}:\n\n{markdown(lines)}" for machine, lines in tables.items() if len(lines) > 1]
+    return "\n\n".join(texts) or NOT_MEASURED
+
+
+def _networks() -> list[dict]:
+    return [row for record in _zoos().values() for row in record["workloads"]]
 
 
 def _zoos() -> dict[str, dict]:
     """What was measured of each zoo."""
     paths = [path for zoo in ZOOS for path in measurements(f"{bench_coverage.NAME}-{zoo}")]
-    return {path.stem.split("-")[1]: _read(path) for path in paths}
+    records = {path.stem.split("-")[1]: _read(path) for path in paths}
+    for record in records.values():
+        record["workloads"] = [{"machine": record["header"]["machine"]} | row for row in record["workloads"]]
+    return records
 
 
 def transfer() -> str:

@@ -782,42 +782,62 @@ def test_coverage_takes_up_what_an_unfinished_run_has_measured(tiny_zoo, monkeyp
     assert "reason" not in json.loads(tiny_zoo.read_text())["workloads"][0]
 
 
-def test_coverage_of_another_machine_is_kept_without_its_times(tiny_zoo):
+def test_coverage_of_another_machine_is_kept(tiny_zoo, monkeypatch):
     record, row = earlier(tiny_zoo)
     here, record.header = record.machine, record.header | {"machine": "another"}
-    record.add(row | {"times": {}, "memory": {}})
+    measured = {"kind": "BatchNorm", "segments": 0, "status": "planned", "side": 16, "times": "killed", "memory": {}}
+    record.add({key: value for key, value in row.items() if key != "reason"} | measured)
+    monkeypatch.setattr(coverage, "alone", lambda limits, function, *arguments: 5)
     assert coverage.main(["--zoo", "tiny", "--resume", "--first", "2"]) == 0
     kept, new = json.loads(tiny_zoo.read_text())["workloads"]
-    assert kept == row | {"machine": "another"} and (new["name"], new["machine"]) == ("large", here)
+    assert kept == record.rows[0] | {"machine": "another"} and (new["name"], new["machine"]) == ("large", here)
+    assert f"Rows: 1 on another, commit {row['commit']}; 1 on {here}, commit" in report.coverage()
+    assert "On another:" in report.coverage_time() and here not in report.coverage_time()
+
+    assert coverage.main(["--zoo", "tiny", "--resume", "--first", "1", "--memory"]) == 0  # one row is of one machine
+    anew = json.loads(tiny_zoo.read_text())["workloads"][-1]
+    assert anew["machine"] == here and set(anew["memory"].values()) == {5} and "times" not in anew
 
 
 @pytest.mark.slow
-def test_coverage_of_families_with_times_and_memory(tiny_zoo):
+@pytest.mark.parametrize("half", [True, False])
+def test_coverage_of_families_with_times_and_memory(half, tiny_zoo, monkeypatch):
+    monkeypatch.setattr(coverage, "has_instructions", lambda dtype: half or dtype == torch.float32)
     arguments = ["--zoo", "tiny", "--families", "--only", "small|large", "--json", str(tiny_zoo)]
     assert coverage.main([*arguments, "--time"]) == coverage.main([*arguments, "--time", "--memory"]) == 0
     (row,) = json.loads(tiny_zoo.read_text())["workloads"]
-    assert (row["name"], row["stands_for"]) == ("small", 2) and set(row["memory"]) == set(coverage.COMPARED)
-    assert set(row["times"]["milliseconds"]) == set(coverage.WAYS) and not row["times"]["failures"]
+    ways, compared = set(row["times"]["milliseconds"]), set(row["memory"])
+    assert ways == (set(coverage.WAYS) if half else {"eager", "plan-float32"})
+    assert compared == ({"autocast", "plan-bf16"} if half else ways)
+    assert (row["name"], row["stands_for"]) == ("small", 2) and not row["times"]["failures"]
     assert "| small | BatchNorm | 0 | " in report.coverage_time() and "failed" not in report.coverage_time()
     assert "| BatchNorm | 1 | " in report.coverage_speed() and "| others |" not in report.coverage_speed()
 
 
 def test_speedups_and_memory_in_coverage():
     slow = {"eager": 10.0, "autocast": 5.0, "plan-float32": 8.0, "plan-bf16": 10.0}
-    fast = {"eager": 10.0, "plan-float32": 5.0, "plan-bf16": 2.0}  # autocast failed
+    fast = {"eager": 10.0, "plan-float32": 5.0, "plan-bf16": 2.0}
+    network = {"kind": "BatchNorm", "segments": 0}
     rows = [
-        {"name": name, "kind": "BatchNorm", "segments": 0, "times": {"milliseconds": taken, "failures": {}}}
-        for name, taken in (("fast", fast), ("slow", slow))
+        network | {"name": "fast", "times": {"milliseconds": fast, "failures": {"autocast": "killed"}}},
+        network | {"name": "slow", "times": {"milliseconds": slow, "failures": {}}},
+        network | {"name": "ended", "times": "killed", "memory": {"autocast": "killed"}},
     ]
     rows[0]["memory"] = {"autocast": 40_000_000, "plan-bf16": 10_000_000}
-    rows.append(
-        {"name": "ended", "kind": "BatchNorm", "segments": 0, "times": "killed", "memory": {"autocast": "killed"}}
-    )
-    assert [coverage.speedups(row) for row in rows] == [(2, 5), (1.25, 0.5), None]
+    float32 = network | {"name": "float32", "times": {"milliseconds": {"eager": 3.0, "plan-float32": 1.5}}}
+    float32["times"]["failures"], float32["memory"] = {}, {"eager": 8_000_000, "plan-float32": 4_000_000}
+    gains = [{"float32": 2, "bf16": 5}, {"float32": 1.25, "bf16": 0.5}, {}, {"float32": 2}]
+    assert [coverage.speedups(row) for row in [*rows, float32]] == gains
     assert coverage.time_summary(rows)[1] == ["BatchNorm", "2", "1.25, 1.62", "0.50, 2.75", "1", "0.25, 0.25"]
     _, ended, slowest, fastest = coverage.time_table(rows)
     assert [line[0] for line in (ended, slowest, fastest)] == ["ended", "slow", "fast"]
     assert ended[3:] == ["failed"] * 4 + [""] * 2 + ["failed", ""] and fastest[7:] == ["2.00 x", "5.00 x", "40", "10"]
+    assert coverage.time_summary([float32])[1] == ["BatchNorm", "1", "2.00, 2.00", "0", "0.50, 0.50"]
+    head, line = coverage.time_table([float32])
+    assert dict(zip(head, line, strict=True)) == {
+        "batch 8": "float32", "kind": "BatchNorm", "segments": "0", "eager": "3 ms", "plan-float32": "2 ms",
+        "float32": "2.00 x", "MB, eager": "8", "MB, plan-float32": "4",
+    }  # fmt: skip
 
 
 def test_a_process_that_dies_is_a_result():

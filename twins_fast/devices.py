@@ -21,14 +21,17 @@ def autocast(amp_dtype: torch.dtype | None, device: torch.device) -> AbstractCon
     return torch.autocast(device.type, amp_dtype)
 
 
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the CPU computes in a type; where not, PyTorch's convolutions take many times as long as in float32."""
+    if dtype == torch.float32 or not torch.backends.mkldnn.is_available():  # which has the operators, too
+        return True
+    operators = torch.ops.mkldnn
+    return operators._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else operators._is_mkldnn_fp16_supported()
+
+
 @functools.cache
 def _warn_if_slow(dtype: torch.dtype) -> None:
-    """Without these instructions PyTorch's convolutions take many times as long as in float32."""
-    if not torch.backends.mkldnn.is_available():  # which has the operators, too
-        return
-    operators = torch.ops.mkldnn
-    fast = operators._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else operators._is_mkldnn_fp16_supported
-    if not fast():
+    if not has_instructions(dtype):
         warnings.warn(
             f"this CPU has no instructions for {dtype}: what PyTorch runs in it is many times slower than in "
             "float32 (amp_dtype=None, --amp none)",

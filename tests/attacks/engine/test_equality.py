@@ -243,6 +243,25 @@ def _both_ways(net, x):
     return net.mix(x.repeat_interleave(4, 3) + 1).mean((2, 3)) + net.norm1(x.mean((2, 3)))
 
 
+def _image_as_tokens(net, x):
+    """An activation of a convolution's result, which it sees in another shape."""
+    return net.norm1(F.gelu(net.depthwise(x).flatten(2).transpose(1, 2))).mean(1)
+
+
+def _nothing_and_the_rest(net, x):
+    """As where positions are turned that some tokens do not have."""
+    x = net.depthwise(x)
+    return net.norm1(torch.cat([x[:, :, :0], x[:, :, 0:].flip(2)], 2).mean((2, 3)))
+
+
+def _scale_that_is_ignored(net, x):
+    """The gradient of the first one's scale is a sum of which nothing but roundoff is left."""
+    x = 1e4 * x
+    for _ in range(2):
+        x = x * (x.pow(2).mean(1, keepdim=True) + 1e-8).rsqrt()
+    return net.norm1(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+
 @pytest.mark.parametrize(
     ("arrange", "left"),
     [
@@ -253,6 +272,9 @@ def _both_ways(net, x):
         (_local, set()),
         (_norm_of_the_image, set()),
         (_both_ways, None),
+        (_image_as_tokens, set()),
+        (_nothing_and_the_rest, None),
+        (_scale_that_is_ignored, None),
     ],
 )
 @pytest.mark.parametrize("executor", [cache.executor_for, pytest.param(TorchExecutor, marks=pytest.mark.slow)])

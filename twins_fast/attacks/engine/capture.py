@@ -208,7 +208,7 @@ def _exported(model: nn.Module, images: torch.Tensor, functions: set[type]) -> t
         except Exception as error:  # export raises errors of all kinds
             if "Constraints violated" in str(error):
                 raise NotCaptured(
-                    "the forward needs the number of images as an int, as len(x) gives it: use x.shape[0]"
+                    "the forward needs the number of images as an int, as len(x) or int() give it: use x.shape[0], //"
                 ) from error
             raise NotCaptured(in_one_line(error)) from error
     names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}

@@ -276,9 +276,10 @@ def cat(reading: Reading, node: fx.Node) -> Match | None:
 def slice_(reading: Reading, node: fx.Node) -> Match | None:
     x, dim, start, end, step = arguments(node, reading.value)
     dim %= len(size_of(node))
-    if not _is_feature(reading, x) or dim == 0:
+    after = shape_of(node)
+    if not _is_feature(reading, x) or dim == 0 or 0 in after:
         return None
-    before, after = reading.nodes[x.index].shape, shape_of(node)
+    before = reading.nodes[x.index].shape
     first = range(*slice(start, end).indices(before[dim - 1])).start
     if dim == 1:
         return Match("slice", [x], {"first": first, "step": step})

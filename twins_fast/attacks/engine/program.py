@@ -316,8 +316,8 @@ def _sizes(stage: Stage, operation: str) -> dict[str, tuple[int, int]]:
 
 
 def _as_image(tensor: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """An image [N, C, H, W] of that size; of none, rows of channels [N, ..., C] are [N, C, pixels, 1]."""
-    if tensor.dim() == 1 or (tensor.dim() == 4 and size is None):
+    """An image [N, C, H, W] of that size; where it does not matter, [N, C, pixels, 1]."""
+    if tensor.dim() == 1:
         return tensor
     rows = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
     return rows.view(len(rows), *(size or (-1, 1)), rows.shape[-1]).permute(0, 3, 1, 2)

@@ -253,16 +253,18 @@ def peak(zoo: str, name: str, side: int, way: str) -> int:
 
 
 def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers: int, record: Record) -> None:
-    """Add a row for each name that has none, or was not ready; and to each planned one what this depth asks for.
+    """Add a row for each name that has none; and to each planned one what this depth asks for.
 
-    A row stands for so many networks.
+    What was not ready is tried again, and whatever an earlier commit did not plan. A row stands for so many networks.
     """
-    kept = {row["name"]: row for row in record.rows if row["status"] != ENDED}
+    commit = record.header["commit"]
+    tried = [row for row in record.rows if row["commit"] == commit and row["status"] != ENDED]
+    kept = {row["name"]: row for row in record.rows if row["status"] == PLANNED or row in tried}
     record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
     new = [(zoo, name, depth) for name in names if name not in kept]
     deeper = [row for name, row in kept.items() if name in names and depth.lacking(row, record.machine)]
     examined_rows = (
-        {"name": name, "stands_for": names[name], "commit": record.header["commit"], "machine": record.machine}
+        {"name": name, "stands_for": names[name], "commit": commit, "machine": record.machine}
         | ({"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found)
         for (_, name, _), found in in_children(examine, new, limits, workers)
     )
@@ -422,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help=f"images of the smallest side that works, of {SMALL}")
     parser.add_argument("--time", action="store_true", help="also milliseconds of a step: eager, autocast, plans")
     parser.add_argument("--memory", action="store_true", help="also the memory of a plan and of PyTorch")
-    parser.add_argument("--resume", action="store_true", help="keep what an earlier commit measured")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier commit planned")
     parser.add_argument("--workers", type=int, default=1, help="networks at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300, help="for a network (%(default)s)")
     parser.add_argument("--gigabytes", type=float, default=8, help="for a network (%(default)s)")

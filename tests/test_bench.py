@@ -798,6 +798,11 @@ def test_coverage_of_another_machine_is_kept(tiny_zoo, monkeypatch):
     anew = json.loads(tiny_zoo.read_text())["workloads"][-1]
     assert anew["machine"] == here and set(anew["memory"].values()) == {5} and "times" not in anew
 
+    record.rows = []
+    record.add(row | {"commit": "another", "status": "refused"})
+    assert coverage.main(["--zoo", "tiny", "--resume", "--first", "1"]) == 0  # which this commit may plan
+    assert json.loads(tiny_zoo.read_text())["workloads"][-1]["status"] == "planned"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [True, False])

@@ -391,7 +391,10 @@ def transfer_ablations() -> str:
 def _of_transfers(table: Callable[[dict], str]) -> str:
     records = [_read(path) for path in sorted(measurements(bench_transfer.NAME), key=lambda path: len(path.stem))]
     filled_in = [(text, record) for record in records if (text := table(record)).count("\n") > 1]  # more than its head
-    return "\n\n".join(f"{text}\n\n{source(record)}" for text, record in filled_in) or NOT_MEASURED
+    return (
+        "\n\n".join(f"{text}\n\n{source(record)} {bench_transfer.origins(record)}" for text, record in filled_in)
+        or NOT_MEASURED
+    )
 
 
 def sources() -> str:

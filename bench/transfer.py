@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from bench.harness import RESULTS, keep
-from bench.header import ROOT
+from bench.header import ROOT, header
+from twins_fast.devices import has_instructions
 from twins_fast.evaluation.results import markdown
 from twins_fast.train.pictures import pyplot, save
 from twins_fast.train.recipes import SOURCE_CLASSES, TARGET_CLASSES
@@ -40,8 +41,9 @@ ATTACKED, SEARCHED = 1000, 500  # test images for AutoAttack, and for the draws
 BEST = ("clean, best", "robust, best")  # figures of a run
 TITLES = (*BEST, "clean, last", "robust, last")
 RATES = ("optimizer.lr=log-uniform(1e-3,1e-1)", "optimizer.weight_decay=log-uniform(1e-5,1e-2)")
+AMP = "bf16" if torch.cuda.is_available() or has_instructions(torch.bfloat16) else "none"
 COMMON = (
-    f"--recipe mini --amp bf16 --data.dataset npz --epochs {EPOCHS} --optimizer.milestones {4 * EPOCHS // 5}".split()
+    f"--recipe mini --amp {AMP} --data.dataset npz --epochs {EPOCHS} --optimizer.milestones {4 * EPOCHS // 5}".split()
 )
 COMMON += ["--data.classes", ",".join(TARGET_CLASSES), "--evaluation.validation-part", "0.2"]
 COMMON += ["--devices", "cuda" if torch.cuda.is_available() else "cpu,cpu"]  # two at a time
@@ -83,12 +85,29 @@ ROWS = (
 PLAIN, ABLATED = "at", "twins-at"
 ABLATIONS_KEY = "ablations"  # on the command line, and in the record of ABLATED
 ABLATIONS = (  # what is tried instead of the chosen setting's
+    (),  # if that ran in another precision than the others are going to
     ("method.frozen_weight=0,0.25,0.5,1,2",),
     ("method.frozen_statistics=target", "method.warmup_epochs=1,2,4"),
     ("method.frozen_statistics=random",),
     ("method.affine=shared",),
 )
 PAIRS = (("twins-at", "at"), ("twins-trades", "trades"), ("twins-mart", "mart"), ("probe, twins-at", "probe, at"))
+
+
+class Origin(NamedTuple):
+    """Where a row is from."""
+
+    machine: str
+    commit: str
+    amp: str
+
+    @classmethod
+    def here(cls) -> Origin:
+        where = header()
+        return cls(where["machine"], where["commit"], AMP)
+
+    def __str__(self) -> str:
+        return f"{self.machine}, commit {self.commit}, {'float32' if self.amp == 'none' else self.amp}"
 
 
 class Found(NamedTuple):
@@ -131,7 +150,7 @@ def swept(
     row: Row, size: int, data: Path, source: Path, name: str, words: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of a sweep of a row, and what it found; a run that failed has no figures there."""
-    folder = FOLDER / str(size) / row.slug / name
+    folder = FOLDER / str(size) / AMP / row.slug / name
     record = folder / "sweep.json"
     record.unlink(missing_ok=True)
     try:
@@ -179,18 +198,20 @@ def attacked(folder: Path) -> dict[str, Any]:
 
 
 def ablated(
-    row: Row, size: int, data: Path, source: Path, setting: dict[str, Any], number: int
+    row: Row, size: int, data: Path, source: Path, setting: dict[str, Any], axes: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The chosen setting with what one of the ablations changes."""
-    changed = fields_of(ABLATIONS[number])
+    changed = fields_of(axes)
     kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
-    words = [*kept, *ABLATIONS[number], *seeds(FEW)]
-    found = swept(row, size, data, source, f"ablation-{number}", words)[1]["settings"]
+    words = [*kept, *axes, *seeds(FEW)]
+    name = "-".join(["ablation", *(field.rpartition(".")[2] for field in changed)])
+    found = swept(row, size, data, source, name, words)[1]["settings"]
     return [
         {
             "changed": {field: one["setting"][field] for field in changed},
             "seeds": one["seeds"],
             "figures": one["figures"],
+            "origin": Origin.here(),
         }
         for one in found
     ]
@@ -214,6 +235,7 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
         found = trained(row, size, data, source, chosen)
         grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
         rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], **found.figures}
+        rows[row.name]["origin"] = Origin.here()
         if row.seeds == MANY:
             slowly = found if slow == chosen else trained(row, size, data, source, slow, "published-rates")
             rows[row.name]["published rates"] = slowly.figures
@@ -225,9 +247,10 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
             raise SystemExit(f"the ablations start from the row {ABLATED}, which is not in {path}")
         (row,) = (row for row in ROWS if row.name == ABLATED)
         found = rows[ABLATED].get(ABLATIONS_KEY, []) if resume else []
-        for number, axes in enumerate(ABLATIONS):
-            if all([*one["changed"]] != fields_of(axes) for one in found):
-                found = [*found, *ablated(row, size, data, source, rows[ABLATED]["setting"], number)]
+        same = Origin(*rows[ABLATED]["origin"]).amp == AMP
+        for axes in ABLATIONS:
+            if all([*one["changed"]] != fields_of(axes) for one in found) and (axes or not same):
+                found = [*found, *ablated(row, size, data, source, rows[ABLATED]["setting"], axes)]
                 rows[ABLATED][ABLATIONS_KEY] = found
                 write(path, size, rows)
 
@@ -347,10 +370,23 @@ def ablations_table(record: dict[str, Any]) -> str:
     """Markdown: the ablations of one size, below the setting that was chosen."""
     lines = [[f"{ABLATED}, {record['size']:,} images a class", "seeds", *_heads(TITLES)]]
     row = record["rows"].get(ABLATED, {})
-    for one in [{"changed": {}, **row}, *row[ABLATIONS_KEY]] if ABLATIONS_KEY in row else []:
+    ablations = row.get(ABLATIONS_KEY, [])
+    chosen = [] if not ablations or any(not one["changed"] for one in ablations) else [{"changed": {}, **row}]
+    for one in sorted([*chosen, *ablations], key=lambda one: bool(one["changed"])):
         figures = [mean_and_deviation(one["figures"].get(title, ())[:FEW]) for title in TITLES]
         lines.append([label_of(one["changed"]) or "as chosen", str(len(one["seeds"][:FEW])), *figures])
     return markdown(lines)
+
+
+def origins(record: dict[str, Any]) -> str:
+    """Where the rows of the tables are from."""
+    rows = record["rows"]
+    ablations = [(one["origin"], ABLATIONS_KEY) for one in rows.get(ABLATED, {}).get(ABLATIONS_KEY, ())]
+    found: dict[str, dict[str, None]] = {}
+    for origin, name in [*((row["origin"], name) for name, row in rows.items()), *ablations]:
+        found.setdefault(str(Origin(*origin)), {})[name] = None
+    places = [f"{', '.join(names)} on {origin}" for origin, names in found.items()]
+    return f"Rows: {'; '.join(places)}."
 
 
 def main(arguments: list[str] | None = None) -> None:

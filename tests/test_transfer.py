@@ -62,15 +62,18 @@ def test_the_tables(tmp_path):
             "seeds": [0, 1, 2],
             "setting": {"optimizer.lr": 0.01},
             "autoattack": {"AutoAttack": 0.3},
+            "origin": ["one machine", "abc", "bf16"],
         }
 
     ablations = [{"changed": {"method.affine": "shared"}, **row(0.1)}]
     ablations += [{"changed": {"method.frozen_weight": weight}, **row(0.1 * weight)} for weight in (0, 0.5, 1)]
-    ablations += [{"changed": {"method.frozen_weight": 2}, "seeds": [], "figures": {}}]  # all of them failed
+    failed = {"changed": {"method.frozen_weight": 2}, "seeds": [], "figures": {}}  # all of them
+    ablations.append(failed | {"origin": ["one machine", "abc", "bf16"]})
     slow = {"setting": {"optimizer.lr": 0.001}, "seeds": [0, 1, 2], "figures": row(-0.1)["figures"]}
     rows = {"at": row(0) | {"published rates": slow}, "twins-at": row(0.02) | {"ablations": ablations}}
     record = {"size": 2500, "attacked": 1000, "rows": rows}
     assert "| as chosen | 3 | 62.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert transfer.origins(record) == "Rows: at, twins-at, ablations on one machine, commit abc, bf16."
     assert "| affine=shared | 3 | 70.0 ± 10.0 % |" in transfer.ablations_table(record)
     assert "| frozen_weight=2 | 0 |  |" in transfer.ablations_table(record)
     assert "| 2,500 images a class | seeds | clean, best | PGD-10, best |" in transfer.table(record)
@@ -81,6 +84,10 @@ def test_the_tables(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "| twins-at - at | +2.00 ± 0.00, p = 0.00 |" in transfer.pairs_table(record)
     assert "0.01" not in transfer.pairs_table(record)
+    ablations.insert(0, {"changed": {}, **row(0.2), "origin": ["another", "def", "none"]})
+    assert transfer.ablations_table(record).count("as chosen") == 1
+    assert "| as chosen | 3 | 80.0 ± 10.0 % |" in transfer.ablations_table(record)
+    assert transfer.origins(record).endswith("; ablations on another, commit def, float32.")
     rows["twins-at"]["published rates"] = slow
     assert "| twins-at, lr up to 0.01 - at, lr up to 0.01 | +0.00 ±" in transfer.pairs_table(record)
 
@@ -90,7 +97,7 @@ def test_a_run_that_fails_leaves_a_gap_and_other_failures_end_it(tmp_path, monke
     monkeypatch.setattr(transfer, "FOLDER", tmp_path)
     row = transfer.ROWS[0]
     failed = {"settings": [{"setting": {}, "seeds": [0], "figures": {}}], "failures": {"seed=1": "the loss is NaN"}}
-    folder = tmp_path / "500" / row.slug / "seeds"
+    folder = tmp_path / "500" / transfer.AMP / row.slug / "seeds"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text("of an earlier time")
 
@@ -115,16 +122,21 @@ def test_the_setting_with_a_published_rate():
     assert transfer.published(search) == {"optimizer.lr": 0.003}
 
 
-def test_each_ablation_is_kept_when_it_is_done(tmp_path, monkeypatch):
+@pytest.mark.parametrize("same", [True, False])
+def test_each_ablation_is_kept_when_it_is_done(same, tmp_path, monkeypatch):
     path = tmp_path / "transfer-500.json"
-    path.write_text(json.dumps({"rows": {"twins-at": {"setting": {"optimizer.lr": 0.01}, "autoattack": {}}}}))
-    done = []
+    origin = ["a machine", "abc", transfer.AMP if same else "another"]
+    row = {"setting": {"optimizer.lr": 0.01}, "autoattack": {}, "origin": origin}
+    path.write_text(json.dumps({"rows": {"twins-at": row}}))
+    fields = [transfer.fields_of(axes) for axes in transfer.ABLATIONS[same:]]
+    names = ["-".join(["ablation", *(field.rpartition(".")[2] for field in changed)]) for changed in fields]
+    done, again = [], False
 
     def swept(row, size, data, source, name, words):
-        if len(done) == 2:
+        if len(done) == 2 and not again:
             raise KeyboardInterrupt
         done.append(name)
-        setting = dict.fromkeys(transfer.fields_of(transfer.ABLATIONS[int(name.removeprefix("ablation-"))]), 1)
+        setting = dict.fromkeys(fields[names.index(name)], 1)
         return tmp_path, {"settings": [{"setting": setting, "seeds": [0], "figures": {}}]}
 
     monkeypatch.setattr(transfer, "RESULTS", tmp_path)
@@ -134,8 +146,8 @@ def test_each_ablation_is_kept_when_it_is_done(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         transfer.measure(500, tmp_path, [transfer.ABLATIONS_KEY], resume=True)
     assert len(json.loads(path.read_text())["rows"]["twins-at"][transfer.ABLATIONS_KEY]) == 2
-    done.clear()
+    again = True
     transfer.measure(500, tmp_path, [transfer.ABLATIONS_KEY], resume=True)
-    assert done == ["ablation-2", "ablation-3"]
+    assert done == names
     kept = json.loads(path.read_text())["rows"]["twins-at"][transfer.ABLATIONS_KEY]
-    assert [[*one["changed"]] for one in kept] == [transfer.fields_of(axes) for axes in transfer.ABLATIONS]
+    assert [[*one["changed"]] for one in kept] == fields and {one["origin"][2] for one in kept} == {transfer.AMP}

@@ -134,7 +134,10 @@ def examined(zoo: str, name: str, sides: Sequence[int]) -> dict:
         row["pixels"] = (adversarial != eager).float().mean().item()
         row |= errors(program, problem)
     except Exception as error:
-        return row | failure(error, REFUSED)
+        row |= failure(error, REFUSED)
+        if row["status"] == REFUSED and (own := own_error(problem)) > MOST:
+            row["reason"] += f"; its own gradient in float32 is off by {own:.2g}"
+        return row
     segments = [stage for stage in program.plan.stages if stage.kind == "segment"]
     operations = [{node.call[0].__name__.partition(".")[0] for _, node in s.nodes if node.call} for s in segments]
     row |= {"stages": len(program.plan.stages), "segments": len(segments)}
@@ -149,6 +152,14 @@ def failure(error: Exception, status: str) -> dict:
     """Entries of the row of a network: the status, unless memory ran out, and why."""
     reason = one_line(error).removeprefix("RuntimeError: engine='plan': ")
     return {"status": ENDED if NO_MEMORY in reason else status, "reason": reason}
+
+
+def own_error(problem: Problem) -> float:
+    """How far the network's own gradient is from that in float64."""
+    exact = own_copy(problem.model, torch.contiguous_format).double()
+    return distance(
+        gradient_of(problem).double(), gradient_of(replace(problem, model=exact, start=problem.start.double()))
+    )
 
 
 def errors(program: Program, problem: Problem) -> dict[str, float]:

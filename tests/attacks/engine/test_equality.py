@@ -318,6 +318,31 @@ def test_linear_layers_of_transposed_rows_are_one_product():
     assert "aten::addmm" in names and "aten::bmm" not in names
 
 
+class Recurrent(nn.Module):
+    """Columns of an image one after the other."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.recurrent = kind(16, 8, num_layers=2, dropout=0.5, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu().mean(2).transpose(1, 2)
+        return self.head(self.recurrent(x)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_segments(kind):
+    torch.manual_seed(0)
+    model, (x, y) = lively(Recurrent(kind), size=8), data(3, 8, 5)
+    assert_same_step(model, x, y)
+    model.recurrent.weight_hh_l0 = nn.Parameter(torch.randn_like(model.recurrent.weight_hh_l0))
+    assert_same_step(model, x, y)
+    (segment,) = (layer for layer in PGD(model).explain(x).layers if "not planned" in layer["runs"])
+    assert kind.__name__.lower() in segment["op"]
+
+
 class InFloat32(nn.Module):
     """A part that bfloat16 would round to nothing."""
 

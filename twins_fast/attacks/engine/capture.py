@@ -211,9 +211,15 @@ def _exported(model: nn.Module, images: torch.Tensor, functions: set[type]) -> t
                     "the forward needs the number of images as an int, as len(x) or int() give it: use x.shape[0], //"
                 ) from error
             raise NotCaptured(in_one_line(error)) from error
-    names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in computed_by_hooks(m)}
+    names = {f"{name}.{own}".lstrip(".") for name, m in model.named_modules() for own in _put_back(m)}
     said = [text for m in messages if "assigned during export" in (text := str(m.message).splitlines()[0])]
     return exported, next((t for t in said if not names.issuperset(re.findall(r"self\.([\w.]*\w)", t))), "")
+
+
+def _put_back(module: nn.Module) -> set[str]:
+    """Attributes that are other ones during an export, and no change of the model."""
+    weights = {"_flat_weights"} if isinstance(module, nn.RNNBase) else set()
+    return weights | computed_by_hooks(module)
 
 
 @contextmanager

@@ -56,8 +56,11 @@ def is_switched_off(node: fx.Node) -> bool:
 
 
 def draws_nothing(node: fx.Node) -> bool:
-    attention = node.target is aten.scaled_dot_product_attention.default
-    return is_switched_off(node) or (attention and not arguments(node, lambda v: v)[4])
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, arguments(node, lambda v: v), strict=True))
+    attention = node.target is aten.scaled_dot_product_attention.default and not given["dropout_p"]
+    recurrent = {"dropout", "train"} <= given.keys() and not (given["dropout"] and given["train"])
+    return is_switched_off(node) or attention or recurrent
 
 
 def arguments(node: fx.Node, value) -> list[Any]:

@@ -40,7 +40,7 @@ WAYS = {  # name -> engine, type and layout of what is timed; the first one is w
     "plan-float32": (*ENGINES["plan-float32"], torch.contiguous_format),
     "plan-bf16": (*ENGINES["plan-bf16"], torch.contiguous_format),
 }
-PAIRS = {torch.float32: ("eager", "plan-float32"), torch.bfloat16: ("autocast", "plan-bf16")}  # PyTorch's, and ours
+PAIRS = {"float32": ("eager", "plan-float32"), "bf16": ("autocast", "plan-bf16")}  # type -> PyTorch's way, and ours
 CHECKED, TIMED, REMEMBERED = 2, 8, 32  # images
 MOVED, STARTS = 1, 5  # starts that are moved by roundoff, for each start that is tried
 FEW, MANY = 1, 3  # steps of the two attacks whose difference is timed
@@ -156,10 +156,12 @@ def failure(error: Exception, status: str) -> dict:
 
 def own_error(problem: Problem) -> float:
     """How far the network's own gradient is from that in float64."""
+    return distance(gradient_of(problem).double(), gradient_of(in_float64(problem)))
+
+
+def in_float64(problem: Problem) -> Problem:
     exact = own_copy(problem.model, torch.contiguous_format).double()
-    return distance(
-        gradient_of(problem).double(), gradient_of(replace(problem, model=exact, start=problem.start.double()))
-    )
+    return replace(problem, model=exact, start=problem.start.double())
 
 
 def errors(program: Program, problem: Problem) -> dict[str, float]:
@@ -168,12 +170,12 @@ def errors(program: Program, problem: Problem) -> dict[str, float]:
     Exact is float64; the network's own are those of both memory layouts, and after roundoff in the images. Where a
     ReLU's input is zero within roundoff the gradient jumps; so these are medians over some starts.
     """
-    exact, found = own_copy(problem.model, torch.contiguous_format).double(), []
+    exact, found = in_float64(problem), []
     for seed in range(STARTS):
         generator = torch.Generator().manual_seed(seed)
         start = problem.images + torch.empty_like(problem.images).uniform_(-EPS, EPS, generator=generator)
         own = replace(problem, start=start.clamp_(0, 1))
-        expected = gradient_of(replace(own, model=exact, start=own.start.double()))
+        expected = gradient_of(replace(exact, start=own.start.double()))
         roundoff = max(distance(other.double(), expected) for other in gradients_of(own))
         found.append((distance(planned_gradient(program, own).double(), expected), roundoff))
     error, roundoff = torch.tensor(found).median(0).values.tolist()
@@ -223,22 +225,22 @@ def distance(gradient: Tensor, expected: Tensor) -> float:
     return ((gradient - expected).norm() / expected.norm()).item()
 
 
-def timed() -> list[str]:
-    """The ways in the types that the CPU computes in: in another, PyTorch takes minutes for a step."""
-    return [way for dtype, pair in PAIRS.items() if has_instructions(dtype) for way in pair]
+def timed() -> list[tuple[str, str]]:
+    """The pairs in the types that the CPU computes in: in another, PyTorch takes minutes for a step."""
+    return [pair for pair in PAIRS.values() if has_instructions(WAYS[pair[1]][1] or torch.float32)]
 
 
 def times(zoo: str, name: str, side: int) -> dict:
     """Milliseconds of a step, by each way; they take turns."""
     problem = problem_of(zoo, name, TIMED, (side,))
     runners, failures = {}, {}
-    for way in timed():
+    for way in chain(*timed()):
         attacks = {part: attack_of(problem.model, way, steps) for part, steps in (("few", FEW), ("many", MANY))}
         chains = [{part: lambda _, a=a: a(problem.images, problem.labels, x_init=problem.start)}
                   for part, a in attacks.items()]  # fmt: skip
         try:
-            for chain in chains:
-                for run in chain.values():
+            for both in chains:
+                for run in both.values():
                     run(())
             runners[way] = Runner(tuple, chains, dict, "")
         except Exception as error:
@@ -269,8 +271,11 @@ def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers
     What was not ready is tried again, and whatever an earlier commit did not plan. A row stands for so many networks.
     """
     commit = record.header["commit"]
-    tried = [row for row in record.rows if row["commit"] == commit and row["status"] != ENDED]
-    kept = {row["name"]: row for row in record.rows if row["status"] == PLANNED or row in tried}
+    kept = {
+        row["name"]: row
+        for row in record.rows
+        if row["status"] == PLANNED or (row["status"] != ENDED and row["commit"] == commit)
+    }
     record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
     new = [(zoo, name, depth) for name in names if name not in kept]
     deeper = [row for name, row in kept.items() if name in names and depth.lacking(row, record.machine)]
@@ -296,7 +301,7 @@ def deepen(zoo: str, row: dict, lacking: set[str], limits: Limits) -> None:
     if "times" in lacking:
         row["times"] = more(limits, times, zoo, row["name"], row["side"])
     if "memory" in lacking:
-        row["memory"] = {way: more(limits, peak, zoo, row["name"], row["side"], way) for way in timed()[-2:]}
+        row["memory"] = {way: more(limits, peak, zoo, row["name"], row["side"], way) for way in timed()[-1]}
 
 
 def more(limits: Limits, function: Callable, *arguments: Any) -> Any:
@@ -389,7 +394,7 @@ def saving(row: dict) -> float | None:
 def time_summary(rows: list[dict]) -> list[list[str]]:
     """Over the networks of a kind: the least and the median of the speedups, how many are slower; memory."""
     gains = [speedups(row) for row in rows]
-    types = [name for name in ("float32", "bf16") if any(name in gain for gain in gains)]
+    types = [name for name in PAIRS if any(name in gain for gain in gains)]
     lines = [["kind", "timed", *(f"{name}: least, median" for name in types), "slower", "memory: median, most"]]
     for kind in ("BatchNorm", "others"):
         part = [gain for row, gain in zip(rows, gains, strict=True) if row.get("kind") == kind and gain]
@@ -411,7 +416,7 @@ def time_table(rows: list[dict]) -> list[list[str]]:
     rows = sorted((row for row in rows if "times" in row), key=lambda row: min(speedups(row).values(), default=0))
     found = [row["times"]["milliseconds"] | row["times"]["failures"] for row in rows if isinstance(row["times"], dict)]
     ways = [way for way in WAYS if any(way in taken for taken in found)]
-    types = [name for name in ("float32", "bf16") if f"plan-{name}" in ways]
+    types = [name for name, (_, ours) in PAIRS.items() if ours in ways]
     remembered = [way for way in WAYS if any(way in row.get("memory", {}) for row in rows)]
     lines = [[f"batch {TIMED}", "kind", "segments", *ways, *types, *(f"MB, {way}" for way in remembered)]]
     for row in rows:

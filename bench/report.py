@@ -362,10 +362,7 @@ def _networks() -> list[dict]:
 def _zoos() -> dict[str, dict]:
     """What was measured of each zoo."""
     paths = [path for zoo in ZOOS for path in measurements(f"{bench_coverage.NAME}-{zoo}")]
-    records = {path.stem.split("-")[1]: _read(path) for path in paths}
-    for record in records.values():
-        record["workloads"] = [{"machine": record["header"]["machine"]} | row for row in record["workloads"]]
-    return records
+    return {path.stem.split("-")[1]: _read(path) for path in paths}
 
 
 def transfer() -> str:

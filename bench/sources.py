@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from bench.harness import RESULTS, keep
 from bench.header import ROOT
-from bench.transfer import subset
+from bench.transfer import AMP, subset
 from twins_fast.evaluation.results import markdown
 from twins_fast.models import CifarResNet, register
 from twins_fast.train.pictures import pyplot, save
@@ -62,7 +62,7 @@ def transferred(source: Path, way: str, data: Path, folder: Path) -> float:
         network={"arch": arch, "checkpoint": str(source / "best.safetensors")},
         optimizer={"epochs": TRANSFER, "milestones": [TRANSFER // 2, 4 * TRANSFER // 5]},
         evaluation={"before": False, "every": TRANSFER, "steps": 0},
-        run={"baselines": [], "amp": "bf16"},
+        run={"baselines": [], "amp": AMP},
     )
     trained(recipe, folder, data)
     return RunFolder(folder).read_result()["after"]["clean"]

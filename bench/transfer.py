@@ -205,13 +205,13 @@ def ablated(
     kept = [f"{field}={value}" for field, value in setting.items() if field not in changed]
     words = [*kept, *axes, *seeds(FEW)]
     name = "-".join(["ablation", *(field.rpartition(".")[2] for field in changed)])
-    found = swept(row, size, data, source, name, words)[1]["settings"]
+    found, origin = swept(row, size, data, source, name, words)[1]["settings"], Origin.here()
     return [
         {
             "changed": {field: one["setting"][field] for field in changed},
             "seeds": one["seeds"],
             "figures": one["figures"],
-            "origin": Origin.here(),
+            "origin": origin,
         }
         for one in found
     ]
@@ -234,8 +234,8 @@ def measure(size: int, source: Path, names: Sequence[str], resume: bool = False)
         chosen, slow = search["chosen"][0]["setting"], published(search)
         found = trained(row, size, data, source, chosen)
         grid = [{"setting": one["setting"], **one["figures"]} for one in search["settings"]]
-        rows[row.name] = {"method": row.method, "search": grid, "axes": search["axes"], **found.figures}
-        rows[row.name]["origin"] = Origin.here()
+        said = {"method": row.method, "origin": Origin.here(), "search": grid, "axes": search["axes"]}
+        rows[row.name] = said | found.figures
         if row.seeds == MANY:
             slowly = found if slow == chosen else trained(row, size, data, source, slow, "published-rates")
             rows[row.name]["published rates"] = slowly.figures

@@ -830,8 +830,9 @@ def test_speedups_and_memory_in_coverage():
         network | {"name": "ended", "times": "killed", "memory": {"autocast": "killed"}},
     ]
     rows[0]["memory"] = {"autocast": 40_000_000, "plan-bf16": 10_000_000}
-    float32 = network | {"name": "float32", "times": {"milliseconds": {"eager": 3.0, "plan-float32": 1.5}}}
-    float32["times"]["failures"], float32["memory"] = {}, {"eager": 8_000_000, "plan-float32": 4_000_000}
+    times = {"milliseconds": {"eager": 3.0, "plan-float32": 1.5}, "failures": {}}
+    memory = {"eager": 8_000_000, "plan-float32": 4_000_000}
+    float32 = network | {"name": "float32", "times": times, "memory": memory}
     gains = [{"float32": 2, "bf16": 5}, {"float32": 1.25, "bf16": 0.5}, {}, {"float32": 2}]
     assert [coverage.speedups(row) for row in [*rows, float32]] == gains
     assert coverage.time_summary(rows)[1] == ["BatchNorm", "2", "1.25, 1.62", "0.50, 2.75", "1", "0.25, 0.25"]

@@ -17,6 +17,7 @@ from twins_fast.ops import native
 if native._C is None:
     pytest.skip(f"no compiled kernels: {native.missing}", allow_module_level=True)
 
+from twins_fast.attacks.engine.executors import cpu  # noqa: E402  it needs the compiled kernels
 from twins_fast.attacks.engine.executors.cpu import (  # noqa: E402  they need the compiled kernels
     KernelConvolution,
     LibraryConvolution,
@@ -548,8 +549,12 @@ def test_bad_arguments_are_refused():
     assert adjoint.pack(weight, (2, 3, 3, 3), 0, True, packed, 2) == refused  # it has no weights of its own
 
 
-@pytest.mark.parametrize(("channels", "shared"), [(64, False), (288, True)])
-def test_weights_of_both_directions(channels, shared):
+@pytest.mark.parametrize(
+    ("channels", "isa", "shared"),
+    [(64, "avx512", False), (288, "avx512", True), (288, "amx", True), (288, "avx2", False)],
+)
+def test_weights_of_both_directions(channels, isa, shared, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", lambda: isa)
     geometry = Convolution(channels, (6, 7), channels, (6, 7), (3, 3), (1, 1), (1, 1))
     convolution = KernelConvolution(geometry, torch.float32, Workspace(), "winograd4")
     directions = convolution._forward, convolution._backward

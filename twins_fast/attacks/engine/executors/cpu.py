@@ -500,10 +500,12 @@ def _in_lanes(geometry: Convolution) -> bool:
 def shares_weights(geometry: Convolution, algorithm: str) -> bool:
     """Whether the input gradient takes the packed weights of the forward pass.
 
-    That makes it 5 to 15 % slower, as channels are exchanged at every use, and packing twice as fast. Small weights are
-    not worth it. The number of images must not count, so that it changes no image's result.
+    That makes it 5 to 15 % slower with AVX-512, as channels are exchanged at every use, and packing twice as fast; with
+    AVX2, whose tiles have less than half as many rows, it takes two to four times as long. Small weights are not worth
+    it. The number of images must not count, so that it changes no image's result.
     """
-    return algorithm.startswith("winograd") and geometry.in_channels * geometry.out_channels >= SHARED
+    large = geometry.in_channels * geometry.out_channels >= SHARED
+    return algorithm.startswith("winograd") and large and _isa().startswith(("avx512", "amx"))
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
@@ -514,4 +516,9 @@ def has_matrix_unit(dtype: torch.dtype) -> bool:
 
 def uses_matrix_unit(dtype: torch.dtype) -> bool:
     """Whether the C++ kernels do."""
-    return dtype == torch.bfloat16 and (native.cpu_isa or _C.cpu_isas[0]) == "amx"
+    return dtype == torch.bfloat16 and _isa() == "amx"
+
+
+def _isa() -> str:
+    """The instruction set of the C++ kernels."""
+    return native.cpu_isa or _C.cpu_isas[0]

@@ -39,11 +39,11 @@ def _warn_if_slow(dtype: torch.dtype) -> None:
         )
 
 
-def compute_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """``amp_dtype`` or, for None, what the surrounding autocast state says."""
-    kind = device.type
+def compute_dtype(amp_dtype: torch.dtype | None, images: torch.Tensor) -> torch.dtype:
+    """``amp_dtype`` or, for None, what the surrounding autocast state says; without one the type of ``images``."""
+    kind = images.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return amp_dtype or (torch.get_autocast_dtype(kind) if casts else torch.float32)
+    return amp_dtype or (torch.get_autocast_dtype(kind) if casts else images.dtype)
 
 
 def has_graphs(device: torch.device) -> bool:

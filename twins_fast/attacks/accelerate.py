@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from twins_fast.attacks.engine.cache import PlanCache, plans_of
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.memory import out_of_memory
-from twins_fast.attacks.engine.nodes import in_one_line
+from twins_fast.attacks.engine.nodes import as_float32, in_one_line
 from twins_fast.attacks.engine.program import Program
-from twins_fast.attacks.engine.watch import Wrapper, unwrapped
+from twins_fast.attacks.engine.watch import PLANNED_DTYPES, Wrapper, unwrapped
 from twins_fast.devices import autocast, compute_dtype
 from twins_fast.nn.modes import modules_of
 from twins_fast.validation import check_amp_dtype
@@ -30,12 +30,14 @@ def accelerate(model: nn.Module, amp_dtype: torch.dtype | None = None) -> Accele
     once, each followed by its own backward; ``retain_graph=True`` works, a second derivative does not.
 
     What the engine does not run is the model itself: train mode, a model that cannot be planned (with one warning, and
-    the reason in :meth:`Accelerated.explain`), arguments besides the images, anything but float32 [N, C, H, W].
+    the reason in :meth:`Accelerated.explain`), arguments besides the images, anything but [N, C, H, W] in float32 or
+    half precision, as the model is.
 
     Args:
         model: maps images [N, C, H, W] to logits [N, classes]; it stays as it is, and belongs to the result.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to compute in half precision; None follows the surrounding
-            autocast state. The plan's logits and gradients are float32 in any case.
+            autocast state, and a model of half precision is computed in that. The plan's logits are float32 unless the
+            model is of half precision and ``amp_dtype`` None.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -90,7 +92,7 @@ class Accelerated(Wrapper):
         return f"amp_dtype={self.amp_dtype}"
 
     def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Logits, float32 [N, classes], of ``images`` float32 [N, C, H, W] of any range."""
+        """Logits [N, classes] of ``images`` [N, C, H, W] of any range."""
         if args or not self._are_defaults(kwargs) or not self._is_plannable(images):
             return self.module(images, *args, **kwargs)
         model = unwrapped(self.module)
@@ -120,7 +122,7 @@ class Accelerated(Wrapper):
     def explain(self, images: Tensor) -> Explanation:
         """How a forward on images like these [N, C, H, W] runs, layer by layer, and why; ``str()`` is a table."""
         model = unwrapped(self.module)
-        program: Program | str = "these are no float32 images [N, C, H, W]"
+        program: Program | str = "these are no images [N, C, H, W] in float32 or half precision"
         if any(module.training for module in modules_of(self.module)):
             program = "the model is in train mode: call .eval()"
         if self._is_plannable(images):
@@ -144,14 +146,14 @@ class Accelerated(Wrapper):
         return (
             type(images) in (Tensor, nn.Parameter)
             and images.dim() == 4
-            and images.dtype == torch.float32
+            and images.dtype in PLANNED_DTYPES
             and not torch.compiler.is_compiling()
             and not torch._C._functorch.is_functorch_wrapped_tensor(images)
             and not any(module.training for module in modules_of(self.module))
         )
 
     def _program(self, cache: PlanCache, model: nn.Module, images: Tensor) -> Program | str:
-        return cache.program(model, images, compute_dtype(self.amp_dtype, images.device), rounded=True)
+        return cache.program(model, images, compute_dtype(self.amp_dtype, images), rounded=True)
 
     def _planned(self, program: Program, cache: PlanCache, model: nn.Module, images: Tensor) -> Tensor:
         state = cache.watch.state()
@@ -163,8 +165,10 @@ class Accelerated(Wrapper):
                     program.fold(model)
                 program.folded = state
             if not differentiable:
-                return program.forward(images, cache.watch.changes, differentiable=False)[0]
-        return _Logits.apply(images, self, program, cache)
+                logits = program.forward(as_float32(images), cache.watch.changes, differentiable=False)[0]
+        if differentiable:
+            logits = _Logits.apply(images, self, program, cache)
+        return logits.to(images.dtype) if self.amp_dtype is None else logits
 
 
 class _Logits(torch.autograd.Function):
@@ -175,7 +179,7 @@ class _Logits(torch.autograd.Function):
         ctx.owner, ctx.program, ctx.lock = owner, program, cache.lock
         ctx.about, ctx.folded = cache.watch.changes, program.folded
         with torch.autocast(images.device.type, enabled=False):
-            logits, kept = program.forward(images, ctx.about, differentiable=True)
+            logits, kept = program.forward(as_float32(images), ctx.about, differentiable=True)
         ctx.save_for_backward(images, *(part.saved for part in kept))  # PyTorch frees them after the backward pass
         ctx.kept = [replace(part, saved=None) for part in kept]
         return logits
@@ -191,11 +195,12 @@ class _Logits(torch.autograd.Function):
                 raise RuntimeError("the model's parameters have changed between the forward and the backward pass")
             try:
                 with torch.autocast(images.device.type, enabled=False):
-                    return program.backward(images, gradient, kept, ctx.about), None, None, None
+                    found = program.backward(as_float32(images), gradient, kept, ctx.about)
+                    return found.to(images.dtype), None, None, None
             except Exception as error:
                 failure = f"the plan failed: {in_one_line(error)}; the gradient is that of the model as it is"
                 program.free()
         warnings.warn(failure, stacklevel=2)
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            return torch.autograd.grad(ctx.owner.itself(images), images, gradient)[0], None, None, None
+            return torch.autograd.grad(ctx.owner.itself(images).float(), images, gradient)[0], None, None, None

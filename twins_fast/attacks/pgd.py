@@ -19,7 +19,7 @@ from twins_fast.attacks.engine.cache import PlanCache, plans_of
 from twins_fast.attacks.engine.explain import Explanation, explain
 from twins_fast.attacks.engine.function import as_module, look_again
 from twins_fast.attacks.engine.memory import out_of_memory
-from twins_fast.attacks.engine.nodes import in_one_line
+from twins_fast.attacks.engine.nodes import as_float32, in_one_line
 from twins_fast.attacks.engine.passes import Pass
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.watch import Wrapper, is_compiled, unwrapped
@@ -83,7 +83,7 @@ class PGD:
         bn_mode: ``"eval"`` attacks the network as it is evaluated; ``"train"`` attacks it in train
             mode, which updates running statistics at every step.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast; None
-            follows the surrounding autocast state.
+            follows the surrounding autocast state. A model of half precision takes images of its type.
         generator: of the random start; the noise is drawn on its device and moved. None: the default generator of the
             images' device.
         targeted: labels are targets, and the loss towards them is minimised.
@@ -366,7 +366,7 @@ class PGD:
         if self.bn_mode == "train":
             return "bn_mode='train' needs batch statistics"
         insist = self.engine == "plan"
-        dtype = compute_dtype(self.amp_dtype, images.device)
+        dtype = compute_dtype(self.amp_dtype, images)
         program = self._cache.program(
             unwrapped(self.model), images, dtype, self.chunk_size, insist, bool(self.looks_between_passes), self.output
         )
@@ -378,7 +378,8 @@ class PGD:
 
     def _planned(self, program: Program, images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         model, search = unwrapped(self.model), self._search(images, closed=True)
-        about = self._cache.watch.changes
+        about, dtype = self._cache.watch.changes, images.dtype
+        images, x = as_float32(images), as_float32(x)
 
         def attack(images: Tensor, labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             program.fold(model)
@@ -409,7 +410,7 @@ class PGD:
             else:
                 adversarial, nan = program.graphed(options, attack, (images, labels, x))
             program.folded = self._cache.watch.state()
-            return adversarial, nan.sum()
+            return adversarial.to(dtype), nan.sum()
 
     @property
     def _is_fused(self) -> bool:

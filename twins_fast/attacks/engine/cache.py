@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from twins_fast.attacks.engine.capture import capture, values_of
 from twins_fast.attacks.engine.executors import executor_for
 from twins_fast.attacks.engine.function import Function
-from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
+from twins_fast.attacks.engine.nodes import NotCaptured, as_float32, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
 from twins_fast.attacks.engine.watch import Watch, obstacle
+from twins_fast.attacks.engine.widened import widened
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
 from twins_fast.ops.native import dtype_name
@@ -109,6 +110,7 @@ class PlanCache:
             if reason:
                 self._note(reason)
                 return reason
+            images = as_float32(images)
             program, numbers = self._known(kind, model, images.device)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
@@ -178,7 +180,8 @@ class PlanCache:
         model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output, numbers: dict[str, str]
     ) -> Program:
         shape = tuple(images.shape[1:])
-        nodes = capture(model, shape, images.device, output, numbers)
+        with widened(model):
+            nodes = capture(model, shape, images.device, output, numbers)
         program = Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))
         program.output = output
         return program

@@ -101,8 +101,13 @@ def tensor_of(model: nn.Module, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def as_float32(tensor: Tensor) -> Tensor:
+    """Half precision in float32, anything else as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 2 else tensor
+
+
 class Parameters:
-    """Parameters of a model as they are now, and what is derived of them."""
+    """Parameters of a model as they are now, those of half precision in float32, and what is derived of them."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -110,7 +115,7 @@ class Parameters:
 
     def __getitem__(self, source: Source) -> Any:
         if isinstance(source, Param):
-            return tensor_of(self._model, source.name).detach()
+            return as_float32(tensor_of(self._model, source.name).detach())
         if source not in self._derived:
             function, arguments, keywords = map_values(self.__getitem__, source.call)
             self._derived[source] = function(*arguments, **keywords)

@@ -13,6 +13,7 @@ from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
 from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Step
 from twins_fast.attacks.engine.program import Program
+from twins_fast.attacks.engine.widened import widened
 from twins_fast.models.output import Output, output_of
 from twins_fast.nn.guards import random_numbers_restored
 
@@ -50,8 +51,10 @@ def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool
         with torch.no_grad():
             plain.fold(model)
         images = images.detach().clone(memory_format=torch.contiguous_format)
-        if not program.verified and not _computes_model(plain, model, images[_ends(len(images))], program.output):
-            return "the plan's logits or gradients are not the model's"
+        if not program.verified:
+            with widened(model):
+                if not _computes_model(plain, model, images[_ends(len(images))], program.output):
+                    return "the plan's logits or gradients are not the model's"
         for rows in sorted(unknown) if type(program.executor) is not TorchExecutor else ():
             x, wrong = images[torch.arange(rows, device=device) % len(images)], []
 

@@ -19,6 +19,7 @@ from twins_fast.attacks.engine.reads import DEEPEST, LONGEST, Reads, function_in
 from twins_fast.nn.guards import HOOKS, computed_by_hooks, has_global_hooks, has_hooks, has_other_hooks
 from twins_fast.nn.modes import modules_of
 
+PLANNED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of images
 LARGEST = 1 << 16  # bytes up to which arrays are compared by value
 
 _STORES = ("_parameters", "_buffers", "_modules")
@@ -54,26 +55,25 @@ def obstacle(model: nn.Module, images: Tensor) -> str:
     """Why this model cannot be planned for these images; empty if it can."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "its processes exchange buffers in every forward; attack its .module"
-    if images.dtype != torch.float32:
-        return f"the images are {images.dtype}: a plan needs float32 images and parameters{_half(images.dtype)}"
+    if images.dtype not in PLANNED_DTYPES:
+        return f"the images are {images.dtype}: a plan computes in float32 and half precision"
     for name, module in model.named_modules():
         if has_other_hooks(module):
             return f"{name or 'the model'} has hooks, which a plan would not call: remove them (handle.remove())"
     if has_global_hooks():
         return "there are hooks on all modules, which a plan would not call: remove them (handle.remove())"
+    types = set()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(tensor).__name__}: a plan needs plain tensors"
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"{name} is {tensor.dtype}: a plan needs a float32 model{_half(tensor.dtype)}"
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, images.dtype):
+            return f"{name} is {tensor.dtype} and the images are {images.dtype}: convert one of them"
+        types.add(tensor.dtype)
         if tensor.device != images.device:
             return f"{name} is on {tensor.device} and the images are on {images.device}: move one of them"
+    if torch.float32 in types and images.dtype not in types:
+        return f"the model is torch.float32 and the images are {images.dtype}: convert one of them"
     return ""
-
-
-def _half(dtype: torch.dtype) -> str:
-    """What to do instead of converting the model."""
-    return f"; amp_dtype={dtype} computes in half precision" if dtype.itemsize == 2 else ""
 
 
 class Watch:

@@ -167,6 +167,33 @@ def test_where_the_plan_fails_in_the_backward_pass_the_model_gives_the_gradient(
     assert gradient.dtype == torch.float16 and torch.equal(gradient, expected)
 
 
+class Keeping(nn.Module):
+    """Keeps from its first call what later ones need."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.kept = nn.Conv2d(3, 8, 3), nn.Linear(8, 10), None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.conv.weight.detach().abs().mean()
+        return self.head(self.conv(x).relu().mean((2, 3)) * self.kept)
+
+
+def test_what_a_model_keeps_from_its_first_call_is_of_its_own_type():
+    model, (x, y) = Keeping().half().eval(), data(3, 8)
+    x = x.half()
+    adversarial = PGD(model, engine="plan", **START)(x, y)
+    assert model.kept.dtype == model(x).dtype == torch.float16
+    assert (adversarial != x).float().mean() > 0.5
+
+
+def test_explanations_with_times():
+    model, x = small().half(), data(3)[0].half()
+    assert "ms" in str(PGD(model, engine="plan").explain(x, timed=True))
+    assert accelerate(model).explain(x).engine == "plan"
+
+
 def test_a_failed_capture_leaves_the_model_in_half_precision():
     model = net(lambda m, x: m.top(m.c1(x)) if x.sum() > 0 else m.top(m.c1(-x))).half()
     before = state_of(model)

@@ -22,6 +22,7 @@ from twins_fast.attacks.engine.watch import Watch, obstacle
 from twins_fast.attacks.engine.widened import widened
 from twins_fast.devices import capturing
 from twins_fast.models.output import Output
+from twins_fast.nn.guards import random_numbers_restored
 from twins_fast.ops.native import dtype_name
 from twins_fast.verdicts import PASSED, tell_once, verdict
 
@@ -110,7 +111,6 @@ class PlanCache:
             if reason:
                 self._note(reason)
                 return reason
-            images = as_float32(images)
             program, numbers = self._known(kind, model, images.device)
             if program is None:
                 changes = self._changes[kind] = self._changes.get(kind, -1) + 1
@@ -124,7 +124,7 @@ class PlanCache:
             self._keep(kind, program, numbers)
             if isinstance(program, Program):
                 program.chunk_size = chunk_size
-                wrong = difference(program, model, images, rounded)
+                wrong = difference(program, model, as_float32(images), rounded)
                 if wrong:
                     raise NotCaptured(wrong)
             return program
@@ -180,6 +180,9 @@ class PlanCache:
         model: nn.Module, images: Tensor, dtype: torch.dtype, output: Output, numbers: dict[str, str]
     ) -> Program:
         shape = tuple(images.shape[1:])
+        if images.dtype.itemsize == 2:  # what it keeps from its first call is to be of its own type
+            with torch.no_grad(), random_numbers_restored():
+                model(images[:1])
         with widened(model):
             nodes = capture(model, shape, images.device, output, numbers)
         program = Program(build(nodes), nodes, model, shape, executor_for(dtype, images.device))

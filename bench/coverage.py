@@ -60,12 +60,18 @@ class Depth:
     times: bool = False
     memory: bool = False
 
-    def lacking(self, row: dict, machine: str) -> set[str]:
-        """What of this can be added to the row, or was measured on another machine."""
-        if row["status"] != PLANNED:
-            return set()
-        asked = {"times": self.times, "memory": self.memory}
-        return {key for key in asked if asked[key] and (key not in row or row["machine"] != machine)}
+    def lacking(self, row: dict) -> set[str]:
+        """What of this can be added to the row."""
+        asked = {"times": self.times, "memory": self.memory} if row["status"] == PLANNED else {}
+        return {key for key in asked if asked[key] and key not in row}
+
+    def stands(self, row: dict, machine: str, commit: str) -> bool:
+        """Whether a row need not be made anew: all that it has is of one machine and one commit."""
+        if row["machine"] != machine:
+            return row["status"] == PLANNED and not (self.times or self.memory)
+        if row["commit"] != commit:
+            return row["status"] == PLANNED and not self.lacking(row)
+        return row["status"] != ENDED
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -271,27 +277,17 @@ def sweep(zoo: str, names: dict[str, int], depth: Depth, limits: Limits, workers
     What was not ready is tried again, and whatever an earlier commit did not plan. A row stands for so many networks.
     """
     commit = record.header["commit"]
-    kept = {
-        row["name"]: row
-        for row in record.rows
-        if row["status"] == PLANNED or (row["status"] != ENDED and row["commit"] == commit)
-    }
-    record.rows = [row for row in record.rows if row["name"] not in names or row["name"] in kept]
+    kept = {row["name"]: row for row in record.rows if depth.stands(row, record.machine, commit)}
     new = [(zoo, name, depth) for name in names if name not in kept]
-    deeper = [row for name, row in kept.items() if name in names and depth.lacking(row, record.machine)]
+    deeper = [row for name, row in kept.items() if name in names and depth.lacking(row)]
     examined_rows = (
         {"name": name, "stands_for": names[name], "commit": commit, "machine": record.machine}
         | ({"status": ENDED, "reason": str(found)} if isinstance(found, Ended) else found)
         for (_, name, _), found in in_children(examine, new, limits, workers)
     )
     for number, row in enumerate(chain(examined_rows, deeper), 1):
-        if lacking := depth.lacking(row, record.machine):
-            if row["machine"] != record.machine:  # what it is, but not how long it takes
-                row.pop("times", None)
-                row.pop("memory", None)
-            deepen(zoo, row, lacking, limits)
-            row["machine"] = record.machine
-        record.rows = [other for other in record.rows if other is not row]
+        deepen(zoo, row, depth.lacking(row), limits)
+        record.rows = [other for other in record.rows if other["name"] != row["name"]]
         record.add(row)
         print(f"[{number}/{len(new) + len(deeper)}] {in_words(row)}", flush=True)
 

@@ -799,6 +799,15 @@ def test_coverage_of_another_machine_is_kept(tiny_zoo, monkeypatch):
     anew = json.loads(tiny_zoo.read_text())["workloads"][-1]
     assert anew["machine"] == here and set(anew["memory"].values()) == {5} and "times" not in anew
 
+    record.header |= {"machine": here}
+    for missing in ({"memory"}, set()):  # and of one commit, unless it lacks nothing
+        old = row | {"commit": "earlier"} | {key: measured[key] for key in measured.keys() - missing}
+        record.rows = []
+        record.add({key: value for key, value in old.items() if key != "reason"})
+        assert coverage.main(["--zoo", "tiny", "--resume", "--first", "1", "--memory"]) == 0
+        (found,) = json.loads(tiny_zoo.read_text())["workloads"]
+        assert found["commit"] == (row["commit"] if missing else "earlier")
+
     record.rows = []
     record.add(row | {"commit": "another", "status": "refused"})
     assert coverage.main(["--zoo", "tiny", "--resume", "--first", "1"]) == 0  # which this commit may plan

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.attacks.engine.helpers import Mixing, assert_untouched, data, small, state_of
+from tests.attacks.engine.helpers import Mixing, assert_untouched, data, few_at_once, small, state_of
 from twins_fast import PGD, accelerate
 from twins_fast.attacks.engine import passes, program
 from twins_fast.attacks.engine.cache import plans_of
@@ -70,7 +70,7 @@ def test_several_forwards_are_alive_at_once(build, monkeypatch):
     torch.manual_seed(3)
     net = build().eval()
     fast = accelerate(net)
-    monkeypatch.setattr(program, "CACHED", 1 << 19)  # a few images at a time
+    few_at_once(monkeypatch, 1 << 19)  # a few images at a time
     batches = [data(count, 16, seed=count)[0].requires_grad_() for count in (7, 30, 7, 1)]
     logits = [fast(x) for x in batches]
     PGD(net, steps=2, engine="plan")(*data(40, 16, classes=5))  # grows the arena, and uses it

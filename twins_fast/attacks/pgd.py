@@ -94,7 +94,7 @@ class PGD:
             and why. Every call sees the current state of the model (but see :meth:`forget`). Attacks on the same model
             share its plans and take turns.
         chunk_size: how many images go through all steps of the plan at once, from the first to the last attack step;
-            memory grows with it. None: as many as fit into the last cache of a CPU, all on a GPU.
+            memory grows with it. None: as many as fit into the last cache of a CPU, or a few, all on a GPU.
         restarts: number of runs, each from a random start of its own; the result with the highest loss counts.
         best: whether the iterate of the highest loss counts, the start among them, and not the last one; one more
             forward pass.

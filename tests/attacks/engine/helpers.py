@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from twins_fast import PGD
+from twins_fast.attacks.engine import program
 from twins_fast.attacks.engine.program import Program
 from twins_fast.models import CifarResNet
 
@@ -61,6 +62,12 @@ class Mixing(nn.Module):
 def small(**options) -> nn.Module:
     torch.manual_seed(1)
     return lively(CifarResNet(10, width=8, blocks=(1, 1), **options))
+
+
+def few_at_once(monkeypatch, cached=1):
+    """Have chunks take as many images as fit into so many bytes, which are at least one."""
+    monkeypatch.setattr(program, "CACHED", cached)
+    monkeypatch.setattr(program, "UNCACHED", 0)
 
 
 def anew(model, **options) -> PGD:

@@ -17,6 +17,7 @@ from tests.attacks.engine.helpers import (
     anew,
     assert_same_step,
     data,
+    few_at_once,
     lively,
     loss_of,
     program_of,
@@ -458,10 +459,15 @@ def test_images_are_independent_and_chunks_do_not_matter(monkeypatch):
     model = small()
     x, y = data(13)
     whole = PGD(model, engine="plan", **STEP)(x, y)
-    monkeypatch.setattr(program, "CACHED", 1)
+    few_at_once(monkeypatch)
     attack = PGD(model, engine="plan", **STEP)
     assert torch.equal(attack(x, y), whole)
     assert program_of(attack, x).chunk(13) == 1
+    monkeypatch.undo()
+    found = program_of(attack, x)
+    for images_in_cache, at_once in ((40, 32), (5, 5), (0.5, 4), (0.25, 2), (0.01, 1)):
+        monkeypatch.setattr(found, "bytes_per_image", int(program.CACHED / images_in_cache))
+        assert found.chunk(32) == -(-32 // -(-32 // at_once))
 
 
 def test_the_chunk_size_is_a_setting():
@@ -531,7 +537,7 @@ def test_operations_that_mix_rows_see_the_whole_batch(monkeypatch):
             logits = self.body(x)
             return logits - logits.mean(0, keepdim=True) * 0.5
 
-    monkeypatch.setattr(program, "CACHED", 1)
+    few_at_once(monkeypatch)
     model = Centred(small())
     x, y = data(6)
     assert_same_step(model, x, y)
@@ -575,7 +581,7 @@ def test_kl_reference_of_many_chunks(monkeypatch):
     x, y = data(9)
     options = {"loss": "kl", "steps": 3}
     whole = PGD(model, engine="plan", generator=torch.Generator().manual_seed(0), **options)(x, y)
-    monkeypatch.setattr(program, "CACHED", 1)
+    few_at_once(monkeypatch)
     parts = PGD(model, engine="plan", generator=torch.Generator().manual_seed(0), **options)(x, y)
     assert torch.equal(whole, parts)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.attacks.engine.helpers import Doubled, assert_untouched, data, net, program_of, state_of
+from tests.attacks.engine.helpers import Doubled, assert_untouched, data, few_at_once, net, program_of, state_of
 from twins_fast import PGD
 from twins_fast.attacks.engine import cache, passes, patterns, program, schedule, watch
 from twins_fast.attacks.engine.executors.torch import TorchExecutor
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_examined_runs_in_eager(name, monkeypatch):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_error_in_the_middle_of_a_run_starts_anew(norm, monkeypatch):
     """Some images have been attacked by then, and others have taken some steps."""
-    monkeypatch.setattr(program, "CACHED", 1)  # one image at a time
+    few_at_once(monkeypatch)  # one image at a time
     model, (x, y) = model_in_odd_modes(), data(3, 8)
     options = {"norm": norm, "steps": 3, "random_start": False}
     attack = PGD(model, **options)

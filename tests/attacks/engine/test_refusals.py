@@ -14,13 +14,13 @@ from tests.attacks.engine.helpers import (
     assert_same_step,
     assert_untouched,
     data,
+    few_at_once,
     net,
     program_of,
     small,
     state_of,
 )
 from twins_fast import PGD, accelerate, adversarial_loss
-from twins_fast.attacks.engine import program
 
 
 class ValueDependent(Doubled):
@@ -211,7 +211,7 @@ FORWARDS = {
 @pytest.mark.parametrize("name", FORWARDS)
 @pytest.mark.parametrize("images", [1, 3, 12])
 def test_unusual_forwards_are_planned_right_or_not_at_all(name, images, monkeypatch):
-    monkeypatch.setattr(program, "CACHED", 1)  # rows that see each other would show
+    few_at_once(monkeypatch)  # rows that see each other would show
     model = net(FORWARDS[name])
     x, y = data(images, 8)
     options = {"norm": "l2", "eps": 1.0, "alpha": 0.05, "steps": 2, "random_start": False}

@@ -25,6 +25,7 @@ from twins_fast.models.output import Output
 
 ALIGN = 64  # bytes: where every tensor of the arena starts
 CACHED = 32 << 20  # bytes of arena that a chunk may take: what stays in a CPU's last-level cache
+FEWEST, UNCACHED = 4, 256 << 20  # images that a chunk takes even so, for the weights' sake, and bytes for them
 SPARE = 3  # images whose time a chunk of its own takes longer
 KEPT_SIZES = 16  # chunk sizes with bound tensors
 
@@ -200,7 +201,7 @@ class Program:
         """
         most = self.chunk_size
         if most is None and self.executor.device.type == "cpu":
-            most = max(1, CACHED // self.bytes_per_image)
+            most = max(1, CACHED // self.bytes_per_image, min(FEWEST, UNCACHED // self.bytes_per_image))
         limited = most is not None
         most = min(most or images, self.largest_chunk or images, images)
         if not self.plan.per_sample:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twins_fast.attacks.engine.capture import capture, values_of
 from twins_fast.attacks.engine.executors import executor_for
 from twins_fast.attacks.engine.function import Function
-from twins_fast.attacks.engine.nodes import NotCaptured, as_float32, in_one_line
+from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
 from twins_fast.attacks.engine.program import Program
 from twins_fast.attacks.engine.schedule import build
 from twins_fast.attacks.engine.verify import difference
@@ -124,7 +124,7 @@ class PlanCache:
             self._keep(kind, program, numbers)
             if isinstance(program, Program):
                 program.chunk_size = chunk_size
-                wrong = difference(program, model, as_float32(images), rounded)
+                wrong = difference(program, model, images, rounded)
                 if wrong:
                     raise NotCaptured(wrong)
             return program

@@ -39,6 +39,7 @@ from twins_fast.attacks.engine.nodes import (
     NotCaptured,
     Param,
     Ref,
+    as_float32,
     in_one_line,
     map_values,
     tensor_of,
@@ -274,8 +275,7 @@ def _exact(target: Callable, device: str) -> Callable:
 
     @functools.wraps(target, updated=())
     def run(*arguments: Any, **keywords: Any) -> Any:
-        half = {torch.bfloat16, torch.float16}
-        wide = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, (arguments, keywords))
+        wide = pytree.tree_map_only(torch.Tensor, as_float32, (arguments, keywords))
         with torch.autocast(device, enabled=False):
             return target(*wide[0], **wide[1])
 

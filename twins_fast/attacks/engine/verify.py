@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twins_fast.attacks.engine.executors.torch import TorchExecutor, mask_like
-from twins_fast.attacks.engine.nodes import NotCaptured, in_one_line
+from twins_fast.attacks.engine.nodes import NotCaptured, as_float32, in_one_line
 from twins_fast.attacks.engine.passes import Bound, Pass, magnifying
 from twins_fast.attacks.engine.plan import LIKE_VALUES, SEGMENTS, Step
 from twins_fast.attacks.engine.program import Program
@@ -36,7 +36,7 @@ def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool
     The tolerance is far wider than roundoff.
 
     Args:
-        images: [N, C, H, W] float32.
+        images: [N, C, H, W] float32 or, as the model is, of half precision.
         rounded: whether the program runs so, see :meth:`Program.chunk`.
 
     Raises:
@@ -47,14 +47,13 @@ def difference(program: Program, model: nn.Module, images: Tensor, rounded: bool
         return ""
     device = program.executor.device
     plain = Program(program.plan, program.nodes, model, program.shape, TorchExecutor(torch.float32, device))
-    with random_numbers_restored(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    plainly = torch.autocast(device.type, enabled=False)
+    with random_numbers_restored(), torch.inference_mode(False), plainly, widened(model):
         with torch.no_grad():
             plain.fold(model)
-        images = images.detach().clone(memory_format=torch.contiguous_format)
-        if not program.verified:
-            with widened(model):
-                if not _computes_model(plain, model, images[_ends(len(images))], program.output):
-                    return "the plan's logits or gradients are not the model's"
+        images = as_float32(images.detach()).clone(memory_format=torch.contiguous_format)
+        if not program.verified and not _computes_model(plain, model, images[_ends(len(images))], program.output):
+            return "the plan's logits or gradients are not the model's"
         for rows in sorted(unknown) if type(program.executor) is not TorchExecutor else ():
             x, wrong = images[torch.arange(rows, device=device) % len(images)], []
 
